@@ -1,0 +1,264 @@
+// What every CPU kernel is made of: types, vectors with a remainder, sums and threads. The remainder loops stand here only.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <torch/csrc/stable/c/shim.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "../norm_math.h"
+#include "kernels.h"
+
+namespace fastnorm {
+
+using BFloat16 = c10::BFloat16;
+using Half = c10::Half;
+
+template <class T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+template <class T>
+using Vec = at::vec::Vectorized<Acc<T>>;
+template <class V>
+constexpr int64_t lanes = V::size();
+
+// Calls f with a null pointer of the C++ type of `dtype`.
+template <class F>
+void with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f64:
+      return f(static_cast<double*>(nullptr));
+    case DType::f32:
+      return f(static_cast<float*>(nullptr));
+    case DType::bf16:
+      return f(static_cast<BFloat16*>(nullptr));
+    case DType::f16:
+      return f(static_cast<Half*>(nullptr));
+  }
+}
+
+// ---------------------------------------------------------------- loads and stores, converting 16-bit types in registers
+
+inline at::vec::Vectorized<double> load(const double* p) { return at::vec::Vectorized<double>::loadu(p); }
+inline at::vec::Vectorized<float> load(const float* p) { return at::vec::Vectorized<float>::loadu(p); }
+inline void store(double* p, at::vec::Vectorized<double> v) { v.store(p); }
+inline void store(float* p, at::vec::Vectorized<float> v) { v.store(p); }
+
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#if defined(CPU_CAPABILITY_AVX512)
+using Bits16 = __m256i;
+using Floats = __m512;
+inline Bits16 load_bits(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store_bits(void* p, Bits16 v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+#else
+using Bits16 = __m128i;
+using Floats = __m256;
+inline Bits16 load_bits(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+inline void store_bits(void* p, Bits16 v) { _mm_storeu_si128(static_cast<__m128i*>(p), v); }
+#endif
+inline at::vec::Vectorized<float> load(const BFloat16* p) {
+  Floats v;
+  at::vec::cvtbf16_fp32(load_bits(p), v);
+  return v;
+}
+inline at::vec::Vectorized<float> load(const Half* p) {
+  Floats v;
+  at::vec::cvtfp16_fp32(load_bits(p), v);
+  return v;
+}
+inline void store(BFloat16* p, at::vec::Vectorized<float> v) { store_bits(p, at::vec::cvtfp32_bf16(Floats(v))); }
+inline void store(Half* p, at::vec::Vectorized<float> v) { store_bits(p, at::vec::cvtfp32_fp16(Floats(v))); }
+#else
+template <class T>
+at::vec::Vectorized<float> load_each(const T* p) {
+  float v[lanes<at::vec::Vectorized<float>>];
+  std::copy_n(p, lanes<at::vec::Vectorized<float>>, v);
+  return load(v);
+}
+template <class T>
+void store_each(T* p, at::vec::Vectorized<float> v) {
+  float f[lanes<at::vec::Vectorized<float>>];
+  v.store(f);
+  std::copy_n(f, lanes<at::vec::Vectorized<float>>, p);
+}
+inline at::vec::Vectorized<float> load(const BFloat16* p) { return load_each(p); }
+inline at::vec::Vectorized<float> load(const Half* p) { return load_each(p); }
+inline void store(BFloat16* p, at::vec::Vectorized<float> v) { store_each(p, v); }
+inline void store(Half* p, at::vec::Vectorized<float> v) { store_each(p, v); }
+#endif
+
+// The first `count` elements; the other lanes are zero and are not touched in memory.
+template <class T>
+inline Vec<T> load(const T* p, int64_t count) {
+  constexpr int64_t W = lanes<Vec<T>>;
+  if (count == W) return load(p);
+  T v[W] = {};
+  std::copy_n(p, count, v);
+  return load(v);
+}
+template <class T>
+inline void store(T* p, Vec<T> v, int64_t count) {
+  constexpr int64_t W = lanes<Vec<T>>;
+  if (count == W) return store(p, v);
+  T t[W];
+  store(t, v);
+  std::copy_n(t, count, p);
+}
+
+// ---------------------------------------------------------------- loops
+
+// f(i, count) for vectors that cover [0, n); count is the number of lanes that exist.
+template <class V, class F>
+inline void for_vectors(int64_t n, const F& f) {
+  constexpr int64_t W = lanes<V>;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) f(i, W);
+  if (i < n) f(i, n - i);
+}
+
+template <class V>
+inline double horizontal(V v) {
+  return at::vec::vec_reduce_all<typename V::value_type>([](V& a, V& b) { return a + b; }, v);
+}
+
+// The sums over [0, n) of K quantities, f(i, count) -> std::array<V, K>. Four chains hide the latency of an addition; the lanes
+// go to double every 8192 elements, so that rounding does not grow with n.
+template <class V, size_t K, class F>
+inline std::array<double, K> sums_over(int64_t n, const F& f) {
+  constexpr int64_t W = lanes<V>, BLOCK = 8192;
+  static_assert(BLOCK % (4 * W) == 0);
+  std::array<double, K> total{};
+  for (int64_t start = 0; start < n; start += BLOCK) {
+    const int64_t end = std::min(n, start + BLOCK);
+    V s[4][K];
+    for (auto& chain : s)
+      for (auto& v : chain) v = V(0);
+    const auto add = [&](int chain, const std::array<V, K>& t) {
+      for (size_t k = 0; k < K; ++k) s[chain][k] = s[chain][k] + t[k];
+    };
+    int64_t i = start;
+    for (; i + 4 * W <= end; i += 4 * W)
+      for (int chain = 0; chain < 4; ++chain) add(chain, f(i + chain * W, W));
+    for (; i + W <= end; i += W) add(0, f(i, W));
+    if (i < end) {
+      auto t = f(i, end - i);
+      for (auto& v : t) v = V::set(V(0), v, end - i);
+      add(1, t);
+    }
+    for (size_t k = 0; k < K; ++k) total[k] += horizontal((s[0][k] + s[1][k]) + (s[2][k] + s[3][k]));
+  }
+  return total;
+}
+
+// f(begin, end) on torch's own threads. The split of the work must not show in the result: callers give items of fixed size.
+template <class F>
+void parallel_for(int64_t items, int64_t elements_per_item, const F& f) {
+  constexpr int64_t GRAIN = 32768;  // elements below which a second thread costs more than it brings
+  const int64_t grain = std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, elements_per_item));
+  if (items <= grain) return f(0, items);
+  torch_parallel_for(
+      0, items, grain, [](int64_t begin, int64_t end, void* g) { (*static_cast<const F*>(g))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---------------------------------------------------------------- statistics
+
+// A mean as the pair that the contract asks for; the low part of a double mean is zero.
+template <class A>
+struct Pair {
+  A high, low;
+  explicit Pair(double mean)
+      : high(static_cast<A>(mean)), low(static_cast<A>(mean - static_cast<double>(static_cast<A>(mean)))) {}
+};
+
+// Two passes in double: where the squares overflow float (|x| > 1e19), and for what is not finite.
+template <class T>
+Moments<double> moments_in_double(const T* p, int64_t runs, int64_t run_stride, int64_t n, int64_t stride) {
+  double sum = 0, m2 = 0;
+  const double count = static_cast<double>(runs * n);
+  for (int64_t r = 0; r < runs; ++r)
+    for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(p[r * run_stride + i * stride]);
+  const double mean = sum / count;
+  for (int64_t r = 0; r < runs; ++r)
+    for (int64_t i = 0; i < n; ++i) {
+      const double d = static_cast<double>(p[r * run_stride + i * stride]) - mean;
+      m2 += d * d;
+    }
+  return {count, mean, m2};
+}
+
+// From sums of d = x - high and d * d.
+inline Moments<double> moments_about(double n, double high, double sum_d, double sum_dd) {
+  return {n, high + sum_d / n, std::max(sum_dd - sum_d * (sum_d / n), 0.0)};
+}
+
+// Moments of `runs` runs of n contiguous elements: a mean, then sums about it, while the data is in cache.
+template <class T>
+Moments<double> moments_of(const T* p, int64_t runs, int64_t run_stride, int64_t n) {
+  using V = Vec<T>;
+  double sum = 0, sum_d = 0, sum_dd = 0;
+  const double count = static_cast<double>(runs * n);
+  for (int64_t r = 0; r < runs; ++r)
+    sum += sums_over<V, 1>(n, [&](int64_t i, int64_t c) { return std::array<V, 1>{load(p + r * run_stride + i, c)}; })[0];
+  const auto high = static_cast<Acc<T>>(sum / count);
+  for (int64_t r = 0; r < runs; ++r) {
+    const auto s = sums_over<V, 2>(n, [&](int64_t i, int64_t c) {
+      const V d = load(p + r * run_stride + i, c) - V(high);
+      return std::array<V, 2>{d, d * d};
+    });
+    sum_d += s[0];
+    sum_dd += s[1];
+  }
+  if (!std::isfinite(sum_dd)) return moments_in_double(p, runs, run_stride, n, int64_t{1});
+  return moments_about(count, static_cast<double>(high), sum_d, sum_dd);
+}
+
+// ---------------------------------------------------------------- small arrays of any dtype
+
+inline double element(ConstArray a, int64_t i) {
+  double v = 0;
+  with_type(a.dtype, [&](auto* t) { v = static_cast<double>(static_cast<decltype(t)>(const_cast<void*>(a.data))[i]); });
+  return v;
+}
+inline void set_element(Array a, int64_t i, double v) {
+  with_type(a.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    static_cast<T*>(a.data)[i] = static_cast<T>(static_cast<Acc<T>>(v));
+  });
+}
+
+// A parameter in the accumulate dtype: itself where it is that already, else a converted copy; null where there is none.
+template <class A>
+class Widened {
+ public:
+  Widened(ConstArray a, int64_t n) {
+    if (!a.data) return;
+    if (a.dtype == (sizeof(A) == 8 ? DType::f64 : DType::f32)) {
+      data_ = static_cast<const A*>(a.data);
+      return;
+    }
+    own_.resize(n);
+    data_ = own_.data();
+    with_type(a.dtype, [&](auto* t) { std::copy_n(static_cast<decltype(t)>(const_cast<void*>(a.data)), n, own_.begin()); });
+  }
+  // With `absent` in the place of every element of a parameter that is not there.
+  Widened(ConstArray a, int64_t n, A absent) : Widened(a, n) {
+    if (data_) return;
+    own_.assign(n, absent);
+    data_ = own_.data();
+  }
+  Widened(const Widened&) = delete;
+  operator const A*() const { return data_; }
+
+ private:
+  const A* data_ = nullptr;
+  std::vector<A> own_;
+};
+
+}  // namespace fastnorm

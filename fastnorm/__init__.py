@@ -1,0 +1,19 @@
+"""fastnorm: fused batch-norm and layer-norm for PyTorch."""
+
+from . import functional
+from .dispatch import use_backend
+from .functional import batch_norm, layer_norm
+from .nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LayerNorm
+from .version import __version__
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "LayerNorm",
+    "__version__",
+    "batch_norm",
+    "functional",
+    "layer_norm",
+    "use_backend",
+]

@@ -1,0 +1,60 @@
+"""The torch.autograd.Functions: what is saved, and which gradients are needed. No shapes, no devices.
+
+Backward runs the fused kernel, or, when it is itself being differentiated (create_graph=True), the formula of `composite`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import composite
+
+
+def _dtype(p):
+    return None if p is None else p.dtype
+
+
+class LayerNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, N, backend):
+        y, mean, rstd = backend.row_fwd(x, weight, bias, eps, N)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.eps, ctx.N, ctx.backend, ctx.bias_dtype = eps, N, backend, _dtype(bias)
+        ctx.parameter_shape = None if weight is None and bias is None else (bias if weight is None else weight).shape
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, mean, rstd = ctx.saved_tensors
+        need = _need(ctx, weight)
+        if torch.is_grad_enabled():
+            dx, dweight, dbias = composite.layer_norm_backward(dy, x, weight, ctx.N, ctx.eps, need)
+        else:
+            dx, dweight, dbias = ctx.backend.row_bwd(dy, x, weight, mean, rstd, need)
+        shaped = lambda d: d if d is None else d.view(ctx.parameter_shape)
+        return dx, shaped(dweight), shaped(dbias), None, None, None
+
+
+class BatchNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, training, momentum, eps, backend):
+        y, mean, rstd = backend.channel_fwd(x, weight, bias, running_mean, running_var, training, momentum, eps)
+        # mean and rstd are copies, in evaluation too: buffers that DDP broadcasts in place are never saved.
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.eps, ctx.training, ctx.backend, ctx.bias_dtype = eps, training, backend, _dtype(bias)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, mean, rstd = ctx.saved_tensors
+        need = _need(ctx, weight)
+        if torch.is_grad_enabled():
+            grads = composite.batch_norm_backward(dy, x, weight, mean, rstd, ctx.training, ctx.eps, need)
+        else:
+            grads = ctx.backend.channel_bwd(dy, x, weight, mean, rstd, ctx.training, need)
+        return *grads, None, None, None, None, None, None
+
+
+def _need(ctx, weight):
+    dx, dweight, dbias = ctx.needs_input_grad[:3]
+    return dx, weight.dtype if dweight else None, ctx.bias_dtype if dbias else None

@@ -1,0 +1,201 @@
+"""Compiles fastnorm._C: one recipe, used by setup.py ahead of time and by native.py at first use.
+
+A compiled library fits one torch version, one Python and one instruction set, so it carries a key made of these and of the
+sources; a library whose key does not fit is never loaded. setup.py reads this file before torch is known to be there: only
+the standard library at the top.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+_X86 = platform.machine() in ("x86_64", "AMD64")
+# Instruction sets from the plainest to the widest, with the compiler's flags; a machine runs its own and those before it.
+ISAS = {
+    "default": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw"],
+}
+
+
+class BuildError(RuntimeError):
+    """Why there is no compiled library, in one sentence."""
+
+
+def csrc() -> Path:
+    """The C++ sources: inside an installed package, beside it in a checkout."""
+    inside = _HERE / "csrc"
+    return inside if inside.is_dir() else _HERE.parent / "csrc"
+
+
+def sources() -> list[Path]:
+    return sorted([*csrc().glob("*.cpp"), *csrc().glob("cpu/*.cpp")])
+
+
+def machine_isa() -> str:
+    """The widest instruction set of this machine that torch itself would use (ATEN_CPU_CAPABILITY lowers it)."""
+    import torch
+
+    name = torch.backends.cpu.get_cpu_capability().lower()
+    return name if _X86 and name in ISAS else "default"
+
+
+def target_isa() -> str:
+    """What is compiled for: this machine, or FASTNORM_ISA where a binary is to run on older ones."""
+    isa = os.environ.get("FASTNORM_ISA") or machine_isa()
+    if isa not in ISAS:
+        raise BuildError(f"FASTNORM_ISA is {isa!r}; it should be one of {', '.join(ISAS)}")
+    if ISAS[isa] and not _X86:
+        raise BuildError(f"FASTNORM_ISA is {isa!r}, which a {platform.machine()} does not have")
+    return isa
+
+
+def key(isa: str) -> str:
+    """What a library must have been built from and for, to be loaded here."""
+    digest = hashlib.sha256()
+    for path in sorted(csrc().rglob("*")):
+        if path.is_file():
+            digest.update(path.relative_to(csrc()).as_posix().encode() + b"\0" + path.read_bytes())
+    version = importlib.metadata.version("torch")
+    digest.update(f"{version} {sysconfig.get_config_var('SOABI')} {platform.machine()} {ISAS[isa]}".encode())
+    return f"fastnorm-{isa}-{digest.hexdigest()[:16]}"
+
+
+def accepted_keys() -> list[str]:
+    """Keys of the libraries that this machine can run, the best first."""
+    widest = list(ISAS).index(machine_isa())
+    return [key(isa) for isa in reversed(list(ISAS)[: widest + 1])]
+
+
+def compiler() -> str:
+    name = os.environ.get("CXX")
+    path = shutil.which(name.split()[0]) if name else next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if path is None:
+        found = f"CXX={name} was not found" if name else "no C++ compiler was found"
+        raise BuildError(f"{found} (install g++ 11 or newer, or set CXX)")
+    return path
+
+
+def check_requirements() -> None:
+    """Raises BuildError where the library cannot be compiled, and says what is missing."""
+    for module in ("torch", "setuptools"):
+        if importlib.util.find_spec(module) is None:
+            raise BuildError(f"{module} is not installed in this environment")
+    compiler()
+
+
+def extension(name: str = "fastnorm._C"):
+    """The one recipe: a torch.utils.cpp_extension.CppExtension."""
+    from torch.utils.cpp_extension import CppExtension
+
+    isa = target_isa()
+    capability = f"CPU_CAPABILITY_{isa.upper()}"
+    flags = ["-O3", "-g0", "-fvisibility=hidden", "-Wno-unknown-pragmas", *ISAS[isa], f"-DCPU_CAPABILITY={isa.upper()}"]
+    root = csrc().parent
+    return CppExtension(
+        name,
+        [os.path.relpath(p, root) if root == Path.cwd() else str(p) for p in sources()],
+        extra_compile_args=[*flags, f"-D{capability}", f"-DFASTNORM_BUILD_KEY={key(isa)}"],
+    )
+
+
+def describe() -> str:
+    import torch
+
+    return f"fastnorm: compiling {len(sources())} files for {target_isa()} with {compiler()} against torch {torch.__version__}"
+
+
+@contextlib.contextmanager
+def _ninja_on_path():
+    """A virtual environment's ninja is found even if the environment is not activated."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join([before, str(Path(sys.executable).parent)])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
+def build_ext_class():
+    """setuptools' build_ext through torch and ninja."""
+    from torch.utils.cpp_extension import BuildExtension
+
+    class build_ext(BuildExtension):
+        def run(self):
+            with _ninja_on_path():
+                super().run()
+
+    return build_ext
+
+
+def compile_into(directory: str) -> None:
+    """Compile the module _C into `directory`."""
+    from setuptools import Distribution
+
+    with tempfile.TemporaryDirectory() as temporary:
+        distribution = Distribution({"name": "fastnorm", "ext_modules": [extension("_C")]})
+        command = build_ext_class()(distribution)
+        command.build_lib, command.build_temp = directory, temporary
+        command.ensure_finalized()
+        command.run()
+
+
+def cache_directory() -> Path:
+    base = os.environ.get("FASTNORM_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastnorm"
+    return Path(base)
+
+
+def library() -> Path:
+    """A compiled library that fits: the installed one, the cached one, or one compiled now (seconds, once).
+
+    Processes that start at once wait for the one that compiles; the lock goes with its holder, so that a killed process blocks
+    nobody, and the library appears under its name only when it is whole.
+    """
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    keys = accepted_keys()
+    installed = _HERE / f"_C{suffix}"
+    if installed.is_file():
+        content = installed.read_bytes()
+        if any(k.encode() in content for k in keys):
+            return installed
+    cached = cache_directory() / key(target_isa()) / f"_C{suffix}"
+    if cached.is_file():
+        return cached
+    check_requirements()
+    import fcntl  # not on Windows, where setup.py still has to be able to read this file
+
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with open(cached.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not cached.is_file():
+            _compile_in_subprocess(cached)
+    return cached
+
+
+def _compile_in_subprocess(target: Path) -> None:
+    print(describe(), file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        command = [sys.executable, str(Path(__file__)), temporary]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        built = Path(temporary) / target.name
+        if result.returncode or not built.is_file():
+            log = target.parent / "build.log"
+            log.write_text(result.stdout + result.stderr)
+            raise BuildError(f"compiling the C++ kernels failed; the compiler's words are in {log}")
+        os.replace(built, target)
+
+
+if __name__ == "__main__":
+    compile_into(sys.argv[1])

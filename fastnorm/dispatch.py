@@ -1,0 +1,124 @@
+"""THE table of backends, and which one serves a tensor. Nothing else in the package asks which device a tensor is on.
+
+A backend is a module with the functions of `reference.py` (the contract is written there) plus
+`unavailable() -> str | None`, why it cannot run here, and `devices()`, the device types it serves (None: any).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    module: str
+    what: str
+    automatic: tuple[str, ...]  # the device types it is chosen for unasked
+
+    def load(self):
+        return importlib.import_module(self.module)
+
+    def why_not(self, device_type: str) -> str | None:
+        """None when it serves this device, else one sentence that says why it does not."""
+        try:
+            module = self.load()
+        except ImportError as e:
+            return f"it cannot be imported ({e})"
+        reason = module.unavailable()
+        served = None if reason else module.devices()
+        if reason is None and served is not None and device_type not in served:
+            reason = f"it serves {' and '.join(served)} tensors, not {device_type}"
+        return reason
+
+
+# In the order of preference. Devices that are in no row are left to torch itself.
+BACKENDS = (
+    Backend("triton", "fastnorm.kernels", "fused Triton kernels", ("cuda",)),
+    Backend("native", "fastnorm.native", "fused C++ kernels", ("cpu",)),
+    Backend("reference", "fastnorm.reference", "plain torch operators", ("cpu", "cuda")),
+)
+NAMES = tuple(b.name for b in BACKENDS)
+
+_forced: str | None = None
+_selected: dict[str, object] = {}  # device type -> backend module or None
+
+
+def _checked(name: str | None) -> str | None:
+    if name is not None and name not in NAMES:
+        raise ValueError(f"fastnorm has no backend {name!r}; choose one of {', '.join(NAMES)}, or None for the best one")
+    return name
+
+
+class use_backend:
+    """Force one backend for the whole process, or go back to the best one with None.
+
+    Takes effect at the call; as a context manager it restores the earlier choice on leaving the block. The environment
+    variable FASTNORM_BACKEND does the same from outside.
+
+    Args:
+        name: "triton", "native", "reference" or None.
+
+    Raises:
+        ValueError: the name is none of these. A backend that cannot serve a tensor raises RuntimeError at the call that
+            needs it, and says why.
+    """
+
+    def __init__(self, name: str | None):
+        global _forced
+        self._before = _forced
+        _forced = _checked(name)
+        _selected.clear()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        global _forced
+        _forced = self._before
+        _selected.clear()
+
+
+def forced() -> str | None:
+    return _forced or _checked(os.environ.get("FASTNORM_BACKEND") or None)
+
+
+def select(device_type: str):
+    """The backend module that serves tensors of this device type; None where torch itself is the best there is.
+
+    Raises:
+        RuntimeError: a backend was forced by the user and cannot serve this device.
+    """
+    try:
+        return _selected[device_type]
+    except KeyError:
+        _selected[device_type] = module = _choose(device_type)
+        return module
+
+
+def _choose(device_type: str):
+    name, missed = forced(), []
+    if name is not None:
+        backend = BACKENDS[NAMES.index(name)]
+        reason = backend.why_not(device_type)
+        if reason is not None:
+            raise RuntimeError(f"the backend {name!r} was asked for, but {reason}")
+        return backend.load()
+    for backend in BACKENDS:
+        if device_type not in backend.automatic:
+            continue
+        reason = backend.why_not(device_type)
+        if reason is None:
+            if missed:
+                what = f"fastnorm computes norms of {device_type} tensors with {backend.what}"
+                warnings.warn(f"{what}: {'; '.join(missed)}", RuntimeWarning, stacklevel=4)
+            return backend.load()
+        missed.append(f"the backend {backend.name!r} is not used, {reason}")
+    return None

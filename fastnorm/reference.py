@@ -1,0 +1,205 @@
+"""The backend contract in plain torch: the last-resort backend, on any device, in any floating dtype.
+
+This file is also where the contract is written down. Every backend has these functions with these shapes:
+
+* `x`, `dy`, `y`, `dx`: any strides in; `y` and `dx` come back with x's shape and dtype, contiguous for rows, in x's own
+  memory format (contiguous or channels_last) for channels, as torch.nn's do.
+* accumulate dtype: float64 for float64 inputs, else float32. Every statistic is in it.
+* `mean`: (2, M) or (2, C), a pair high + low, because at mean/std = 1e4 one float32 cannot hold the mean.
+* `rstd`: (M,) or (C,), 1 / sqrt(var + eps) with the biased variance.
+* `weight`, `bias`: N or C elements in any floating dtype, or None.
+* `need`: (dx, dweight, dbias): True or False for dx; the dtype wanted, or None when it is not wanted, for the other two.
+
+No element count is ever zero here: functional.py hands empty inputs to torch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch._prims_common import suggest_memory_format
+
+from .geometry import Channels, Rows
+
+# From this magnitude on, squares are summed after an exact scaling, so that |x| = 1e30 does not overflow float32.
+BIG, BIG_SCALE = 1e15, 2.0**-100
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def devices() -> None:
+    """None: any device."""
+
+
+# ---------------------------------------------------------------- the math of the project, once
+
+
+def normalize(x, mean, rstd):
+    """x_hat; `mean` is the pair (high, low)."""
+    return ((x - mean[0]) - mean[1]) * rstd
+
+
+def affine(x_hat, weight, bias):
+    z = x_hat if weight is None else x_hat * weight
+    return z if bias is None else z + bias
+
+
+def grad_input(g, x_hat, rstd, c1, c2):
+    """The derivative of a norm by its input, with g = dz * weight, c1 = mean(g * x_hat), c2 = mean(g).
+
+    x_hat = (x - mean) * rstd, and mean and rstd depend on x too: d mean = mean(dx) and d rstd = -rstd^2 * mean(x_hat * dx),
+    so dL/dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)). The small terms are added first: one rounding less at g's size.
+    """
+    return (g - (c2 + x_hat * c1)) * rstd
+
+
+def moments(x, dims):
+    """count, mean pair, m2 (the sum of squares about the mean, float64), rstd's factor `scale`; every tensor keeps `dims`.
+
+    Two passes; sums and what is one number per row or channel are in float64, so that they cost x_hat no accuracy.
+    m2 is in units of 1 / scale^2, see BIG.
+    """
+    n = 1
+    for d in dims:
+        n *= x.shape[d]
+    high = x.mean(dims, keepdim=True, dtype=torch.float64).to(x.dtype)
+    centred = x - high
+    low = centred.mean(dims, keepdim=True, dtype=torch.float64)
+    big = centred.detach().abs().amax(dims, keepdim=True) > BIG
+    scale = torch.where(big, BIG_SCALE, 1.0).to(torch.float64)
+    low = low.to(x.dtype)
+    m2 = ((centred - low) * scale.to(x.dtype)).square().sum(dims, keepdim=True, dtype=torch.float64)
+    return n, torch.stack((high, low)), m2, scale
+
+
+def rstd_of(n, m2, scale, eps, dtype):
+    return (scale * torch.rsqrt(m2 / n + eps * scale * scale)).to(dtype)
+
+
+def _mean(t, dims):
+    return t.mean(dims, keepdim=True, dtype=torch.float64).to(t.dtype)
+
+
+def _needed(t, dtype):
+    return None if dtype is None else t.to(dtype)
+
+
+# ---------------------------------------------------------------- rows
+
+
+def row_fwd(x, weight, bias, eps, N):
+    """y, mean (2, M), rstd (M,)"""
+    acc, rows = accumulate_dtype(x.dtype), Rows.of(x.shape, N)
+    xf = rows.view(x).to(acc)
+    n, mean, m2, scale = moments(xf, (1,))
+    rstd = rstd_of(n, m2, scale, eps, acc)
+    flat = lambda p: None if p is None else p.reshape(N).to(acc)
+    y = affine(normalize(xf, mean, rstd), flat(weight), flat(bias))
+    return y.to(x.dtype).contiguous().view(x.shape), mean.squeeze(2), rstd.squeeze(1)
+
+
+def row_bwd(dy, x, weight, mean, rstd, need):
+    """dx, dweight (N,), dbias (N,)"""
+    rows = Rows(rstd.numel(), x.numel() // rstd.numel())
+    acc = rstd.dtype
+    dz, rstd = rows.view(dy).to(acc), rstd[:, None]
+    x_hat = normalize(rows.view(x).to(acc), mean[:, :, None], rstd)
+    dx = None
+    if need[0]:
+        g = dz if weight is None else dz * weight.reshape(rows.N).to(acc)
+        dx = grad_input(g, x_hat, rstd, _mean(g * x_hat, (1,)), _mean(g, (1,)))
+        dx = dx.to(x.dtype).contiguous().view(x.shape)
+    dweight = None if need[1] is None else (dz * x_hat).sum(0, dtype=torch.float64).to(need[1])
+    return dx, dweight, None if need[2] is None else dz.sum(0, dtype=torch.float64).to(need[2])
+
+
+# ---------------------------------------------------------------- channels: pieces, cut where a collective can go between
+
+
+def channel_stats(x):
+    """count (int), mean (2, C), m2 (C,): the sum of squares about the mean; it overflows where var * count does"""
+    c = Channels.of(x.shape)
+    n, mean, m2, scale = moments(c.view(x).to(accumulate_dtype(x.dtype)), (0, 2))
+    return n, mean.view(2, c.C), (m2 / scale / scale).view(c.C).to(mean.dtype)
+
+
+def channel_apply(x, mean, rstd, weight, bias):
+    """y"""
+    c, acc = Channels.of(x.shape), rstd.dtype
+    column = lambda p: None if p is None else p.to(acc).view(c.C, 1)
+    y = affine(normalize(c.view(x).to(acc), mean.view(2, c.C, 1), column(rstd)), column(weight), column(bias))
+    return _like(y, x)
+
+
+def channel_sums(dy, x, mean, rstd):
+    """sum_dz (C,), sum_dz_x_hat (C,): dbias and dweight, and what the backward of training needs"""
+    c, acc = Channels.of(x.shape), rstd.dtype
+    dz = c.view(dy).to(acc)
+    x_hat = normalize(c.view(x).to(acc), mean.view(2, c.C, 1), rstd.view(c.C, 1))
+    total = lambda t: t.sum((0, 2), dtype=torch.float64).to(acc)
+    return total(dz), total(dz * x_hat)
+
+
+def channel_grad(dy, x, mean, rstd, weight, c1, c2):
+    """dx; c1 and c2 (C,) are means of g * x_hat and g, or None in evaluation, where mean and rstd are constants"""
+    c, acc = Channels.of(x.shape), rstd.dtype
+    column = lambda p: p.to(acc).view(c.C, 1)
+    g = c.view(dy).to(acc)
+    if weight is not None:
+        g = g * column(weight)
+    if c1 is None:
+        return _like(g * column(rstd), x)
+    x_hat = normalize(c.view(x).to(acc), mean.view(2, c.C, 1), column(rstd))
+    return _like(grad_input(g, x_hat, column(rstd), column(c1), column(c2)), x)
+
+
+def _like(y, x):
+    """y (B, C, S) rounded once into a fresh tensor of x's shape, dtype and memory format."""
+    return y.view(x.shape).to(dtype=x.dtype, memory_format=suggest_memory_format(x), copy=True)
+
+
+# ---------------------------------------------------------------- channels: the whole op
+
+
+def channel_fwd(x, weight, bias, running_mean, running_var, training, momentum, eps):
+    """y, mean (2, C), rstd (C,); in training, running statistics that are given are updated in place.
+
+    running_mean = (1 - momentum) * running_mean + momentum * mean, and the same with the unbiased variance. As in torch.nn
+    the update does not count as an in-place change for autograd: nothing saved for backward aliases the buffers.
+    """
+    acc, C = accumulate_dtype(x.dtype), x.shape[1]
+    if training:
+        n, mean, m2, scale = moments(Channels.of(x.shape).view(x).to(acc), (0, 2))
+        mean, rstd = mean.view(2, C), rstd_of(n, m2, scale, eps, acc).view(C)
+        if running_mean is not None:
+            _update(running_mean, mean.double().sum(0), momentum)
+            _update(running_var, (m2 / (n - 1) / scale / scale).view(C), momentum)
+    else:
+        high = running_mean.to(acc)
+        mean = torch.stack((high, (running_mean - high).to(acc)))
+        rstd = torch.rsqrt(running_var.double() + eps).to(acc)
+    return channel_apply(x, mean, rstd, weight, bias), mean, rstd
+
+
+def _update(running, value, momentum):
+    running = running.data
+    running.copy_(running.to(value.dtype) * (1 - momentum) + value * momentum)
+
+
+def channel_bwd(dy, x, weight, mean, rstd, training, need):
+    """dx, dweight (C,), dbias (C,)"""
+    sum_dz = sum_dz_x_hat = c1 = c2 = dx = None
+    if (training and need[0]) or need[1] is not None or need[2] is not None:
+        sum_dz, sum_dz_x_hat = channel_sums(dy, x, mean, rstd)
+    if need[0]:
+        if training:
+            w = 1.0 if weight is None else weight.to(rstd.dtype)
+            n = Channels.of(x.shape).count
+            c1, c2 = w * sum_dz_x_hat / n, w * sum_dz / n
+        dx = channel_grad(dy, x, mean, rstd, weight, c1, c2)
+    return dx, _needed(sum_dz_x_hat, need[1]), _needed(sum_dz, need[2])

@@ -1,0 +1,26 @@
+"""Compiles fastnorm._C where torch and a compiler are there (pip install --no-build-isolation -e .); otherwise the install is
+pure Python and the same recipe, fastnorm/build.py, runs at first use."""
+
+import importlib.util
+from pathlib import Path
+
+from setuptools import setup
+
+spec = importlib.util.spec_from_file_location("build", Path(__file__).parent / "fastnorm" / "build.py")
+build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+
+compiled = {}
+try:
+    build.check_requirements()
+    print(build.describe(), flush=True)
+    compiled = {"ext_modules": [build.extension()], "cmdclass": {"build_ext": build.build_ext_class()}}
+except build.BuildError as e:
+    print(f"fastnorm: installing pure Python, the C++ kernels are compiled at first use: {e}", flush=True)
+
+setup(
+    packages=["fastnorm", "fastnorm.kernels", "fastnorm.csrc", "fastnorm.csrc.cpu"],
+    package_dir={"fastnorm.kernels": "kernels", "fastnorm.csrc": "csrc", "fastnorm.csrc.cpu": "csrc/cpu"},
+    package_data={"fastnorm.csrc": ["*.h", "*.cpp"], "fastnorm.csrc.cpu": ["*.h", "*.cpp"]},
+    **compiled,
+)

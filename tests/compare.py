@@ -1,0 +1,128 @@
+"""The bound of every numerics test: torch.nn's own error in the same dtype, and one unit in the last place."""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from oracle import batch_norm, error, layer_norm, ulp
+
+
+def accumulate(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def gradients(function, x, dy, weight, bias):
+    """y and the gradients of whatever is there, by name."""
+    inputs = {"dx": x, "dweight": weight, "dbias": bias}
+    inputs = {name: t.detach().requires_grad_() for name, t in inputs.items() if t is not None}
+    y = function(*(inputs.get(name) for name in ("dx", "dweight", "dbias")))
+    return {"y": y.detach(), **dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), dy), strict=True))}
+
+
+def size(truth, name):
+    """The size at which the result called `name` is rounded."""
+    largest = abs(getattr(truth, name)).max(initial=0)
+    return max(largest, truth.dx_terms) if name == "dx" else largest
+
+
+class Rows:
+    """Layer norm of a case."""
+
+    make = staticmethod(lambda case, device="cpu", draw=0: case.make_rows(device, draw))
+
+    @staticmethod
+    def call(function, case):
+        return lambda x, w, b: function(x, case.normalized_shape, w, b, case.eps)
+
+    torch = F.layer_norm
+
+    @staticmethod
+    def truth(case, x, dy, weight, bias):
+        return layer_norm(x, case.normalized_shape, weight, bias, case.eps, dy)
+
+
+class Training:
+    """Batch norm of a case, on its own statistics."""
+
+    make = staticmethod(lambda case, device="cpu", draw=0: case.make_channels(device, draw))
+    running = staticmethod(lambda case, device, dtype: (None, None))
+
+    @classmethod
+    def call(cls, function, case):
+        def run(x, w, b):
+            # torch wants the statistics of a float input in the dtype of that input.
+            dtype = x.dtype if function is F.batch_norm and x.dtype in (torch.float32, torch.float64) else case.weight
+            return function(x, *cls.running(case, x.device, dtype), w, b, cls is Training, 0.1, case.eps)
+
+        return run
+
+    torch = F.batch_norm
+
+    @classmethod
+    def truth(cls, case, x, dy, weight, bias):
+        return batch_norm(x, weight, bias, case.eps, dy, *cls.running(case, x.device, case.weight))
+
+
+class Evaluation(Training):
+    """Batch norm of a case, on running statistics."""
+
+    running = staticmethod(
+        lambda case, device, dtype: (
+            case.running(device, case.weight)
+            if dtype is case.weight
+            else tuple(t.to(dtype) for t in case.running(device, case.weight))
+        )
+    )
+
+
+def torch_results(kind, case, x, dy, weight, bias):
+    """torch.nn's: in this dtype where torch takes the call, else the float32 (float64) results rounded once."""
+    run = kind.call(kind.torch, case)
+    try:
+        return gradients(run, x, dy, weight, bias)
+    except RuntimeError:
+        wider = accumulate(case.dtype)
+        out = gradients(run, *(None if t is None else t.to(wider) for t in (x, dy, weight, bias)))
+        of = {"y": x, "dx": x, "dweight": weight, "dbias": bias}
+        return {name: t.to(of[name].dtype) for name, t in out.items()}
+
+
+@cache
+def torch_errors(kind, case):
+    """torch.nn's own error for every result of a case, relative to its size.
+
+    Over a handful of elements the error of one draw is luck, so small cases take the largest of several draws.
+    """
+    worst = {}
+    elements = 1
+    for n in case.shape:
+        elements *= n
+    for draw in range(min(8, 1 + 4000 // elements)):
+        inputs = kind.make(case, draw=draw)
+        truth = kind.truth(case, *inputs)
+        for name, t in torch_results(kind, case, *inputs).items():
+            relative = error(t, getattr(truth, name)) / max(size(truth, name), 1e-300)
+            worst[name] = max(worst.get(name, 0), relative)
+    return worst
+
+
+def assert_no_worse(kind, case, name, ours, truth):
+    """Our error is at most torch.nn's own error in this dtype and one ulp, of the result's dtype or what it was summed in."""
+    expected = getattr(truth, name)
+    theirs = torch_errors(kind, case)[name] * size(truth, name)
+    one = max(ulp(ours.dtype, abs(expected).max()), ulp(accumulate(case.dtype), size(truth, name)))
+    got = error(ours.view(expected.shape), expected)
+    assert got <= theirs + one, f"{name}: error {got:.3g}, torch.nn's {theirs:.3g} + one ulp {one:.3g}"
+
+
+def statistics(truth, x):
+    """The backend contract's mean (high, low) and rstd, from the truth."""
+    mean = torch.from_numpy(truth.mean.astype("float64"))
+    high = mean.to(accumulate(x.dtype))
+    low = (mean - high.double()).to(high.dtype)
+    rstd = torch.from_numpy(truth.rstd.astype("float64")).to(high.dtype)
+    return torch.stack((high, low)).to(x.device), rstd.to(x.device)
+
+
+def parameter_dtypes(*parameters):
+    return (None if p is None else p.dtype for p in parameters)

@@ -1,0 +1,186 @@
+"""Batch norm: every backend against the truth, never worse than torch.nn."""
+
+import numpy as np
+import pytest
+import torch
+from cases import BF16, CHANNELS, F32, F64, Case
+from compare import Evaluation, Training, assert_no_worse, gradients, parameter_dtypes, statistics, torch_results
+from oracle import batch_norm, error, ulp, wide
+
+import fastnorm
+
+cases = pytest.mark.parametrize("case", CHANNELS, ids=str)
+
+
+# Evaluation computes no statistics: an input far from the running mean would only test the size of y.
+whole = [(Training, case) for case in CHANNELS] + [(Evaluation, case) for case in CHANNELS if not case.offset]
+
+
+@pytest.mark.parametrize(("kind", "case"), whole, ids=lambda p: p.__name__ if isinstance(p, type) else str(p))
+def test_forward_and_gradients(kind, case, backend, device):
+    inputs = case.make_channels(device)
+    ours, peer = gradients(kind.call(fastnorm.batch_norm, case), *inputs), torch_results(kind, case, *inputs)
+    truth = kind.truth(case, *inputs)
+    assert ours.keys() == peer.keys()
+    for name, t in ours.items():
+        assert t.dtype == peer[name].dtype, name
+        assert t.stride() == peer[name].stride(), name
+        assert_no_worse(kind, case, name, t, truth)
+
+
+@cases
+def test_backward_alone(case, backend, device):
+    """With the truth's statistics: a wrong forward cannot hide a wrong backward."""
+    x, dy, weight, bias = case.make_channels(device)
+    truth = Training.truth(case, x, dy, weight, bias)
+    need = (True, *parameter_dtypes(weight, bias))
+    ours = backend.channel_bwd(dy, x, weight, *statistics(truth, x), True, need)
+    for name, t in zip(("dx", "dweight", "dbias"), ours, strict=True):
+        if t is not None:
+            assert_no_worse(Training, case, name, t, truth)
+
+
+@cases
+def test_pieces(case, backend, device):
+    """The four pieces that a collective can go between: each alone, with the truth's results of the pieces before it."""
+    x, dy, weight, bias = case.make_channels(device)
+    truth = Training.truth(case, x, dy, weight, bias)
+    peer = torch_results(Training, case, x, dy, weight, bias)
+    mean, rstd = statistics(truth, x)
+    acc, eps = rstd.dtype, torch.finfo(rstd.dtype).eps
+
+    count, ours_mean, m2 = backend.channel_stats(x)
+    assert count == truth.count
+    assert ours_mean.shape == mean.shape
+    assert m2.dtype == acc
+    spread = np.sqrt(truth.var) + 1e-30
+    assert (abs(wide(ours_mean[0]) + wide(ours_mean[1]) - truth.mean) <= 4 * eps * (spread + 1e-4 * abs(truth.mean))).all()
+    assert (abs(wide(m2) - truth.var * truth.count) <= 20 * eps * truth.var * truth.count + 1e-30).all()
+
+    y = backend.channel_apply(x, mean, rstd, weight, bias)
+    assert y.stride() == peer["y"].stride()
+    assert_no_worse(Training, case, "y", y, truth)
+
+    sum_dz, sum_dz_x_hat = backend.channel_sums(dy, x, mean, rstd)
+    terms = abs(truth.dz_x_hat).sum() / truth.c1.size  # the size of what is added up
+    assert error(sum_dz, truth.dbias) <= 2 * ulp(acc, abs(wide(dy)).sum() / truth.c1.size)
+    assert error(sum_dz_x_hat, truth.dweight) <= 2 * ulp(acc, terms)
+
+    c1, c2 = (torch.from_numpy(c.astype("float64")).to(acc).to(device) for c in (truth.c1, truth.c2))
+    dx = backend.channel_grad(dy, x, mean, rstd, weight, c1, c2)
+    assert dx.stride() == peer["dx"].stride()
+    assert_no_worse(Training, case, "dx", dx, truth)
+    frozen = batch_norm(x, weight, bias, 0.0, dy, torch.zeros_like(mean[0]), rstd.double().pow(-2))
+    dx = backend.channel_grad(dy, x, mean, rstd, weight, None, None)
+    assert error(dx, frozen.dx) <= 2 * ulp(dx.dtype, abs(frozen.dx).max())
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, torch.float16])
+@pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0, 0.37])
+@pytest.mark.parametrize("layout", ["dense", "channels_last"])
+def test_running_statistics(dtype, momentum, layout, backend, device):
+    """In their own dtype, with the unbiased variance, beside an input of another dtype."""
+    case = Case((6, 5, 4, 3), layout=layout, offset=2.0)
+    x, _, weight, bias = case.make_channels(device)
+    mean, var = case.running(device, dtype)
+    truth = batch_norm(x)
+    expected = {
+        "mean": wide(mean) * (1 - momentum) + truth.mean * momentum,
+        "var": wide(var) * (1 - momentum) + truth.var * truth.count / (truth.count - 1) * momentum,
+    }
+    fastnorm.batch_norm(x, mean, var, weight, bias, True, momentum)
+    for name, t in (("mean", mean), ("var", var)):
+        assert error(t, expected[name]) <= 2 * ulp(dtype if dtype != F64 else F32, abs(expected[name]).max()), name
+
+
+def test_running_statistics_in_strided_views(backend, device):
+    x = torch.randn(8, 4, device=device)
+    mean, var = torch.zeros(4, device=device), torch.ones(4, device=device)
+    both = torch.zeros(4, 2, device=device)
+    both[:, 1] = 1
+    fastnorm.batch_norm(x, mean, var, training=True)
+    fastnorm.batch_norm(x, both[:, 0], both[:, 1], training=True)
+    assert torch.equal(both[:, 0], mean)
+    assert torch.equal(both[:, 1], var)
+    y = fastnorm.batch_norm(x, both[:, 0], both[:, 1])
+    assert torch.equal(y, fastnorm.batch_norm(x, mean, var))
+
+
+def test_evaluation_leaves_the_statistics_alone(backend, device):
+    x, mean, var = torch.randn(8, 4, device=device), torch.randn(4, device=device), torch.rand(4, device=device)
+    before = mean.clone(), var.clone()
+    fastnorm.batch_norm(x, mean, var)
+    assert torch.equal(mean, before[0])
+    assert torch.equal(var, before[1])
+
+
+@pytest.mark.parametrize("layout", ["dense", "channels_last", "transposed"])
+def test_mean_far_from_zero(layout, backend, device):
+    """mean / std = 1e4 in float32, where torch's channels_last statistics are wrong."""
+    case = Case((16, 8, 16, 16), layout=layout, offset=1e4)
+    x, dy, _, _ = case.make_channels(device)
+    truth = batch_norm(x, dy=dy)
+    ours = gradients(lambda x, w, b: fastnorm.batch_norm(x, None, None, training=True), x, dy, None, None)
+    assert error(ours["y"], truth.y) <= 1e-5
+    assert error(ours["dx"], truth.dx) <= 1e-5
+
+
+@pytest.mark.parametrize("layout", ["dense", "channels_last"])
+def test_huge_values_stay_finite_and_right(layout, backend, device):
+    case = Case((4, 3, 9, 5), layout=layout, scale=1e30)
+    x, dy, _, _ = case.make_channels(device)
+    truth = batch_norm(x, dy=dy)
+    ours = gradients(lambda x, w, b: fastnorm.batch_norm(x, None, None, training=True), x, dy, None, None)
+    assert error(ours["y"], truth.y) <= 1e-5
+    assert error(ours["dx"], truth.dx) <= 1e-5 * abs(truth.dx).max()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("layout", ["dense", "channels_last"])
+def test_not_finite_input_spoils_its_channel_alone(bad, layout, backend, device):
+    x, _, _, _ = Case((4, 3, 5, 5), layout=layout).make_channels(device)
+    x[1, 1, 2, 3] = bad
+    y = fastnorm.batch_norm(x, None, None, training=True)
+    assert torch.equal(y.isnan().all((0, 2, 3)).cpu(), torch.tensor([False, True, False]))
+    assert y.isnan().sum() == 100
+
+
+def test_constant_channels_are_zero(backend, device):
+    for value in (0.0, 3.0, 1e4):
+        y = fastnorm.batch_norm(torch.full((4, 3, 7), value, device=device), None, None, training=True)
+        assert torch.equal(y, torch.zeros_like(y))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("need", [(a, b, c) for a in (True, False) for b in (F32, None) for c in (F32, None)], ids=str)
+def test_only_what_is_needed(training, need, backend, device):
+    x, dy, weight, _ = Case((5, 6, 7)).make_channels(device)
+    mean, var = Case((5, 6, 7)).running(device)
+    _, mean, rstd = backend.channel_fwd(x, weight, None, mean, var, training, 0.1, 1e-5)
+    full = backend.channel_bwd(dy, x, weight, mean, rstd, training, (True, F32, F32))
+    for got, expected, wanted in zip(backend.channel_bwd(dy, x, weight, mean, rstd, training, need), full, need, strict=True):
+        assert (got is not None) == bool(wanted)
+        assert got is None or torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("cotangent", ["expanded", "sum", "channels_last", "transposed"])
+@pytest.mark.parametrize("layout", ["dense", "channels_last"])
+def test_any_strides_of_the_output_gradient(cotangent, layout, backend, device):
+    x, dy, weight, bias = Case((4, 6, 5, 7), layout=layout).make_channels(device)
+    dy = {
+        "expanded": dy[:1].expand(dy.shape),
+        "sum": torch.ones((), device=device).expand(dy.shape),
+        "channels_last": dy.contiguous(memory_format=torch.channels_last),
+        "transposed": dy.transpose(0, 1).contiguous().transpose(0, 1),
+    }[cotangent]
+    run = lambda dy: gradients(lambda x, w, b: fastnorm.batch_norm(x, None, None, w, b, True), x, dy, weight, bias)
+    ours, dense = run(dy), run(dy.contiguous())
+    for name, t in ours.items():
+        torch.testing.assert_close(t, dense[name], rtol=1e-6, atol=1e-6)
+
+
+def test_two_runs_give_the_same_bits(backend, device):
+    x, dy, weight, bias = Case((40, 6, 9, 9), dtype=BF16).make_channels(device)
+    run = lambda: gradients(lambda x, w, b: fastnorm.batch_norm(x, None, None, w, b, True), x, dy, weight, bias)
+    first, second = run(), run()
+    assert all(torch.equal(first[name], second[name]) for name in first)
