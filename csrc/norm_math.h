@@ -10,10 +10,16 @@
 
 namespace fastnorm {
 
-// x_hat. The mean is a pair: at mean/std = 1e4 one float32 cannot hold it.
+// The mean is a pair: at mean/std = 1e4 one float32 cannot hold it.
+template <class V>
+FN_HD V centre(V x, V mean_high, V mean_low) {
+  return (x - mean_high) - mean_low;
+}
+
+// x_hat
 template <class V>
 FN_HD V normalize(V x, V mean_high, V mean_low, V rstd) {
-  return ((x - mean_high) - mean_low) * rstd;
+  return centre(x, mean_high, mean_low) * rstd;
 }
 
 template <class V>

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
@@ -177,24 +178,27 @@ def library() -> Path:
     import fcntl  # not on Windows, where setup.py still has to be able to read this file
 
     cached.parent.mkdir(parents=True, exist_ok=True)
+    log, arrival = cached.parent / "build.log", time.time()
     with open(cached.parent / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not cached.is_file():
-            _compile_in_subprocess(cached)
+        failed_while_waiting = log.is_file() and log.stat().st_mtime >= arrival
+        if not cached.is_file() and not failed_while_waiting:
+            _compile_in_subprocess(cached, log)
+    if not cached.is_file():
+        raise BuildError(f"compiling the C++ kernels failed; the compiler's words are in {log}")
     return cached
 
 
-def _compile_in_subprocess(target: Path) -> None:
+def _compile_in_subprocess(target: Path, log: Path) -> None:
     print(describe(), file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         command = [sys.executable, str(Path(__file__)), temporary]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         built = Path(temporary) / target.name
-        if result.returncode or not built.is_file():
-            log = target.parent / "build.log"
+        if result.returncode == 0 and built.is_file():
+            os.replace(built, target)
+        else:
             log.write_text(result.stdout + result.stderr)
-            raise BuildError(f"compiling the C++ kernels failed; the compiler's words are in {log}")
-        os.replace(built, target)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 This file is also where the contract is written down. Every backend has these functions with these shapes:
 
-* `x`, `dy`, `y`, `dx`: any strides in; `y` and `dx` come back with x's shape and dtype, contiguous for rows, in x's own
-  memory format (contiguous or channels_last) for channels, as torch.nn's do.
+* `x`, `dy`, `y`, `dx`: any strides in; `y` and `dx` are fresh tensors (no views) of x's shape and dtype, contiguous for rows,
+  in x's own memory format (contiguous or channels_last) for channels, as torch.nn's are.
 * accumulate dtype: float64 for float64 inputs, else float32. Every statistic is in it.
 * `mean`: (2, M) or (2, C), a pair high + low, because at mean/std = 1e4 one float32 cannot hold the mean.
 * `rstd`: (M,) or (C,), 1 / sqrt(var + eps) with the biased variance.
@@ -81,6 +81,11 @@ def rstd_of(n, m2, scale, eps, dtype):
     return (scale * torch.rsqrt(m2 / n + eps * scale * scale)).to(dtype)
 
 
+def _like(t, x, memory_format):
+    """t, in a canonical shape, rounded once into a fresh tensor (no view) of x's shape and dtype."""
+    return t.view(x.shape).to(dtype=x.dtype, memory_format=memory_format, copy=True)
+
+
 def _mean(t, dims):
     return t.mean(dims, keepdim=True, dtype=torch.float64).to(t.dtype)
 
@@ -100,7 +105,7 @@ def row_fwd(x, weight, bias, eps, N):
     rstd = rstd_of(n, m2, scale, eps, acc)
     flat = lambda p: None if p is None else p.reshape(N).to(acc)
     y = affine(normalize(xf, mean, rstd), flat(weight), flat(bias))
-    return y.to(x.dtype).contiguous().view(x.shape), mean.squeeze(2), rstd.squeeze(1)
+    return _like(y, x, torch.contiguous_format), mean.squeeze(2), rstd.squeeze(1)
 
 
 def row_bwd(dy, x, weight, mean, rstd, need):
@@ -113,7 +118,7 @@ def row_bwd(dy, x, weight, mean, rstd, need):
     if need[0]:
         g = dz if weight is None else dz * weight.reshape(rows.N).to(acc)
         dx = grad_input(g, x_hat, rstd, _mean(g * x_hat, (1,)), _mean(g, (1,)))
-        dx = dx.to(x.dtype).contiguous().view(x.shape)
+        dx = _like(dx, x, torch.contiguous_format)
     dweight = None if need[1] is None else (dz * x_hat).sum(0, dtype=torch.float64).to(need[1])
     return dx, dweight, None if need[2] is None else dz.sum(0, dtype=torch.float64).to(need[2])
 
@@ -133,7 +138,7 @@ def channel_apply(x, mean, rstd, weight, bias):
     c, acc = Channels.of(x.shape), rstd.dtype
     column = lambda p: None if p is None else p.to(acc).view(c.C, 1)
     y = affine(normalize(c.view(x).to(acc), mean.view(2, c.C, 1), column(rstd)), column(weight), column(bias))
-    return _like(y, x)
+    return _like(y, x, suggest_memory_format(x))
 
 
 def channel_sums(dy, x, mean, rstd):
@@ -153,14 +158,9 @@ def channel_grad(dy, x, mean, rstd, weight, c1, c2):
     if weight is not None:
         g = g * column(weight)
     if c1 is None:
-        return _like(g * column(rstd), x)
+        return _like(g * column(rstd), x, suggest_memory_format(x))
     x_hat = normalize(c.view(x).to(acc), mean.view(2, c.C, 1), column(rstd))
-    return _like(grad_input(g, x_hat, column(rstd), column(c1), column(c2)), x)
-
-
-def _like(y, x):
-    """y (B, C, S) rounded once into a fresh tensor of x's shape, dtype and memory format."""
-    return y.view(x.shape).to(dtype=x.dtype, memory_format=suggest_memory_format(x), copy=True)
+    return _like(grad_input(g, x_hat, column(rstd), column(c1), column(c2)), x, suggest_memory_format(x))
 
 
 # ---------------------------------------------------------------- channels: the whole op

@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
 import pytest
 
 import fastnorm
-from fastnorm import dispatch
+from fastnorm import build, dispatch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     import interpreter
@@ -26,7 +26,30 @@ def _served():
             yield from ((backend, device) for device in devices if backend.why_not(device) is None)
 
 
-@pytest.fixture(params=_served(), ids=lambda p: f"{p[0].name}-{p[1]}")
+SERVED = list(_served())
+
+
+def pytest_sessionstart():
+    """A backend that should be there and is not must not turn into tests that are not run."""
+    present = {backend.name for backend, _ in SERVED}
+    if dispatch.forced() and not present:
+        pytest.exit(f"FASTNORM_BACKEND={dispatch.forced()} cannot run here: {_reason(dispatch.forced())}", returncode=2)
+    if not dispatch.forced() and "native" not in present and _compiler():
+        pytest.exit(f"there is a C++ compiler, but no native backend: {_reason('native')}", returncode=2)
+
+
+def _reason(name):
+    return dispatch.BACKENDS[dispatch.NAMES.index(name)].why_not("cpu")
+
+
+def _compiler():
+    try:
+        return build.compiler()
+    except build.BuildError:
+        return None
+
+
+@pytest.fixture(params=SERVED, ids=lambda p: f"{p[0].name}-{p[1]}")
 def served(request):
     """The backend module in force, and its device, for one test."""
     backend, device = request.param

@@ -47,36 +47,13 @@ void for_columns(Channels g, const Split& split, const F& f) {
   });
 }
 
-// A sum of vectors with what its additions rounded away (Knuth's two-sum): good to one rounding, whatever the number of terms.
-template <class V>
-struct Sum {
-  V value{0}, lost{0};
-  void add(V v) {
-    const V s = value + v, t = s - value;
-    lost = lost + ((value - (s - t)) + (v - t));
-    value = s;
-  }
-  // One double per lane.
-  void store(double* out) const {
-    typename V::value_type v[lanes<V>], l[lanes<V>];
-    value.store(v);
-    lost.store(l);
-    for (int64_t k = 0; k < lanes<V>; ++k) out[k] = static_cast<double>(v[k]) + static_cast<double>(l[k]);
-  }
-};
-
-// Sums over rows of K quantities, lane by lane: f(row) -> std::array<V, K>; eight rows are added plainly before each two-sum.
+// Sums over rows of K quantities, lane by lane: f(row) -> std::array<V, K>.
 template <class V, size_t K, class F>
 std::array<Sum<V>, K> column_sums(int64_t rows, const F& f) {
-  constexpr int64_t GROUP = 8;
   std::array<Sum<V>, K> total;
-  for (int64_t start = 0; start < rows; start += GROUP) {
-    std::array<V, K> s = f(start);
-    for (int64_t r = start + 1; r < std::min(rows, start + GROUP); ++r) {
-      const auto t = f(r);
-      for (size_t k = 0; k < K; ++k) s[k] = s[k] + t[k];
-    }
-    for (size_t k = 0; k < K; ++k) total[k].add(s[k]);
+  for (int64_t r = 0; r < rows; ++r) {
+    const std::array<V, K> t = f(r);
+    for (size_t k = 0; k < K; ++k) total[k].add(t[k]);
   }
   return total;
 }
@@ -140,42 +117,36 @@ std::vector<Moments<double>> stats(Channels g, const T* x) {
   return total;
 }
 
-// (sum_dz, sum_dz_x_hat) of each channel.
+// (sum_dz, sum_dz_x_hat) of each channel. rstd is one factor of a whole channel, so it is multiplied in once, at the end.
 template <class T>
 std::vector<std::array<double, 2>> sums(Channels g, const T* dy, const T* x, const Acc<T>* mean, const Acc<T>* rstd) {
-  using A = Acc<T>;
   using V = Vec<T>;
   const Split split(g);
   const int64_t pieces = split.pieces();
   std::vector<std::array<double, 2>> partial(g.C * pieces), total(g.C);
-  const auto term = [&](int64_t p, int64_t count, V high, V low, V r) {
+  const auto term = [&](int64_t p, int64_t count, V high, V low) {
     const V dz = load(dy + p, count);
-    return std::array<V, 2>{dz, dz * normalize(load(x + p, count), high, low, r)};
+    return std::array<V, 2>{dz, dz * centre(load(x + p, count), high, low)};
   };
   if (g.last)
     for_columns<V>(g, split, [&](int64_t p, int64_t c, int64_t count, int64_t rows, int64_t piece) {
-      const V high = load(mean + c, count), low = load(mean + g.C + c, count), r = load(rstd + c, count);
-      const auto s = column_sums<V, 2>(rows, [&](int64_t row) { return term(p + row * g.C, count, high, low, r); });
-      double dz[lanes<V>], dz_x_hat[lanes<V>];
+      const V high = load(mean + c, count), low = load(mean + g.C + c, count);
+      const auto s = column_sums<V, 2>(rows, [&](int64_t row) { return term(p + row * g.C, count, high, low); });
+      double dz[lanes<V>], dz_centred[lanes<V>];
       s[0].store(dz);
-      s[1].store(dz_x_hat);
-      for (int64_t k = 0; k < count; ++k) partial[(c + k) * pieces + piece] = {dz[k], dz_x_hat[k]};
+      s[1].store(dz_centred);
+      for (int64_t k = 0; k < count; ++k) partial[(c + k) * pieces + piece] = {dz[k], dz_centred[k]};
     });
   else
     for_runs(g, split, [&](int64_t p, int64_t c, int64_t runs, int64_t n, int64_t piece) {
-      std::array<double, 2> sum{};
-      for (int64_t b = 0; b < runs; ++b) {
-        const auto s = sums_over<V, 2>(n, [&](int64_t i, int64_t count) {
-          return term(p + b * g.C * g.S + i, count, V(mean[c]), V(mean[g.C + c]), V(rstd[c]));
-        });
-        sum = {sum[0] + s[0], sum[1] + s[1]};
-      }
-      partial[c * pieces + piece] = sum;
+      const V high(mean[c]), low(mean[g.C + c]);
+      partial[c * pieces + piece] =
+          sums_over<V, 2>(runs, g.C * g.S, n, [&](int64_t i, int64_t count) { return term(p + i, count, high, low); });
     });
   for (int64_t c = 0; c < g.C; ++c) {
-    total[c] = {0, 0};
     for (int64_t k = 0; k < pieces; ++k)
       for (int q = 0; q < 2; ++q) total[c][q] += partial[c * pieces + k][q];
+    total[c][1] *= static_cast<double>(rstd[c]);
   }
   return total;
 }

@@ -1,7 +1,6 @@
 // What every CPU kernel is made of: types, vectors with a remainder, sums and threads. The remainder loops stand here only.
 #pragma once
 
-#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <torch/csrc/stable/c/shim.h>
 
@@ -120,20 +119,39 @@ inline void for_vectors(int64_t n, const F& f) {
   if (i < n) f(i, n - i);
 }
 
+// A sum of vectors with what its additions rounded away (Knuth's two-sum): good to one rounding, whatever the number of terms.
 template <class V>
-inline double horizontal(V v) {
-  return at::vec::vec_reduce_all<typename V::value_type>([](V& a, V& b) { return a + b; }, v);
-}
+struct Sum {
+  V value{0}, lost{0};
 
-// The sums over [0, n) of K quantities, f(i, count) -> std::array<V, K>. Four chains hide the latency of an addition; the lanes
-// go to double every 8192 elements, so that rounding does not grow with n.
+  void add(V v) {
+    const V s = value + v, t = s - value;
+    lost = lost + ((value - (s - t)) + (v - t));
+    value = s;
+  }
+  // One double per lane.
+  void store(double* out) const {
+    typename V::value_type v[lanes<V>], l[lanes<V>];
+    value.store(v);
+    lost.store(l);
+    for (int64_t k = 0; k < lanes<V>; ++k) out[k] = static_cast<double>(v[k]) + static_cast<double>(l[k]);
+  }
+  // All lanes, in double: a float tree over the lanes would round more than all additions before it.
+  double total() const {
+    double lane[lanes<V>], sum[4] = {};
+    store(lane);
+    for (int64_t k = 0; k < lanes<V>; ++k) sum[k % 4] += lane[k];
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  }
+};
+
+// Adds K quantities over [0, n) to `total`, f(i, count) -> std::array<V, K>. Four chains hide the latency of an addition;
+// eight vectors are added plainly before each two-sum.
 template <class V, size_t K, class F>
-inline std::array<double, K> sums_over(int64_t n, const F& f) {
-  constexpr int64_t W = lanes<V>, BLOCK = 8192;
-  static_assert(BLOCK % (4 * W) == 0);
-  std::array<double, K> total{};
-  for (int64_t start = 0; start < n; start += BLOCK) {
-    const int64_t end = std::min(n, start + BLOCK);
+inline void add_sums(std::array<Sum<V>, K>& total, int64_t n, const F& f) {
+  constexpr int64_t W = lanes<V>, GROUP = 8 * W;
+  for (int64_t start = 0; start < n; start += GROUP) {
+    const int64_t end = std::min(n, start + GROUP);
     V s[4][K];
     for (auto& chain : s)
       for (auto& v : chain) v = V(0);
@@ -149,9 +167,19 @@ inline std::array<double, K> sums_over(int64_t n, const F& f) {
       for (auto& v : t) v = V::set(V(0), v, end - i);
       add(1, t);
     }
-    for (size_t k = 0; k < K; ++k) total[k] += horizontal((s[0][k] + s[1][k]) + (s[2][k] + s[3][k]));
+    for (size_t k = 0; k < K; ++k) total[k].add((s[0][k] + s[1][k]) + (s[2][k] + s[3][k]));
   }
-  return total;
+}
+
+// The sums of K quantities over `runs` runs of n elements, f(offset, count) -> std::array<V, K>.
+template <class V, size_t K, class F>
+inline std::array<double, K> sums_over(int64_t runs, int64_t run_stride, int64_t n, const F& f) {
+  std::array<Sum<V>, K> total;
+  for (int64_t r = 0; r < runs; ++r)
+    add_sums<V, K>(total, n, [&](int64_t i, int64_t count) { return f(r * run_stride + i, count); });
+  std::array<double, K> out;
+  for (size_t k = 0; k < K; ++k) out[k] = total[k].total();
+  return out;
 }
 
 // f(begin, end) on torch's own threads. The split of the work must not show in the result: callers give items of fixed size.
@@ -202,19 +230,13 @@ inline Moments<double> moments_about(double n, double high, double sum_d, double
 template <class T>
 Moments<double> moments_of(const T* p, int64_t runs, int64_t run_stride, int64_t n) {
   using V = Vec<T>;
-  double sum = 0, sum_d = 0, sum_dd = 0;
   const double count = static_cast<double>(runs * n);
-  for (int64_t r = 0; r < runs; ++r)
-    sum += sums_over<V, 1>(n, [&](int64_t i, int64_t c) { return std::array<V, 1>{load(p + r * run_stride + i, c)}; })[0];
-  const auto high = static_cast<Acc<T>>(sum / count);
-  for (int64_t r = 0; r < runs; ++r) {
-    const auto s = sums_over<V, 2>(n, [&](int64_t i, int64_t c) {
-      const V d = load(p + r * run_stride + i, c) - V(high);
-      return std::array<V, 2>{d, d * d};
-    });
-    sum_d += s[0];
-    sum_dd += s[1];
-  }
+  const auto sum = sums_over<V, 1>(runs, run_stride, n, [&](int64_t i, int64_t c) { return std::array<V, 1>{load(p + i, c)}; });
+  const auto high = static_cast<Acc<T>>(sum[0] / count);
+  const auto [sum_d, sum_dd] = sums_over<V, 2>(runs, run_stride, n, [&](int64_t i, int64_t c) {
+    const V d = load(p + i, c) - V(high);
+    return std::array<V, 2>{d, d * d};
+  });
   if (!std::isfinite(sum_dd)) return moments_in_double(p, runs, run_stride, n, int64_t{1});
   return moments_about(count, static_cast<double>(high), sum_d, sum_dd);
 }

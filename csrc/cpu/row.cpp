@@ -38,7 +38,7 @@ void bwd_block(Rows g, const T* dy, const T* x, const Acc<T>* weight, const Acc<
     const auto g_of = [&](V dz, int64_t i, int64_t count) { return weight ? dz * load(weight + i, count) : dz; };
     V c1(0), c2(0);
     if (dx) {
-      const auto sums = sums_over<V, 2>(g.N, [&](int64_t i, int64_t count) {
+      const auto sums = sums_over<V, 2>(1, 0, g.N, [&](int64_t i, int64_t count) {
         const V gi = g_of(dz_at(i, count), i, count);
         return std::array<V, 2>{gi * x_hat_at(i, count), gi};
       });

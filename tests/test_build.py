@@ -1,0 +1,148 @@
+"""The compiled library: keys, the cache, processes that start at once, and machines where nothing can be compiled."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_dispatch import python
+
+import fastnorm
+from fastnorm import build
+
+COMPUTE = """
+import warnings, torch, fastnorm
+x = torch.arange(12.).reshape(3, 4).requires_grad_()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    y = fastnorm.LayerNorm(4)(x)
+    y = fastnorm.BatchNorm1d(4)(y)
+    y.square().sum().backward()
+assert torch.allclose(y, torch.nn.BatchNorm1d(4)(torch.nn.LayerNorm(4)(x)), atol=1e-3)
+messages = [str(w.message) for w in caught if "fastnorm" in str(w.message)]
+print(len(messages), *messages)
+print(fastnorm.dispatch.select("cpu").__name__)
+"""
+
+
+def _compiler_missing():
+    try:
+        build.compiler()
+    except build.BuildError:
+        return True
+    return False
+
+
+needs_compiler = pytest.mark.skipif(_compiler_missing(), reason="there is no C++ compiler on this machine")
+
+
+def as_pure_python(code):
+    """As in a pure Python install: the library beside the package is not seen, the sources are."""
+    nowhere = str(build.csrc().parent / "no-library-here")
+    return f"import fastnorm.build, pathlib; fastnorm.build._HERE = pathlib.Path({nowhere!r})\n{code}"
+
+
+def test_keys_tell_apart_what_must_not_be_mixed(monkeypatch):
+    keys = {isa: build.key(isa) for isa in build.ISAS}
+    assert len(set(keys.values())) == len(keys)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.99.0")
+    assert not set(keys.values()) & {build.key(isa) for isa in build.ISAS}
+
+
+def test_a_machine_accepts_its_own_and_plainer_instruction_sets(monkeypatch):
+    monkeypatch.setattr(build, "machine_isa", lambda: "avx2")
+    assert build.accepted_keys() == [build.key("avx2"), build.key("default")]
+
+
+def test_a_wrong_isa_is_refused(monkeypatch):
+    monkeypatch.setenv("FASTNORM_ISA", "avx9")
+    with pytest.raises(build.BuildError, match="FASTNORM_ISA is 'avx9'; it should be one of default, avx2, avx512"):
+        build.target_isa()
+
+
+def test_no_compiler_is_one_warning_and_right_results(tmp_path):
+    code = as_pure_python(COMPUTE)
+    run = python(code, PATH="/nonexistent", CXX=None, FASTNORM_CACHE_DIR=str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    count, message = run.stdout.split("\n")[0].split(" ", 1)
+    assert count == "1", run.stdout
+    assert "plain torch operators" in message
+    assert "no C++ compiler was found" in message
+    assert run.stdout.split("\n")[1] == "fastnorm.reference"
+
+
+def test_no_triton_is_no_matter_on_a_cpu(tmp_path):
+    """A folder that shadows triton with one that cannot be imported."""
+    (tmp_path / "triton.py").write_text("raise ModuleNotFoundError(\"No module named 'triton'\", name='triton')\n")
+    run = python(COMPUTE, PYTHONPATH=str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("0\n")
+    reason = "import fastnorm.dispatch as d; print(d.BACKENDS[0].why_not('cuda'))"
+    assert "No module named 'triton'" in python(reason, PYTHONPATH=str(tmp_path)).stdout
+
+
+@needs_compiler
+def test_sources_that_do_not_compile_are_reported(tmp_path):
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    (sources / "broken.cpp").write_text("this is no C++\n")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "build.py").write_text(Path(build.__file__).read_text())
+    code = "import build\ntry:\n    build.library()\nexcept build.BuildError as e:\n    print(e)"
+    run = python(code, PYTHONPATH=str(tmp_path / "package"), FASTNORM_CACHE_DIR=str(tmp_path / "cache"))
+    assert "compiling the C++ kernels failed; the compiler's words are in" in run.stdout, run.stdout + run.stderr
+    log = next((tmp_path / "cache").rglob("build.log"))
+    assert "broken.cpp" in log.read_text()
+    assert not list((tmp_path / "cache").rglob("_C*"))
+
+
+@needs_compiler
+def test_processes_that_start_at_once_compile_once(tmp_path):
+    """Also: the plainest instruction set compiles, loads and is right, as on a machine of another kind."""
+    code = as_pure_python(COMPUTE)
+    env = {**os.environ, "FASTNORM_CACHE_DIR": str(tmp_path), "FASTNORM_ISA": "default", "FASTNORM_BACKEND": ""}
+    command = [sys.executable, "-c", code]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": "/", "env": env}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(3)]
+    outputs = [p.communicate() for p in processes]
+    assert [out.split("\n")[:2] for out, _ in outputs] == [["0", "fastnorm.native"]] * 3, outputs
+    assert sum("compiling" in err for _, err in outputs) == 1
+    assert len(list(tmp_path.rglob("_C*"))) == 1
+    tests = Path(__file__).parent
+    suite = ["-m", "pytest", "-x", "-p", "no:cacheprovider", str(tests / "test_rows.py"), str(tests / "test_channels.py")]
+    env |= {"FASTNORM_BACKEND": "native", "ATEN_CPU_CAPABILITY": "default"}
+    run = subprocess.run([sys.executable, *suite], capture_output=True, text=True, env=env, check=False)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert "passed" in run.stdout
+
+
+@needs_compiler
+def test_results_do_not_depend_on_the_number_of_threads():
+    """The C++ kernels split by fixed blocks: the same bits for 1, 2 and 4 threads."""
+    before, results = torch.get_num_threads(), []
+    rows, image = torch.randn(3000, 96), torch.randn(8, 24, 40, 40)
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            with fastnorm.use_backend("native"):
+                results.append(_everything(rows, image))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def _everything(rows, image):
+    out = []
+    for norm, x in (
+        (fastnorm.LayerNorm(96), rows),
+        (fastnorm.BatchNorm1d(96), rows),
+        (fastnorm.BatchNorm2d(24), image),
+        (fastnorm.BatchNorm2d(24), image.contiguous(memory_format=torch.channels_last)),
+    ):
+        x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        y = norm(x)
+        out += [y.detach(), *torch.autograd.grad(y.pow(3).sum(), [x, norm.weight, norm.bias])]
+    return out

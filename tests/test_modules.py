@@ -1,0 +1,239 @@
+"""Drop-in: the same constructor, repr, state_dict, options, layouts and exceptions as torch.nn's."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from cases import BF16, F16, F32, F64
+
+import fastnorm
+
+PAIRS = [
+    pytest.param(fastnorm.LayerNorm, torch.nn.LayerNorm, (6,), (4, 6), id="LayerNorm"),
+    pytest.param(fastnorm.LayerNorm, torch.nn.LayerNorm, ([3, 6],), (4, 3, 6), id="LayerNorm-2"),
+    pytest.param(fastnorm.BatchNorm1d, torch.nn.BatchNorm1d, (6,), (8, 6), id="BatchNorm1d"),
+    pytest.param(fastnorm.BatchNorm1d, torch.nn.BatchNorm1d, (6,), (8, 6, 5), id="BatchNorm1d-L"),
+    pytest.param(fastnorm.BatchNorm2d, torch.nn.BatchNorm2d, (6,), (4, 6, 3, 5), id="BatchNorm2d"),
+    pytest.param(fastnorm.BatchNorm3d, torch.nn.BatchNorm3d, (6,), (2, 6, 3, 2, 4), id="BatchNorm3d"),
+]
+pairs = pytest.mark.parametrize(("ours", "theirs", "args", "shape"), PAIRS)
+batch_pairs = pytest.mark.parametrize(("ours", "theirs", "args", "shape"), PAIRS[2:])
+
+
+def options(cls):
+    if issubclass(cls, torch.nn.LayerNorm):
+        return [{}, {"elementwise_affine": False}, {"bias": False}, {"eps": 0.1}]
+    return [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}, {"momentum": 0.3, "eps": 0.1}]
+
+
+def twins(ours, theirs, args, seed=0, **kwargs):
+    """The two modules with the same random parameters."""
+    ours, theirs = ours(*args, **kwargs), theirs(*args, **kwargs)
+    generator = torch.Generator().manual_seed(seed)
+    for p in theirs.parameters():
+        with torch.no_grad():
+            p.copy_(torch.randn(p.shape, generator=generator))
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return ours, theirs
+
+
+def assert_same_state(ours, theirs, **tolerance):
+    state = theirs.state_dict()
+    assert list(ours.state_dict()) == list(state)
+    for name, t in ours.state_dict().items():
+        assert t.dtype == state[name].dtype
+        torch.testing.assert_close(t, state[name], **tolerance)
+
+
+@pairs
+def test_is_a_torch_module_with_its_signature(ours, theirs, args, shape):
+    assert issubclass(ours, theirs)
+    assert inspect.signature(ours.__init__) == inspect.signature(theirs.__init__)
+    assert inspect.signature(ours.forward).parameters.keys() == inspect.signature(theirs.forward).parameters.keys()
+    for kwargs in options(ours):
+        assert repr(ours(*args, **kwargs)) == repr(theirs(*args, **kwargs))
+        assert_same_state(ours(*args, **kwargs), theirs(*args, **kwargs))
+
+
+@pairs
+def test_options_over_several_steps(ours, theirs, args, shape, backend, device):
+    """Three training steps and one in evaluation, for every option: outputs, gradients and statistics stay together."""
+    for kwargs in options(ours):
+        mine, torchs = (m.to(device) for m in twins(ours, theirs, args, **kwargs))
+        for step in range(4):
+            if step == 3:
+                mine.eval(), torchs.eval()
+            x = torch.randn(shape, device=device) * (step + 1) + step
+            results = []
+            for module in (mine, torchs):
+                xi = x.clone().requires_grad_()
+                y = module(xi)
+                results.append([y.detach(), *torch.autograd.grad(y.square().sum(), [xi, *module.parameters()])])
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+            assert_same_state(mine, torchs, rtol=1e-5, atol=1e-6)
+
+
+@pairs
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
+def test_factories_and_casts(ours, theirs, args, shape, dtype, backend, device):
+    module = ours(*args, device=device, dtype=dtype)
+    assert all(p.dtype == dtype and p.device.type == device for p in module.parameters())
+    assert module(torch.randn(shape, device=device, dtype=dtype)).dtype == dtype
+    assert_same_state(ours(*args).to(device).to(dtype), theirs(*args).to(device).to(dtype))
+    meta = ours(*args, device="meta").to_empty(device=device)
+    meta.reset_parameters()
+    assert_same_state(meta, theirs(*args).to(device))
+
+
+@pairs
+@pytest.mark.parametrize("parameters", [F32, BF16, F64])
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
+def test_any_input_beside_any_parameters(ours, theirs, args, shape, dtype, parameters, backend, device):
+    """torch.nn refuses most of these; the result is the float64 one, rounded."""
+    module = ours(*args, device=device, dtype=parameters)
+    x = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+    y = module(x)
+    expected = theirs(*args, device=device, dtype=F64)(x.double())
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=2e-6 if dtype != F64 else 1e-14)
+    y.float().square().sum().backward()
+    assert x.grad.dtype == dtype
+    assert all(p.grad.dtype == parameters for p in module.parameters())
+
+
+@pairs
+def test_copies_and_pickles(ours, theirs, args, shape):
+    module = ours(*args)
+    for clone in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert type(clone) is ours
+        assert_same_state(clone, module)
+    torchs = theirs(*args)
+    torchs.load_state_dict(module.state_dict(), strict=True)
+
+
+@pairs
+def test_empty_batch(ours, theirs, args, shape, backend, device):
+    """As torch: an empty result, zero gradients, statistics unchanged."""
+    shape = (0, *shape[1:])
+    mine, torchs = (m.to(device) for m in twins(ours, theirs, args))
+    for module in (mine, torchs):
+        x = torch.randn(shape, device=device, requires_grad=True)
+        y = module(x)
+        assert y.shape == shape
+        y.sum().backward()
+        assert all(p.grad is None or not p.grad.any() for p in module.parameters())
+    assert_same_state(mine, torchs)
+
+
+@pairs
+@pytest.mark.parametrize("layout", ["dense", "channels_last", "transposed", "expanded"])
+def test_memory_format_is_torchs(ours, theirs, args, shape, layout, backend, device):
+    x = torch.randn(shape, device=device)
+    if layout == "channels_last" and x.dim() >= 4:
+        x = x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+    if layout == "transposed":
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "expanded":
+        x = x[:1].expand(shape)
+    results = []
+    for module in twins(ours, theirs, args):
+        xi = x.detach().requires_grad_()
+        y = module.to(device)(xi)
+        results.append((y.stride(), torch.autograd.grad(y, xi, torch.ones_like(y))[0].stride()))
+    assert results[0] == results[1]
+
+
+def calls(functional, dtype=F32):
+    """Every kind of bad call, as functions of (layer_norm, batch_norm)."""
+    layer_norm, batch_norm = functional.layer_norm, functional.batch_norm
+    x, ones = torch.randn(4, 6), torch.ones
+    return {
+        "normalized_shape is an int": lambda: layer_norm(x, 6),
+        "normalized_shape is empty": lambda: layer_norm(x, ()),
+        "normalized_shape does not fit": lambda: layer_norm(x, (5,)),
+        "normalized_shape is longer than x": lambda: layer_norm(x, (2, 4, 6)),
+        "normalized_shape holds no ints": lambda: layer_norm(x, ("a",)),
+        "layer_norm weight does not fit": lambda: layer_norm(x, (6,), ones(5)),
+        "layer_norm bias does not fit": lambda: layer_norm(x, (6,), None, ones(7)),
+        "layer_norm eps is a string": lambda: layer_norm(x, (6,), eps="a"),
+        "layer_norm of integers": lambda: layer_norm(torch.ones(4, 6, dtype=torch.int64), (6,)),
+        "layer_norm of no tensor": lambda: layer_norm([1.0, 2.0], (2,)),
+        "layer_norm of None": lambda: layer_norm(None, (2,)),
+        "weight on another device": lambda: layer_norm(x, (6,), ones(6, device="meta")),
+        "batch_norm of one dimension": lambda: batch_norm(torch.randn(6), None, None, training=True),
+        "batch_norm of no dimension": lambda: batch_norm(torch.tensor(1.0), ones(1), ones(1)),
+        "one value per channel": lambda: batch_norm(torch.randn(1, 6), None, None, training=True),
+        "one value per channel, 2d": lambda: batch_norm(torch.randn(1, 6, 1, 1), ones(6), ones(6), training=True),
+        "no statistics in evaluation": lambda: batch_norm(x, None, None),
+        "only one running statistic": lambda: batch_norm(x, None, ones(6), training=True),
+        "only the other in evaluation": lambda: batch_norm(x, ones(6), None),
+        "running_mean does not fit": lambda: batch_norm(x, ones(5), ones(5), training=True),
+        "running_var does not fit": lambda: batch_norm(x, ones(6), ones(5)),
+        "batch_norm weight does not fit": lambda: batch_norm(x, ones(6), ones(6), ones(5)),
+        "batch_norm bias does not fit": lambda: batch_norm(x, ones(6), ones(6), None, ones(5)),
+        "eps = 0 in training": lambda: batch_norm(x, None, None, training=True, eps=0.0),
+        "negative eps": lambda: batch_norm(x, ones(6), ones(6), eps=-1.0),
+        "momentum is None": lambda: batch_norm(x, ones(6), ones(6), training=True, momentum=None),
+        "batch_norm of integers": lambda: batch_norm(torch.ones(4, 6, dtype=torch.int64), ones(6), ones(6)),
+        "batch_norm of a list": lambda: batch_norm([[1.0, 2.0]], ones(2), ones(2)),
+    }
+
+
+@pytest.mark.parametrize("what", list(calls(fastnorm.functional)))
+def test_bad_calls_raise_what_torch_raises(what, backend):
+    raised = []
+    for functional in (fastnorm.functional, torch.nn.functional):
+        with pytest.raises(Exception) as info:  # noqa: PT011 (the type and the words are compared with torch's below)
+            calls(functional)[what]()
+        raised.append((type(info.value), str(info.value)))
+    assert raised[0] == raised[1]
+
+
+@batch_pairs
+def test_a_call_that_raises_changes_no_statistics(ours, theirs, args, shape, backend):
+    module = ours(*args)
+    module(torch.randn(shape))
+    before = copy.deepcopy(module.state_dict())
+    for bad in (torch.randn(1, 6, *[1] * (len(shape) - 2)), torch.randn(shape[0], 5, *shape[2:]), torch.randn(3)):
+        with pytest.raises((ValueError, RuntimeError)):
+            module(bad)
+    assert all(torch.equal(before[name], t) for name, t in module.state_dict().items())
+
+
+def test_output_may_be_changed_in_place(backend, device):
+    """nn.ReLU(inplace=True) follows a batch norm in most conv nets: y is not saved for backward."""
+    for norm in (fastnorm.BatchNorm2d(6), fastnorm.LayerNorm(5)):
+        x = torch.randn(4, 6, 3, 5, device=device, requires_grad=True)
+        torch.nn.functional.relu(norm.to(device)(x), inplace=True).sum().backward()
+        assert x.grad.isfinite().all()
+
+
+def test_buffers_may_change_between_forward_and_backward(backend, device):
+    """DistributedDataParallel broadcasts buffers in place."""
+    for training in (True, False):
+        norm = fastnorm.BatchNorm1d(6, device=device).train(training)
+        x = torch.randn(8, 6, device=device, requires_grad=True)
+        y = norm(x)
+        expected = torch.autograd.grad(y.square().sum(), [x, norm.weight], retain_graph=True)
+        norm.running_mean.add_(1)
+        norm.running_var.mul_(3)
+        for a, b in zip(torch.autograd.grad(y.square().sum(), [x, norm.weight]), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_public_names():
+    assert set(fastnorm.__all__) == {
+        "BatchNorm1d",
+        "BatchNorm2d",
+        "BatchNorm3d",
+        "LayerNorm",
+        "__version__",
+        "batch_norm",
+        "functional",
+        "layer_norm",
+        "use_backend",
+    }
+    assert all(getattr(fastnorm, name).__doc__ for name in fastnorm.__all__ if name != "__version__")
