@@ -32,6 +32,12 @@ def _norm(x, weight, bias, dy, eps, axes, running=None):
     return out
 
 
+def _terms(t, dz, axes):
+    """What a sum of random terms comes to, whatever this one happened to come to."""
+    t.dweight_terms = np.sqrt((t.dz_x_hat**2).sum(axes).max(initial=0))
+    t.dbias_terms = np.sqrt((dz**2).sum(axes).max(initial=0))
+
+
 def layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5, dy=None):
     """y, dx, dweight, dbias in the shapes of torch's; mean, var, rstd as (M,)."""
     shape, N = tuple(x.shape), int(np.prod(normalized_shape))
@@ -40,6 +46,7 @@ def layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5, dy=None):
     t.y, t.mean, t.var, t.rstd = t.y.reshape(shape), t.mean[:, 0], t.var[:, 0], t.rstd[:, 0]
     if dy is not None:
         t.dx = t.dx.reshape(shape)
+        _terms(t, rows(dy), (0,))
         t.dweight = t.dz_x_hat.sum(0).reshape(normalized_shape)
         t.dbias = rows(dy).sum(0).reshape(normalized_shape)
     return t
@@ -56,6 +63,7 @@ def batch_norm(x, weight=None, bias=None, eps=1e-5, dy=None, running_mean=None, 
             setattr(t, name, getattr(t, name).reshape(-1))
     t.count = x.numel() // x.shape[1]
     if dy is not None:
+        _terms(t, wide(dy), axes)
         t.dweight, t.dbias = t.dz_x_hat.sum(axes), wide(dy).sum(axes)
     return t
 

@@ -25,7 +25,7 @@ def test_forward_and_gradients(kind, case, backend, device):
     for name, t in ours.items():
         assert t.dtype == peer[name].dtype, name
         assert t.stride() == peer[name].stride(), name
-        assert_no_worse(kind, case, name, t, truth)
+        assert_no_worse(kind, case, name, t, truth, backend)
 
 
 @cases
@@ -37,7 +37,7 @@ def test_backward_alone(case, backend, device):
     ours = backend.channel_bwd(dy, x, weight, *statistics(truth, x), True, need)
     for name, t in zip(("dx", "dweight", "dbias"), ours, strict=True):
         if t is not None:
-            assert_no_worse(Training, case, name, t, truth)
+            assert_no_worse(Training, case, name, t, truth, backend)
 
 
 @cases
@@ -59,17 +59,17 @@ def test_pieces(case, backend, device):
 
     y = backend.channel_apply(x, mean, rstd, weight, bias)
     assert y.stride() == peer["y"].stride()
-    assert_no_worse(Training, case, "y", y, truth)
+    assert_no_worse(Training, case, "y", y, truth, backend)
 
     sum_dz, sum_dz_x_hat = backend.channel_sums(dy, x, mean, rstd)
-    terms = abs(truth.dz_x_hat).sum() / truth.c1.size  # the size of what is added up
-    assert error(sum_dz, truth.dbias) <= 2 * ulp(acc, abs(wide(dy)).sum() / truth.c1.size)
-    assert error(sum_dz_x_hat, truth.dweight) <= 2 * ulp(acc, terms)
+    added = lambda terms: abs(terms).sum((0, *range(2, x.dim()))).max()  # the size of what is added up
+    assert error(sum_dz, truth.dbias) <= 2 * ulp(acc, added(wide(dy)))
+    assert error(sum_dz_x_hat, truth.dweight) <= 2 * ulp(acc, added(truth.dz_x_hat))
 
     c1, c2 = (torch.from_numpy(c.astype("float64")).to(acc).to(device) for c in (truth.c1, truth.c2))
     dx = backend.channel_grad(dy, x, mean, rstd, weight, c1, c2)
     assert dx.stride() == peer["dx"].stride()
-    assert_no_worse(Training, case, "dx", dx, truth)
+    assert_no_worse(Training, case, "dx", dx, truth, backend)
     frozen = batch_norm(x, weight, bias, 0.0, dy, torch.zeros_like(mean[0]), rstd.double().pow(-2))
     dx = backend.channel_grad(dy, x, mean, rstd, weight, None, None)
     assert error(dx, frozen.dx) <= 2 * ulp(dx.dtype, abs(frozen.dx).max())
@@ -176,7 +176,7 @@ def test_any_strides_of_the_output_gradient(cotangent, layout, backend, device):
     run = lambda dy: gradients(lambda x, w, b: fastnorm.batch_norm(x, None, None, w, b, True), x, dy, weight, bias)
     ours, dense = run(dy), run(dy.contiguous())
     for name, t in ours.items():
-        torch.testing.assert_close(t, dense[name], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(t, dense[name], rtol=1e-5, atol=1e-5)
 
 
 def test_two_runs_give_the_same_bits(backend, device):

@@ -21,7 +21,7 @@ def test_forward_and_gradients(case, device, backend):
     for name, t in ours.items():
         assert t.dtype == peer[name].dtype, name
         assert t.stride() == peer[name].stride(), name
-        assert_no_worse(Rows, case, name, t, truth)
+        assert_no_worse(Rows, case, name, t, truth, backend)
 
 
 @cases
@@ -32,7 +32,7 @@ def test_backward_alone(case, device, backend):
     ours = backend.row_bwd(dy, x, weight, *statistics(truth, x), (True, *parameter_dtypes(weight, bias)))
     for name, t in zip(("dx", "dweight", "dbias"), ours, strict=True):
         if t is not None:
-            assert_no_worse(Rows, case, name, t, truth)
+            assert_no_worse(Rows, case, name, t, truth, backend)
 
 
 @pytest.mark.parametrize("shape", [(5, 40), (3, 12000)], ids=str)

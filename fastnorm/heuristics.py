@@ -1,0 +1,176 @@
+"""Launch choices as data: (sizes, itemsize, SM count) in, a frozen configuration out. Nothing is measured at run time.
+
+The ladders were chosen by reading compiled code (registers, spills, bytes in flight per SM); tests/test_triton_compile.py
+holds them to "no spill". What a row's result depends on (rows, block, warps) is a function of N and the itemsize alone, so
+y and dx of a row never depend on the batch around it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SMALLEST_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class RowForward:
+    """One program normalises `rows` rows held in registers, or, when chunked, sweeps over one row twice."""
+
+    rows: int
+    block: int
+    warps: int
+    chunked: bool = False
+
+
+@dataclass(frozen=True)
+class RowBackward:
+    """`programs` persistent programs, each with fp32 weight and bias gradients of the whole row in registers."""
+
+    rows: int
+    block: int
+    warps: int
+    stages: int
+    programs: int
+
+
+@dataclass(frozen=True)
+class RowBackwardSplit:
+    """Rows too long for the registers: row sums, then column tiles, in panels of rows that stay in L2 between the two."""
+
+    sums_block: int
+    sums_warps: int
+    block: int
+    warps: int
+    panel_rows: int
+    rows_per_program: int
+
+
+@dataclass(frozen=True)
+class Channel:
+    """Tiles of block_b samples x block_s positions x block_c channels; a program takes `tiles` of them, one after another."""
+
+    block_b: int
+    block_s: int
+    block_c: int
+    warps: int
+    tiles: int
+    programs: int
+
+
+@dataclass(frozen=True)
+class Finalise:
+    """One program sums block_p partial rows at a time, for block_c columns."""
+
+    block_p: int
+    block_c: int
+    warps: int = 4
+
+
+# itemsize -> {bucket of N: (rows, warps)}; a longer row is chunked.
+FORWARD = {
+    # Rows share a warp up to 256: as many rows as fill 4 warps. 512, 1024: 2 warps, fewest barriers, most programs per SM.
+    2: {16: (128, 4), 32: (64, 4), 64: (32, 4), 128: (16, 4), 256: (8, 4), 512: (2, 2), 1024: (1, 2), 2048: (1, 4),
+        4096: (1, 8), 8192: (1, 16), 16384: (1, 16)},
+    # 16384 takes 32 warps: 16 spill on sm_80.
+    4: {16: (64, 4), 32: (32, 4), 64: (16, 4), 128: (8, 4), 256: (4, 4), 512: (1, 2), 1024: (1, 4), 2048: (1, 4),
+        4096: (1, 8), 8192: (1, 16), 16384: (1, 32)},
+    # float64 takes two registers per element.
+    8: {16: (32, 4), 32: (16, 4), 64: (8, 4), 128: (4, 4), 256: (2, 4), 512: (1, 4), 1024: (1, 4), 2048: (1, 8),
+        4096: (1, 16), 8192: (1, 32)},
+}  # fmt: skip
+CHUNK_BLOCK, CHUNK_WARPS = {2: 4096, 4: 4096, 8: 2048}, 8
+
+# itemsize -> {bucket of N: (rows, warps, stages, programs that fit one SM)}; a longer row is split.
+BACKWARD = {
+    # 4096: 8 warps hold 16 elements per thread in 118 registers, with half the warps for the same bytes.
+    2: {16: (64, 4, 2, 7), 32: (32, 4, 2, 7), 64: (16, 4, 2, 7), 128: (8, 4, 3, 7), 256: (4, 4, 3, 7), 512: (1, 2, 3, 16),
+        1024: (1, 4, 3, 8), 2048: (1, 8, 3, 4), 4096: (1, 8, 3, 2), 8192: (1, 16, 3, 1)},
+    # 8 elements per thread: 62 registers; 16 would stand at the limit of 128. 256 fits one warp: no barrier at all.
+    4: {16: (32, 4, 2, 10), 32: (16, 4, 2, 10), 64: (8, 4, 2, 10), 128: (4, 4, 2, 10), 256: (1, 1, 2, 32), 512: (1, 2, 2, 16),
+        1024: (1, 4, 2, 8), 2048: (1, 8, 2, 4), 4096: (1, 16, 2, 2), 8192: (1, 32, 2, 1)},
+    8: {16: (16, 4, 1, 4), 32: (8, 4, 1, 4), 64: (4, 4, 1, 4), 128: (2, 4, 1, 4), 256: (1, 4, 1, 4), 512: (1, 4, 1, 4),
+        1024: (1, 8, 1, 2), 2048: (1, 16, 1, 1)},
+}  # fmt: skip
+COLUMN_BLOCK = {2: 1024, 4: 512, 8: 256}
+COLUMN_PROGRAMS_PER_SM = 4
+# x and dy of one panel, in bytes: half of a 50 MB L2, so that the second kernel still finds them there.
+PANEL_BYTES = 25 << 20
+
+# Partial rows may cost 1/20 of the ideal traffic of a backward, 3 * itemsize bytes per element.
+PARTIAL_SHARE = 20
+
+# Halved where loads are narrower than 8 bytes: every load in flight then holds a pointer of its own, two registers.
+TILE_ELEMENTS = {2: 2048, 4: 2048, 8: 1024}
+CHANNEL_PROGRAMS_PER_SM = 8
+# A program's sums are shifted by the mean of its first tile, which is off by at most sqrt(tiles) standard deviations: the
+# cancellation then costs at most `tiles` units of the last place of the variance.
+MOST_TILES = 64
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is >= n."""
+    return 1 << (n - 1).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def row_forward(N: int, itemsize: int) -> RowForward:
+    block = max(SMALLEST_BLOCK, power_of_two(N))
+    rung = FORWARD[itemsize].get(block)
+    if rung is None:
+        return RowForward(1, CHUNK_BLOCK[itemsize], CHUNK_WARPS, chunked=True)
+    rows, warps = rung
+    return RowForward(rows, block, warps)
+
+
+def row_backward(M: int, N: int, itemsize: int, sm_count: int) -> RowBackward | RowBackwardSplit:
+    block = max(SMALLEST_BLOCK, power_of_two(N))
+    rung = BACKWARD[itemsize].get(block)
+    if rung is None:
+        return _row_backward_split(M, N, itemsize, sm_count)
+    rows, warps, stages, fit = rung
+    # A partial row is two fp32 numbers per column, written and read: 16 bytes.
+    affordable = 3 * itemsize * M // (PARTIAL_SHARE * 16 * sm_count)
+    programs = min(sm_count * min(fit, max(1, affordable)), cdiv(M, rows))
+    return RowBackward(rows, block, warps, stages, programs)
+
+
+def _row_backward_split(M: int, N: int, itemsize: int, sm_count: int) -> RowBackwardSplit:
+    panel_rows = min(M, max(1, PANEL_BYTES // (2 * N * itemsize)))
+    block = COLUMN_BLOCK[itemsize]
+    row_programs = max(1, COLUMN_PROGRAMS_PER_SM * sm_count // cdiv(N, block))
+    return RowBackwardSplit(
+        sums_block=CHUNK_BLOCK[itemsize],
+        sums_warps=CHUNK_WARPS,
+        block=block,
+        warps=4,
+        panel_rows=panel_rows,
+        rows_per_program=cdiv(panel_rows, row_programs),
+    )
+
+
+def channel(
+    B: int, C: int, S: int, itemsize: int, sm_count: int, *, folded: bool, channels_fastest: bool, narrow: bool
+) -> Channel:
+    """`folded`: the batch is part of S (B = 1), so S is a batch-like number that no block may depend on."""
+    elements = TILE_ELEMENTS[itemsize] // (2 if narrow else 1)
+    if channels_fastest:
+        block_c = min(64, power_of_two(C))
+    else:  # few positions: take neighbouring channels rather than many samples, they share cache lines; a thread holds
+        # the parameters of all block_c channels
+        block_c = 1 if folded else min(8, max(1, elements // (8 * power_of_two(S))), power_of_two(C))
+    positions = elements // block_c
+    block_s = positions if folded else min(positions, power_of_two(S))
+    block_b = positions // block_s
+    total = cdiv(B, block_b) * cdiv(S, block_s)
+    per_sm = total * cdiv(C, block_c) // (CHANNEL_PROGRAMS_PER_SM * sm_count)
+    tiles = max(1, min(MOST_TILES, per_sm))
+    return Channel(block_b, block_s, block_c, 4, tiles, cdiv(total, tiles))
+
+
+def finalise(C: int) -> Finalise:
+    """Few columns are summed by tall tiles, so that one program does not walk through many partial rows alone."""
+    block_c = 8 if C <= 64 else 32 if C <= 8192 else 256
+    return Finalise(max(8, 1024 // block_c), block_c)

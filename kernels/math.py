@@ -1,0 +1,83 @@
+"""The math of the project on tiles in registers: no load, no store. The names are those of reference.py.
+
+Rows of a tile [rows, columns] are reduced over axis 1. ACC, the accumulate dtype, is float64 for float64 data, else float32.
+"""
+
+import triton
+import triton.language as tl
+
+# Squares that overflow are summed again after this exact scaling.
+BIG_SCALE = tl.constexpr(2.0**-100)
+
+
+@triton.jit
+def centre(x, high, low):
+    """x - mean; the mean is the pair high + low."""
+    return (x - high) - low
+
+
+@triton.jit
+def normalize(x, high, low, rstd):
+    """x_hat"""
+    return centre(x, high, low) * rstd
+
+
+@triton.jit
+def grad_input(g, x_hat, rstd, c1, c2):
+    """The derivative of a norm by its input; c1 = mean(g * x_hat), c2 = mean(g). Derived in reference.py."""
+    return (g - (c2 + x_hat * c1)) * rstd
+
+
+@triton.jit
+def rstd_of(m2, n, scale, eps):
+    """`m2` is in units of scale^-2."""
+    return scale * tl.rsqrt(m2 / n + eps * scale * scale)
+
+
+@triton.jit
+def sum2(a, b, axis: tl.constexpr):
+    """Two sums with one exchange between the warps."""
+    return tl.split(tl.sum(tl.join(a, b), axis=axis))
+
+
+@triton.jit
+def any_inf(v):
+    """Whether a vector holds +inf; NaN is not, because scaling does not repair it."""
+    return tl.max((v == float("inf")).to(tl.int32), axis=0) > 0
+
+
+@triton.jit
+def pair_of(high, low, ACC: tl.constexpr):
+    """A Python float arrives as float32; float64 kernels get the rest of it as a second argument."""
+    return tl.cast(high, ACC) + tl.cast(low, ACC)
+
+
+@triton.jit
+def moments(x, mask, n):
+    """high, low, m2 and scale of every row, shape [rows]; two passes over the registers; x is 0 where `mask` is not set."""
+    high = tl.sum(x, axis=1) / n
+    d = tl.where(mask, x - high[:, None], 0.0)
+    low = tl.sum(d, axis=1) / n
+    d = tl.where(mask, d - low[:, None], 0.0)
+    m2 = tl.sum(d * d, axis=1)
+    scale = tl.full(m2.shape, 1.0, m2.dtype)
+    if any_inf(m2):
+        overflow = m2 == float("inf")
+        d = d * BIG_SCALE
+        m2 = tl.where(overflow, tl.sum(d * d, axis=1), m2)
+        scale = tl.where(overflow, BIG_SCALE, 1.0).to(m2.dtype)
+    return high, low, m2, scale
+
+
+@triton.jit
+def shifted_moments(shift, s1, s2, n, scale):
+    """high, low and m2 (in units of scale^-2) from s1 = sum((x - shift) * scale) and s2, the sum of its squares.
+
+    Cancellation in s2 - s1^2 / n costs (shift - mean)^2 / var units of the last place: `shift` has to be a mean of many.
+    """
+    delta = s1 / n
+    m2 = s2 - s1 * delta
+    delta = delta / scale
+    high = shift + delta
+    low = (shift - high) + delta
+    return high, low, tl.where(m2 < 0, 0.0, m2)

@@ -1,0 +1,55 @@
+"""The one finalising launch of every backward: partial rows -> gradients of weight and bias, and the means c1 and c2."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import heuristics
+from .launch import dense, launch
+
+
+# The two partials share one allocation: where the second starts, and so its alignment, depends on the batch.
+@triton.jit(do_not_specialize=["P", "N", "count"], do_not_specialize_on_alignment=["dw_partial_ptr", "db_partial_ptr"])
+def _sums_kernel(dw_partial_ptr, db_partial_ptr, dw_ptr, db_ptr, weight_ptr, c1_ptr, c2_ptr, P, N, count,
+                 BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """dw and db are sums over P partial rows of N columns, in a fixed order; c1 and c2 are weight * sum / count."""
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = cols < N
+    weight = 1.0
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
+    if dw_partial_ptr is not None:
+        dw = _column_sums(dw_partial_ptr, cols, P, N, BLOCK_P, BLOCK_C)
+        if dw_ptr is not None:
+            tl.store(dw_ptr + cols, dw.to(dw_ptr.dtype.element_ty), mask=mask)
+        if c1_ptr is not None:
+            tl.store(c1_ptr + cols, tl.cast(weight, dw.dtype) * dw / tl.cast(count, dw.dtype), mask=mask)
+    if db_partial_ptr is not None:
+        db = _column_sums(db_partial_ptr, cols, P, N, BLOCK_P, BLOCK_C)
+        if db_ptr is not None:
+            tl.store(db_ptr + cols, db.to(db_ptr.dtype.element_ty), mask=mask)
+        if c2_ptr is not None:
+            tl.store(c2_ptr + cols, tl.cast(weight, db.dtype) * db / tl.cast(count, db.dtype), mask=mask)
+
+
+@triton.jit
+def _column_sums(partial_ptr, cols, P, N, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    total = tl.zeros((BLOCK_P, BLOCK_C), partial_ptr.dtype.element_ty)
+    for first in range(0, P, BLOCK_P):
+        p = first + tl.arange(0, BLOCK_P)
+        mask = (p < P)[:, None] & (cols < N)[None, :]
+        total += tl.load(partial_ptr + p.to(tl.int64)[:, None] * N + cols[None, :], mask=mask, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+def finalise_sums(dw_partial, db_partial, dw_dtype, db_dtype, weight=None, count=1, means=False):
+    """dw, db, c1, c2 from partials (P, N); a result that is not asked for (dtype None, means False) is None."""
+    partial = db_partial if dw_partial is None else dw_partial
+    P, N = partial.shape
+    config = heuristics.finalise(N)
+    empty = lambda dtype: None if dtype is None else torch.empty(N, dtype=dtype, device=partial.device)
+    dw, db = empty(dw_dtype), empty(db_dtype)
+    c1, c2 = (empty(partial.dtype), empty(partial.dtype)) if means else (None, None)
+    launch(_sums_kernel, heuristics.cdiv(N, config.block_c), partial.device, dw_partial, db_partial, dw, db, dense(weight),
+           c1, c2, P, N, count, BLOCK_P=config.block_p, BLOCK_C=config.block_c, warps=config.warps)  # fmt: skip
+    return dw, db, c1, c2

@@ -1,0 +1,65 @@
+"""Makes Triton's CPU interpreter (TRITON_INTERPRET=1) faithful enough for numeric tests; install() before the first launch.
+
+1. float32 -> bfloat16 truncates, and float64 -> bfloat16 is garbage; a GPU rounds to nearest even.
+2. A sum over the first axis is numpy's running sum; a GPU adds in a tree, whose error does not grow with the length.
+3. triton 3.6 with numpy >= 2.4: range(tensor) raises "only 0-dimensional arrays can be converted".
+
+bfloat16 -> float32 is right in the interpreter, but slow.
+"""
+
+import numpy as np
+
+
+def install():
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    if getattr(interpreter, "_fastnorm_repaired", False):
+        return
+    interpreter._fastnorm_repaired = True
+    convert_float, patch_tensor = interpreter._convert_float, interpreter._patch_lang_tensor
+    builder = interpreter.InterpreterBuilder
+    cast = builder.cast_impl
+
+    def convert(x, source, target, rounding):
+        if source == tl.float32 and target == tl.bfloat16:
+            return _to_bfloat16(x)
+        if source == tl.bfloat16 and target == tl.float32:
+            return np.asarray(x).view(np.uint16).astype(np.uint32) << np.uint32(16)
+        return convert_float(x, source, target, rounding)
+
+    def cast_impl(self, x, target):
+        if x.dtype.scalar == tl.float64 and target.scalar == tl.bfloat16:
+            x = cast(self, x, tl.float32)
+        return cast(self, x, target)
+
+    def patch(tensor, *scope):
+        patch_tensor(tensor, *scope)
+        index = lambda self: int(np.asarray(self.handle.data).item())
+        if scope:  # triton >= 3.7 undoes its patches through a scope
+            scope[0].set_attr(tensor, "__index__", index)
+        else:
+            tensor.__index__ = index
+
+    def tree_sum(self, x):
+        return self.to_tensor(_tree_sum(x.handle.data, self.axis, self.keep_dims), x.dtype)
+
+    interpreter._convert_float, interpreter._patch_lang_tensor = convert, patch
+    builder.cast_impl = cast_impl
+    interpreter.ReduceOps.sum = tree_sum
+
+
+def _to_bfloat16(x):
+    """Round to nearest even; every NaN becomes the quiet one."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded).reshape(np.shape(x))
+
+
+def _tree_sum(x, axis, keep_dims):
+    if axis is None:
+        x, axis = np.reshape(x, -1), 0
+    x = np.moveaxis(x, axis, 0)
+    while len(x) > 1:  # a power of two, as every block size of Triton
+        x = x[: len(x) // 2] + x[len(x) // 2 :]
+    return np.moveaxis(x, 0, axis) if keep_dims else x[0]

@@ -1,0 +1,115 @@
+import dataclasses
+import itertools
+
+import pytest
+
+from fastnorm import heuristics as H
+
+ITEMSIZES = (2, 4, 8)
+REGISTERS = 65536  # of one SM
+SHARED = 99 << 10  # bytes a block may use on the smallest GPU that is served
+
+
+def power_of_two(n):
+    return n > 0 and n & (n - 1) == 0
+
+
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+def test_every_row_length_has_a_forward(itemsize):
+    for N in range(1, 2**20 + 1):
+        c = H.row_forward(N, itemsize)
+        assert c.chunked or c.block >= N
+        assert c.block < 2 * max(N, H.SMALLEST_BLOCK) or c.chunked
+
+
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+def test_every_row_length_has_a_backward(itemsize):
+    for N in itertools.chain(range(1, 20000), range(20000, 2**20 + 1, 997), [2**20]):
+        c = H.row_backward(4096, N, itemsize, 132)
+        assert isinstance(c, H.RowBackwardSplit) or c.block >= N
+
+
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+@pytest.mark.parametrize("ladder", [H.FORWARD, H.BACKWARD], ids=["forward", "backward"])
+def test_ladders_fit_the_registers(ladder, itemsize):
+    """The row tiles that are live at once must leave half of the registers to everything else."""
+    live = 1 if ladder is H.FORWARD else 4  # x; or x, dy and two accumulators
+    for block, (rows, warps, *_) in ladder[itemsize].items():
+        assert power_of_two(block)
+        assert power_of_two(rows)
+        assert power_of_two(warps)
+        assert warps <= 32
+        words = live * rows * block * max(4, itemsize) // 4
+        assert words / (32 * warps) <= min(255, REGISTERS // (32 * warps)) * 0.65
+
+
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+def test_pipelined_backward_fits_shared_memory(itemsize):
+    for block, (rows, _, stages, _) in H.BACKWARD[itemsize].items():
+        assert (stages - 1) * 2 * rows * block * itemsize <= SHARED
+
+
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+def test_a_row_is_reduced_the_same_way_in_every_batch(itemsize):
+    for N in (1, 10, 100, 768, 1000, 2048, 8192):
+        kinds = {H.row_backward(M, N, itemsize, sms) for M in (1, 2, 33, 10**6) for sms in (8, 132)}
+        kinds = {dataclasses.replace(c, programs=0) if isinstance(c, H.RowBackward) else type(c) for c in kinds}
+        assert len(kinds) == 1
+
+
+@pytest.mark.parametrize("M", [1, 7, 512, 100_000])
+def test_backward_programs(M):
+    for N, itemsize in itertools.product((16, 100, 1024, 8192), ITEMSIZES):
+        c = H.row_backward(M, N, itemsize, 132)
+        if isinstance(c, H.RowBackward):
+            assert 1 <= c.programs <= H.cdiv(M, c.rows)
+            partial_traffic, ideal = 16 * c.programs, 3 * itemsize * M
+            assert c.programs <= 132 or partial_traffic * H.PARTIAL_SHARE <= ideal
+
+
+def test_split_backward_covers_every_row():
+    for M, N, itemsize in itertools.product((1, 100, 10_000), (9000, 50_000, 2**20), ITEMSIZES):
+        c = H.row_backward(M, N, itemsize, 132)
+        assert 1 <= c.panel_rows <= M
+        assert 1 <= c.rows_per_program <= c.panel_rows
+        assert c.panel_rows == 1 or 2 * c.panel_rows * N * itemsize <= H.PANEL_BYTES
+
+
+SHAPES = [(32, 64, 3136), (8, 3, 50176), (256, 2048, 49), (1, 1, 1), (2, 5, 3), (5, 65, 49), (1, 64, 10**7), (10**6, 16, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+@pytest.mark.parametrize("channels_fastest", [False, True])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_channel_tiles(shape, itemsize, channels_fastest, narrow):
+    B, C, S = shape
+    folded = B == 1 or S == 1
+    if folded:
+        B, S = 1, B * S
+    c = H.channel(B, C, S, itemsize, 132, folded=folded, channels_fastest=channels_fastest, narrow=narrow)
+    assert c.block_b * c.block_s * c.block_c == H.TILE_ELEMENTS[itemsize] // (2 if narrow else 1)
+    total = H.cdiv(B, c.block_b) * H.cdiv(S, c.block_s)
+    assert (c.programs - 1) * c.tiles < total <= c.programs * c.tiles
+    assert c.tiles <= H.MOST_TILES
+    more = H.channel(B if folded else 7 * B, C, 7 * S if folded else S, itemsize, 132, folded=folded,
+                     channels_fastest=channels_fastest, narrow=narrow)  # fmt: skip
+    blocks = lambda c: (c.block_b, c.block_s, c.block_c, c.warps)
+    assert blocks(more) == blocks(c), "a block that depends on the batch is a recompile per batch"
+
+
+def test_few_channels_still_fill_the_gpu():
+    for channels_fastest in (False, True):
+        c = H.channel(1, 4, 256 * 3136, 4, 132, folded=True, channels_fastest=channels_fastest, narrow=False)
+        assert c.programs * H.cdiv(4, c.block_c) >= 132
+
+
+def test_configurations_are_frozen_and_printable():
+    configs = [H.row_forward(768, 2), H.row_backward(10, 768, 2, 132), H.row_backward(10, 10**5, 2, 132), H.finalise(64),
+               H.channel(2, 3, 49, 4, 132, folded=False, channels_fastest=False, narrow=True)]  # fmt: skip
+    for c in configs:
+        assert type(c).__name__ in repr(c)
+        assert hash(c) == hash(dataclasses.replace(c))
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            c.warps = 1
+    assert repr(H.row_forward(768, 2)) == "RowForward(rows=1, block=1024, warps=2, chunked=False)"
