@@ -8,6 +8,8 @@ from itertools import groupby
 from pathlib import Path
 from statistics import mean, stdev
 
+from table import aligned
+
 
 @dataclass(frozen=True)
 class Row:
@@ -68,9 +70,7 @@ def print_table(rows: list[Row]):
         c = r.cell
         lines.append([c.task, c.norm, str(c.batch_size), c.placement, c.activation, plus_minus(r.accuracies)])
         lines[-1] += [plus_minus(r.twin_accuracies), figure(r.difference), figure(r.same_weights), figure(r.nudged)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+    print(aligned(lines))
 
 
 # ---------------------------------------------------------------- answers

@@ -59,18 +59,24 @@ using Floats = __m256;
 inline Bits16 load_bits(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 inline void store_bits(void* p, Bits16 v) { _mm_storeu_si128(static_cast<__m128i*>(p), v); }
 #endif
-inline at::vec::Vectorized<float> load(const BFloat16* p) {
+// 16 bits of the type that the first argument points to, as floats, and back (round to nearest even).
+inline at::vec::Vectorized<float> widen(const BFloat16*, Bits16 bits) {
   Floats v;
-  at::vec::cvtbf16_fp32(load_bits(p), v);
+  at::vec::cvtbf16_fp32(bits, v);
   return v;
 }
-inline at::vec::Vectorized<float> load(const Half* p) {
+inline at::vec::Vectorized<float> widen(const Half*, Bits16 bits) {
   Floats v;
-  at::vec::cvtfp16_fp32(load_bits(p), v);
+  at::vec::cvtfp16_fp32(bits, v);
   return v;
 }
-inline void store(BFloat16* p, at::vec::Vectorized<float> v) { store_bits(p, at::vec::cvtfp32_bf16(Floats(v))); }
-inline void store(Half* p, at::vec::Vectorized<float> v) { store_bits(p, at::vec::cvtfp32_fp16(Floats(v))); }
+inline Bits16 narrow(const BFloat16*, at::vec::Vectorized<float> v) { return at::vec::cvtfp32_bf16(Floats(v)); }
+inline Bits16 narrow(const Half*, at::vec::Vectorized<float> v) { return at::vec::cvtfp32_fp16(Floats(v)); }
+
+inline at::vec::Vectorized<float> load(const BFloat16* p) { return widen(p, load_bits(p)); }
+inline at::vec::Vectorized<float> load(const Half* p) { return widen(p, load_bits(p)); }
+inline void store(BFloat16* p, at::vec::Vectorized<float> v) { store_bits(p, narrow(p, v)); }
+inline void store(Half* p, at::vec::Vectorized<float> v) { store_bits(p, narrow(p, v)); }
 #else
 template <class T>
 at::vec::Vectorized<float> load_each(const T* p) {
@@ -95,17 +101,29 @@ template <class T>
 inline Vec<T> load(const T* p, int64_t count) {
   constexpr int64_t W = lanes<Vec<T>>;
   if (count == W) return load(p);
+  if constexpr (std::is_same_v<T, Acc<T>>) return Vec<T>::loadu(p, count);
+#if defined(CPU_CAPABILITY_AVX512)
+  else
+    return widen(p, _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p));
+#else
   T v[W] = {};
   std::copy_n(p, count, v);
   return load(v);
+#endif
 }
 template <class T>
 inline void store(T* p, Vec<T> v, int64_t count) {
   constexpr int64_t W = lanes<Vec<T>>;
   if (count == W) return store(p, v);
+  if constexpr (std::is_same_v<T, Acc<T>>) return v.store(p, count);
+#if defined(CPU_CAPABILITY_AVX512)
+  else
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1), narrow(p, v));
+#else
   T t[W];
   store(t, v);
   std::copy_n(t, count, p);
+#endif
 }
 
 // ---------------------------------------------------------------- loops

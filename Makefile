@@ -1,0 +1,46 @@
+# Every target does its own set-up, into .venv. An environment that already has torch is used as it is:
+#   make test PYTHON=/path/to/python
+# Another build of torch for .venv, here the one without CUDA:
+#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# Options for the scripts: make train ARGS="--full"
+
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+ifdef PYTHON
+ready := checked
+else
+PYTHON := .venv/bin/python
+ready := .venv/ready
+endif
+
+.PHONY: train bench test lint checked clean
+
+train: $(ready)
+	$(PYTHON) bench/train.py $(ARGS)
+
+bench: $(ready)
+	$(PYTHON) bench/run.py $(ARGS)
+
+test: $(ready)
+	$(PYTHON) -m pytest -n auto $(ARGS)
+
+lint: $(ready)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+clean:
+	rm -rf .venv build dist *.egg-info fastnorm/_C*.so bench/out
+
+# torch first and pinned: pip would otherwise choose a build by itself, of several gigabytes.
+.venv/ready: pyproject.toml setup.py fastnorm/build.py $(wildcard csrc/* csrc/*/*)
+	@echo "Setting up .venv: $(TORCH), fastnorm with its C++ kernels, and what tests and benchmarks need"
+	test -x .venv/bin/python || python3 -m venv .venv
+	.venv/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
+	.venv/bin/python -m pip install -q --disable-pip-version-check "setuptools>=64" wheel ninja
+	.venv/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[test,bench]"
+	touch .venv/ready
+
+checked:
+	@$(PYTHON) -c "import torch" || { echo "$(PYTHON) has no torch: install it first, or leave PYTHON away"; exit 2; }
+	$(PYTHON) -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[test,bench]"
