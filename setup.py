@@ -13,7 +13,6 @@ spec.loader.exec_module(build)
 compiled = {}
 try:
     build.check_requirements()
-    print(build.describe(), flush=True)
     compiled = {"ext_modules": [build.extension()], "cmdclass": {"build_ext": build.build_ext_class()}}
 except build.BuildError as e:
     print(f"fastnorm: installing pure Python, the C++ kernels are compiled at first use: {e}", flush=True)

@@ -103,12 +103,21 @@ def extension(name: str = "fastnorm._C"):
 
     isa = target_isa()
     capability = f"CPU_CAPABILITY_{isa.upper()}"
-    flags = ["-O3", "-g0", "-fvisibility=hidden", "-Wno-unknown-pragmas", *ISAS[isa], f"-DCPU_CAPABILITY={isa.upper()}"]
+    flags = [
+        "-O3",
+        "-g0",
+        "-fvisibility=hidden",
+        "-Wno-unknown-pragmas",
+        "-Wno-maybe-uninitialized",
+        *ISAS[isa],
+        f"-DCPU_CAPABILITY={isa.upper()}",
+    ]
     root = csrc().parent
     return CppExtension(
         name,
         [os.path.relpath(p, root) if root == Path.cwd() else str(p) for p in sources()],
         extra_compile_args=[*flags, f"-D{capability}", f"-DFASTNORM_BUILD_KEY={key(isa)}"],
+        optional=True,  # an install goes on without it, and first use tries again and says what went wrong
     )
 
 
@@ -131,12 +140,20 @@ def _ninja_on_path():
 
 def build_ext_class():
     """setuptools' build_ext through torch and ninja."""
+    from setuptools.errors import CompileError, LinkError
     from torch.utils.cpp_extension import BuildExtension
 
     class build_ext(BuildExtension):
         def run(self):
+            print(describe(), flush=True)
             with _ninja_on_path():
                 super().run()
+
+        def build_extensions(self):
+            try:
+                super().build_extensions()
+            except (RuntimeError, OSError, subprocess.CalledProcessError, CompileError, LinkError) as e:
+                print(f"{e}\nfastnorm: the C++ kernels did not compile; first use tries again and says why", flush=True)
 
     return build_ext
 

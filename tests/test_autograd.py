@@ -1,5 +1,7 @@
 """Whatever looks at a norm through PyTorch: higher derivatives, transforms, tracing, modes, subclasses."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -193,7 +195,8 @@ def test_tensor_subclasses_and_functions_modes(backend):
 
 def test_many_threads_at_once(backend, device):
     """Several Python threads, each with its own forward and backward."""
-    from concurrent.futures import ThreadPoolExecutor
+    if backend.__name__ == "fastnorm.kernels" and device == "cpu":
+        pytest.skip("Triton's interpreter patches triton.language while a kernel runs, so it runs one at a time")
 
     def step(seed):
         generator = torch.Generator().manual_seed(seed)

@@ -1,6 +1,7 @@
 """The compiled library: keys, the cache, processes that start at once, and machines where nothing can be compiled."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,28 @@ def test_sources_that_do_not_compile_are_reported(tmp_path):
     log = next((tmp_path / "cache").rglob("build.log"))
     assert "broken.cpp" in log.read_text()
     assert not list((tmp_path / "cache").rglob("_C*"))
+
+
+@needs_compiler
+def test_an_install_goes_on_where_the_sources_do_not_compile(tmp_path):
+    """Pure Python then, as where there is no compiler."""
+    root = Path(build.__file__).resolve().parents[1]
+    if not (root / "setup.py").is_file():
+        pytest.skip("only a checkout has setup.py")
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        (tmp_path / name).write_text((root / name).read_text())
+    for folder in ("fastnorm", "kernels", "csrc"):
+        shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / "csrc" / "bindings.cpp").write_text("this is no C++\n")
+    for compiler in (None, "/bin/false"):
+        env = {name: value for name, value in os.environ.items() if name != "CXX"} | ({"CXX": compiler} if compiler else {})
+        command = [sys.executable, "setup.py", "-q", "build", "--build-base", f"out-{compiler is None}"]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, check=False)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.count("fastnorm: compiling") == 1
+        assert "fastnorm: the C++ kernels did not compile; first use tries again and says why" in run.stdout
+    assert not list(tmp_path.rglob("*.so"))
+    assert len(list(tmp_path.glob("out-*/lib*/fastnorm/kernels/row.py"))) == 2
 
 
 @needs_compiler
