@@ -58,3 +58,11 @@ class BatchNormFunction(torch.autograd.Function):
 def _need(ctx, weight):
     dx, dweight, dbias = ctx.needs_input_grad[:3]
     return dx, weight.dtype if dweight else None, ctx.bias_dtype if dbias else None
+
+
+def _apply_of(function):
+    """Function.apply as C has it: without the wrapper that looks after functorch transforms, which never come here."""
+    return super(torch.autograd.Function, function).apply
+
+
+layer_norm, batch_norm = _apply_of(LayerNormFunction), _apply_of(BatchNormFunction)

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn.parameter import Parameter
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .autograd import BatchNormFunction, LayerNormFunction
+from . import autograd
 from .dispatch import DTYPES, select
 
 _PLAIN = (Tensor, Parameter)
@@ -84,7 +84,7 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     for size in normalized_shape:
         N *= size
     if _needs_grad(input, weight, bias):
-        return LayerNormFunction.apply(input, weight, bias, eps, N, backend)
+        return autograd.layer_norm(input, weight, bias, eps, N, backend)
     return backend.row_fwd(input, weight, bias, eps, N)[0]
 
 
@@ -146,7 +146,7 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
     if backend is None:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if _needs_grad(input, weight, bias):
-        return BatchNormFunction.apply(input, weight, bias, running_mean, running_var, training, momentum, eps, backend)
+        return autograd.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, backend)
     return backend.channel_fwd(input, weight, bias, running_mean, running_var, training, momentum, eps)[0]
 
 

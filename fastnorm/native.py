@@ -34,5 +34,5 @@ def devices() -> tuple[str, ...]:
 def __getattr__(name):
     """The functions of the contract are the extension's own."""
     if name.startswith(("row_", "channel_")):
-        return getattr(_extension(), name)
+        return globals().setdefault(name, getattr(_extension(), name))  # found without this function from now on
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
