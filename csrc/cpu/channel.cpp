@@ -36,40 +36,45 @@ void for_runs(Channels g, const Split& split, const F& f) {
   });
 }
 
-// f(p, c, count, rows, piece) for every piece and vector of channels of a dense (B, S, C).
+// f(J, p, c, count, rows, piece) for every piece and tile of channels of a dense (B, S, C). A tile is J = 4 whole vectors, so
+// that a row's bytes are read by the line, or at the end J = 1 vector of which `count` lanes exist.
 template <class V, class F>
 void for_columns(Channels g, const Split& split, const F& f) {
+  constexpr int64_t W = lanes<V>;
   parallel_for(split.sample_pieces, split.samples * g.C, [&](int64_t begin, int64_t end) {
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t row = piece * split.samples, rows = std::min(split.samples, g.B * g.S - row);
-      for_vectors<V>(g.C, [&](int64_t c, int64_t count) { f(row * g.C + c, c, count, rows, piece); });
+      int64_t c = 0;
+      for (; c + 4 * W <= g.C; c += 4 * W) f(std::integral_constant<int, 4>{}, row * g.C + c, c, W, rows, piece);
+      for (; c < g.C; c += W) f(std::integral_constant<int, 1>{}, row * g.C + c, c, std::min(W, g.C - c), rows, piece);
     }
   });
 }
 
-// Sums over rows of K quantities, lane by lane: f(row) -> std::array<V, K>.
-template <class V, size_t K, class F>
-std::array<Sum<V>, K> column_sums(int64_t rows, const F& f) {
-  std::array<Sum<V>, K> total;
-  for (int64_t r = 0; r < rows; ++r) {
-    const std::array<V, K> t = f(r);
-    for (size_t k = 0; k < K; ++k) total[k].add(t[k]);
-  }
+// Sums over rows of K quantities for J vectors of channels, lane by lane: f(row, j) -> std::array<V, K>.
+template <class V, size_t K, int J, class F>
+std::array<std::array<Sum<V>, K>, J> column_sums(int64_t rows, const F& f) {
+  std::array<std::array<Sum<V>, K>, J> total;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int j = 0; j < J; ++j) {
+      const std::array<V, K> t = f(r, j);
+      for (size_t k = 0; k < K; ++k) total[j][k].add(t[k]);
+    }
   return total;
 }
 
 // f(offset, count, coefficients) over every element; the K coefficients are arrays over the channels.
 template <class V, size_t K, class F>
 void for_elements(Channels g, const std::array<const typename V::value_type*, K>& coefficients, const F& f) {
-  if (g.last) {
-    const Split split(g);
-    for_columns<V>(g, split, [&](int64_t p, int64_t c, int64_t count, int64_t rows, int64_t) {
-      std::array<V, K> v;
-      for (size_t k = 0; k < K; ++k) v[k] = load(coefficients[k] + c, count);
-      for (int64_t r = 0; r < rows; ++r) f(p + r * g.C, count, v);
+  if (g.last)
+    return parallel_for(g.B * g.S, g.C, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        for_vectors<V>(g.C, [&](int64_t c, int64_t count) {
+          std::array<V, K> v;
+          for (size_t k = 0; k < K; ++k) v[k] = load(coefficients[k] + c, count);
+          f(row * g.C + c, count, v);
+        });
     });
-    return;
-  }
   parallel_for(g.B * g.C, g.S, [&](int64_t begin, int64_t end) {
     for (int64_t run = begin; run < end; ++run) {
       std::array<V, K> v;
@@ -86,23 +91,29 @@ std::vector<Moments<double>> stats(Channels g, const T* x) {
   const Split split(g);
   const int64_t pieces = split.pieces();
   std::vector<Moments<double>> partial(g.C * pieces);
-  const auto columns = [&](int64_t p, int64_t c, int64_t count, int64_t rows, int64_t piece) {
-    const auto at = [&](int64_t r) { return load(x + p + r * g.C, count); };
-    V sum[4] = {V(0), V(0), V(0), V(0)};  // only a number near the mean: what it misses is in the sums about it
-    for (int64_t r = 0; r < rows; ++r) sum[r % 4] = sum[r % 4] + at(r);
-    const V high = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / V(static_cast<A>(rows));
-    const auto s = column_sums<V, 2>(rows, [&](int64_t r) {
-      const V d = at(r) - high;
+  const auto columns = [&](auto J, int64_t p, int64_t c, int64_t count, int64_t rows, int64_t piece) {
+    constexpr int64_t W = lanes<V>;
+    const auto at = [&](int64_t r, int j) { return load(x + p + r * g.C + j * W, count); };
+    V high[J];  // only numbers near the means: what they miss is in the sums about them
+    for (auto& v : high) v = V(0);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int j = 0; j < J; ++j) high[j] = high[j] + at(r, j);
+    for (auto& v : high) v = v / V(static_cast<A>(rows));
+    const auto s = column_sums<V, 2, J>(rows, [&](int64_t r, int j) {
+      const V d = at(r, j) - high[j];
       return std::array<V, 2>{d, d * d};
     });
-    A h[lanes<V>];
-    double d[lanes<V>], dd[lanes<V>];
-    high.store(h);
-    s[0].store(d);
-    s[1].store(dd);
-    for (int64_t k = 0; k < count; ++k)
-      partial[(c + k) * pieces + piece] = std::isfinite(dd[k]) ? moments_about(static_cast<double>(rows), h[k], d[k], dd[k])
-                                                               : moments_in_double(x + p + k, 1, 0, rows, g.C);
+    for (int j = 0; j < J; ++j) {
+      A h[W];
+      double d[W], dd[W];
+      high[j].store(h);
+      s[j][0].store(d);
+      s[j][1].store(dd);
+      for (int64_t k = 0; k < count; ++k)
+        partial[(c + j * W + k) * pieces + piece] = std::isfinite(dd[k])
+                                                        ? moments_about(static_cast<double>(rows), h[k], d[k], dd[k])
+                                                        : moments_in_double(x + p + j * W + k, 1, 0, rows, g.C);
+    }
   };
   if (g.last)
     for_columns<V>(g, split, columns);
@@ -130,13 +141,21 @@ std::vector<std::array<double, 2>> sums(Channels g, const T* dy, const T* x, con
     return std::array<V, 2>{dz, dz * centre(load(x + p, count), high, low)};
   };
   if (g.last)
-    for_columns<V>(g, split, [&](int64_t p, int64_t c, int64_t count, int64_t rows, int64_t piece) {
-      const V high = load(mean + c, count), low = load(mean + g.C + c, count);
-      const auto s = column_sums<V, 2>(rows, [&](int64_t row) { return term(p + row * g.C, count, high, low); });
-      double dz[lanes<V>], dz_centred[lanes<V>];
-      s[0].store(dz);
-      s[1].store(dz_centred);
-      for (int64_t k = 0; k < count; ++k) partial[(c + k) * pieces + piece] = {dz[k], dz_centred[k]};
+    for_columns<V>(g, split, [&](auto J, int64_t p, int64_t c, int64_t count, int64_t rows, int64_t piece) {
+      constexpr int64_t W = lanes<V>;
+      V high[J], low[J];
+      for (int j = 0; j < J; ++j) {
+        high[j] = load(mean + c + j * W, count);
+        low[j] = load(mean + g.C + c + j * W, count);
+      }
+      const auto s =
+          column_sums<V, 2, J>(rows, [&](int64_t row, int j) { return term(p + row * g.C + j * W, count, high[j], low[j]); });
+      for (int j = 0; j < J; ++j) {
+        double dz[W], dz_centred[W];
+        s[j][0].store(dz);
+        s[j][1].store(dz_centred);
+        for (int64_t k = 0; k < count; ++k) partial[(c + j * W + k) * pieces + piece] = {dz[k], dz_centred[k]};
+      }
     });
   else
     for_runs(g, split, [&](int64_t p, int64_t c, int64_t runs, int64_t n, int64_t piece) {
