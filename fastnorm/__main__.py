@@ -14,7 +14,10 @@ def _devices() -> list[str]:
 
 
 def _name(device_type: str) -> str:
-    module = dispatch.select(device_type)
+    try:
+        module = dispatch.select(device_type)
+    except RuntimeError:  # forced, and cannot serve; the table above says why
+        return "nothing"
     return next((b.name for b in dispatch.BACKENDS if module is not None and b.module == module.__name__), "torch itself")
 
 

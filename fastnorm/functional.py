@@ -2,7 +2,8 @@
 
 A call has two exits. Plain eager calls that the fused kernels cover go to the backend that serves the device. Everything else
 goes to torch itself: calls that are invalid (torch then raises its own exception), empty inputs, functorch transforms,
-forward-mode AD, torch.compile (Inductor fuses a plain norm with its neighbours), dispatch modes and tensor subclasses.
+forward-mode AD, torch.compile (Inductor fuses a plain norm with its neighbours), torch.jit.trace, dispatch modes and tensor
+subclasses.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 def _traced() -> bool:
     """Somebody looks at the operators of this call, so it must be made of torch's own."""
-    return _functorch_active() or _dispatch_modes() or forward_ad._current_level >= 0
+    return _functorch_active() or _dispatch_modes() or forward_ad._current_level >= 0 or torch._C._is_tracing()
 
 
 def _covers(x, *parameters) -> bool:

@@ -1,5 +1,8 @@
 """The Triton backend, installed as fastnorm.kernels: the only place that imports triton."""
 
+import traceback
+from functools import cache
+
 import torch
 
 from .channel import channel_apply, channel_bwd, channel_fwd, channel_grad, channel_stats, channel_sums
@@ -20,10 +23,17 @@ __all__ = [
 ]
 
 
+@cache
 def unavailable() -> str | None:
-    if INTERPRETED or torch.cuda.is_available():
+    if INTERPRETED:
         return None
-    return "Triton needs a CUDA device, and there is none"
+    if not torch.cuda.is_available():
+        return "Triton needs a CUDA device, and there is none"
+    try:
+        row_fwd(torch.ones(1, 16, device="cuda"), None, None, 1e-5, 16)
+    except Exception as e:  # whatever keeps Triton from compiling and launching: a missing C compiler, a driver, a version
+        return f"its first kernel did not run ({''.join(traceback.format_exception_only(e)).splitlines()[0]})"
+    return None
 
 
 def devices() -> tuple[str, ...]:

@@ -161,11 +161,20 @@ def test_compile_without_graph_breaks(training, backend):
     torch._dynamo.reset()
 
 
-def test_export_and_fx(backend):
+def test_export(backend):
     network, x = Network().eval(), torch.randn(4, 6)
     exported = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
     torch.testing.assert_close(exported.module()(torch.randn(7, 6)).shape, torch.Size([7, 1]))
     torch.testing.assert_close(exported.module()(x), network(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_trace(backend):
+    """Not a constant in the place of the norm."""
+    network = Network().eval()
+    traced = torch.jit.trace(network, torch.randn(4, 6))
+    x = torch.randn(7, 6)
+    torch.testing.assert_close(traced(x), network(x), rtol=1e-4, atol=1e-5)
 
 
 def test_fake_and_meta_tensors(backend):

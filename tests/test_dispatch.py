@@ -104,6 +104,28 @@ def test_report():
     assert "bfloat16" in run.stdout
 
 
+def test_report_of_a_forced_backend_that_cannot_serve():
+    run = python("from fastnorm.__main__ import report; print(report())", FASTNORM_BACKEND="triton", CUDA_VISIBLE_DEVICES="")
+    assert run.returncode == 0, run.stderr
+    assert "forced to 'triton'" in run.stdout
+    assert "nothing" in run.stdout
+
+
+def test_triton_that_cannot_launch_is_not_used(monkeypatch):
+    """Say, a machine with a GPU but without the C compiler that Triton needs."""
+    kernels = pytest.importorskip("fastnorm.kernels", reason="triton is not installed")
+
+    def broken(*args):
+        raise RuntimeError("Failed to find C compiler.\nMore words.")
+
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", lambda *args, **kwargs: None)
+    monkeypatch.setattr(kernels, "row_fwd", broken)
+    reason = kernels.unavailable.__wrapped__()
+    assert reason == "its first kernel did not run (RuntimeError: Failed to find C compiler.)"
+
+
 def test_triton_backend_is_imported_once():
     """From the checkout's root `import kernels` works by accident, and would make a second copy of every kernel."""
     assert "kernels" not in sys.modules
