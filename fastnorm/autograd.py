@@ -1,13 +1,31 @@
 """The torch.autograd.Functions: what is saved, and which gradients are needed. No shapes, no devices.
 
-Backward runs the fused kernel, or, when it is itself being differentiated (create_graph=True), the formula of `composite`.
+Backward runs the fused kernel, or, when it is itself being differentiated (create_graph=True) or its gradient is no plain
+tensor (batched gradients, subclasses), the formula of `composite`.
 """
 
 from __future__ import annotations
 
 import torch
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
+from torch.nn.parameter import Parameter
 
 from . import composite
+
+PLAIN = (torch.Tensor, Parameter)
+_functorch_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
+def traced() -> bool:
+    """Somebody looks at the operators of this call, so it must be made of torch's own."""
+    return _functorch_active() or _dispatch_modes() or forward_ad._current_level >= 0 or torch._C._is_tracing()
+
+
+def _differentiable(dy) -> bool:
+    """Whether backward has to be made of torch's operators; `is_grads_batched` hides what dy is from all but the last test."""
+    return torch.is_grad_enabled() or traced() or type(dy) not in PLAIN or is_legacy_batchedtensor(dy)
 
 
 def _dtype(p):
@@ -27,7 +45,7 @@ class LayerNormFunction(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, mean, rstd = ctx.saved_tensors
         need = _need(ctx, weight)
-        if torch.is_grad_enabled():
+        if _differentiable(dy):
             dx, dweight, dbias = composite.layer_norm_backward(dy, x, weight, ctx.N, ctx.eps, need)
         else:
             dx, dweight, dbias = ctx.backend.row_bwd(dy, x, weight, mean, rstd, need)
@@ -48,7 +66,7 @@ class BatchNormFunction(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, mean, rstd = ctx.saved_tensors
         need = _need(ctx, weight)
-        if torch.is_grad_enabled():
+        if _differentiable(dy):
             grads = composite.batch_norm_backward(dy, x, weight, mean, rstd, ctx.training, ctx.eps, need)
         else:
             grads = ctx.backend.channel_bwd(dy, x, weight, mean, rstd, ctx.training, need)

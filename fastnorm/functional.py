@@ -10,33 +10,23 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn.parameter import Parameter
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import autograd
+from .autograd import PLAIN, traced
 from .dispatch import DTYPES, select
 
-_PLAIN = (Tensor, Parameter)
 _is_compiling = torch.compiler.is_compiling
-_functorch_active = torch._C._are_functorch_transforms_active
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-
-
-def _traced() -> bool:
-    """Somebody looks at the operators of this call, so it must be made of torch's own."""
-    return _functorch_active() or _dispatch_modes() or forward_ad._current_level >= 0 or torch._C._is_tracing()
 
 
 def _covers(x, *parameters) -> bool:
     """Plain strided tensors of one device, in dtypes that the kernels read."""
-    if type(x) not in _PLAIN or x.layout is not torch.strided or x.dtype not in DTYPES:
+    if type(x) not in PLAIN or x.layout is not torch.strided or x.dtype not in DTYPES:
         return False
     for p in parameters:
         if p is None:
             continue
-        if type(p) not in _PLAIN or p.dtype not in DTYPES or p.device != x.device or p.layout is not x.layout:
+        if type(p) not in PLAIN or p.dtype not in DTYPES or p.device != x.device or p.layout is not x.layout:
             return False
     return x.device.type != "meta" and x.numel() > 0
 
@@ -75,7 +65,7 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
         return handle_torch_function(
             layer_norm, (input, weight, bias), input, normalized_shape, weight=weight, bias=bias, eps=eps
         )
-    fits = not _traced() and _covers(input, weight, bias) and _rows_fit(input, normalized_shape, weight, bias, eps)
+    fits = not traced() and _covers(input, weight, bias) and _rows_fit(input, normalized_shape, weight, bias, eps)
     backend = select(input.device.type) if fits else None
     if backend is None:
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
@@ -139,7 +129,7 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
             eps=eps,
         )
     fits = (
-        not _traced()
+        not traced()
         and _covers(input, running_mean, running_var, weight, bias)
         and _channels_fit(input, running_mean, running_var, weight, bias, training, momentum, eps)
     )

@@ -133,6 +133,21 @@ def test_vmap_and_per_sample_gradients(backend, device):
     torch.testing.assert_close(grads, torch.stack([torch.func.grad(function, argnums=1)(xi, w) for xi in x]))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_batched_gradients(backend, device):
+    """torch.autograd.grad(is_grads_batched=True) and vmap over a backward, as jacobian(vectorize=True) does."""
+    for function in (
+        lambda x, w: fastnorm.layer_norm(x, (6,), w),
+        lambda x, w: fastnorm.batch_norm(x, None, None, w, None, True),
+    ):
+        x, w = (torch.randn(s, device=device, requires_grad=True) for s in ((4, 6), (6,)))
+        y, vectors = function(x, w), torch.randn(3, 4, 6, device=device)
+        grad = lambda v, **kwargs: torch.autograd.grad(y, (x, w), v, retain_graph=True, **kwargs)
+        expected = [torch.stack(g) for g in zip(*map(grad, vectors), strict=True)]
+        for batched in (grad(vectors, is_grads_batched=True), torch.func.vmap(grad)(vectors)):
+            torch.testing.assert_close(list(batched), expected, rtol=1e-4, atol=1e-5)
+
+
 class Network(torch.nn.Module):
     def __init__(self):
         super().__init__()
