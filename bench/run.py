@@ -1,6 +1,7 @@
 """Times fastnorm's norms, forward and backward, beside torch.nn's and a copy of the same tensor.
 
-Nothing is timed before its results match the float64 oracle as well as torch.nn's do. Times are microseconds of one call;
+Nothing is timed before its results match the float64 oracle: at most twice torch.nn's own error in this run, and one unit in
+the last place. Times are microseconds of one call;
 `GB/s` is the ideal traffic over the time (forward: x read, y written; backward: x and dy read, dx written), `copies` is the
 time in copies of x, and `x torch` is torch.nn's time over ours, the median over rounds measured in turn.
 """

@@ -193,7 +193,7 @@ class Task:
 TASKS = {
     t.name: t
     for t in (
-        Task("diabetes", "10 inputs, perceptron", _diabetes, lambda n, c: Perceptron(n, c, 10), (10,), 2, 15),
+        Task("diabetes", "10 inputs, perceptron", _diabetes, lambda n, c: Perceptron(n, c, 10), (10,), 2, 20),
         Task("cancer", "30 inputs, perceptron", _cancer, lambda n, c: Perceptron(n, c, 30), (30,), 2, 10),
         Task("images", "digits of 8 x 8 pixels, convolutions", _digits, ConvNet, (1, 8, 8), 10, 6),
         Task("sequences", "digits as 8 rows, GRUs", _digits, Recurrent, (8, 8), 10, 8),
