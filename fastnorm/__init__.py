@@ -4,6 +4,7 @@ from . import functional
 from .dispatch import use_backend
 from .functional import batch_norm, layer_norm
 from .nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LayerNorm
+from .settings import config
 from .version import __version__
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "LayerNorm",
     "__version__",
     "batch_norm",
+    "config",
     "functional",
     "layer_norm",
     "use_backend",
