@@ -232,6 +232,7 @@ def test_public_names():
         "LayerNorm",
         "__version__",
         "batch_norm",
+        "config",
         "functional",
         "layer_norm",
         "use_backend",
