@@ -13,7 +13,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace py = pybind11;
   const py::call_guard<py::gil_scoped_release> no_gil;
   m.attr("build_key") = FASTNORM_QUOTE(FASTNORM_BUILD_KEY);  // build.py looks for this string in the file before it loads it
-  m.def("row_fwd", &row_fwd, no_gil);
+  m.def("row_fwd", &row_fwd, no_gil, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("eps"), py::arg("N"),
+        py::arg("dtype") = py::none());
   m.def("row_bwd", &row_bwd, no_gil);
   m.def("channel_stats", &channel_stats, no_gil);
   m.def("channel_apply", &channel_apply, no_gil);

@@ -71,10 +71,12 @@ struct Running {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> row_fwd(const Tensor& x_, const Maybe& weight, const Maybe& bias, double eps, int64_t N) {
+std::tuple<Tensor, Tensor, Tensor> row_fwd(const Tensor& x_, const Maybe& weight, const Maybe& bias, double eps, int64_t N,
+                                           std::optional<at::ScalarType> dtype) {
   check_cpu(x_, "x");
   TORCH_CHECK(N > 0 && x_.numel() > 0 && x_.numel() % N == 0, "x with ", x_.numel(), " elements is not rows of ", N);
-  const Tensor x = x_.contiguous();
+  // No CPU autocast wants a dtype, so the kernels have none: a copy of x will do.
+  const Tensor x = as(x_, dtype.value_or(x_.scalar_type())).contiguous();
   Tensor w, b, y = like_rows(x);
   const Rows g{x.numel() / N, N};
   Tensor mean = empty({2, g.M}, accumulate_type(x)), rstd = empty({g.M}, accumulate_type(x));
@@ -86,6 +88,10 @@ std::tuple<Tensor, Tensor, Tensor> row_fwd(const Tensor& x_, const Maybe& weight
 Grads row_bwd(const Tensor& dy_, const Tensor& x_, const Maybe& weight, const Tensor& mean, const Tensor& rstd,
               const Need& need) {
   check_cpu(x_, "x");
+  if (dy_.scalar_type() == at::kFloat && at::isReducedFloatingType(x_.scalar_type())) {
+    auto [dx, dweight, dbias] = row_bwd(dy_, x_.to(at::kFloat), weight, mean, rstd, need);
+    return {dx ? Maybe(dx->to(x_.scalar_type())) : dx, dweight, dbias};
+  }
   const Tensor x = x_.contiguous(), dy = as(dy_, x.scalar_type()).contiguous();
   const int64_t M = rstd.numel();
   TORCH_CHECK(M > 0 && x.numel() > 0 && x.numel() % M == 0, "x with ", x.numel(), " elements is not ", M, " rows");

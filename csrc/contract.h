@@ -14,7 +14,8 @@ using Grads = std::tuple<Maybe, Maybe, Maybe>;
 // dx wanted or not; the dtypes of dweight and dbias, or none where they are not wanted.
 using Need = std::tuple<bool, std::optional<at::ScalarType>, std::optional<at::ScalarType>>;
 
-std::tuple<Tensor, Tensor, Tensor> row_fwd(const Tensor& x, const Maybe& weight, const Maybe& bias, double eps, int64_t N);
+std::tuple<Tensor, Tensor, Tensor> row_fwd(const Tensor& x, const Maybe& weight, const Maybe& bias, double eps, int64_t N,
+                                           std::optional<at::ScalarType> dtype = std::nullopt);
 Grads row_bwd(const Tensor& dy, const Tensor& x, const Maybe& weight, const Tensor& mean, const Tensor& rstd, const Need& need);
 
 std::tuple<int64_t, Tensor, Tensor> channel_stats(const Tensor& x);
