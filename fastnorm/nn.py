@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch.fx import Proxy
 
 from . import functional
+from .tracing import Scriptable, leaf
 
 
-class LayerNorm(torch.nn.LayerNorm):
+class LayerNorm(Scriptable, torch.nn.LayerNorm):
     """Layer normalization over the trailing ``normalized_shape`` of the input, on fused kernels.
 
     Equivalent to: ``torch.nn.LayerNorm(normalized_shape, eps, elementwise_affine, bias, device, dtype)``
@@ -17,13 +19,17 @@ class LayerNorm(torch.nn.LayerNorm):
     """
 
     def forward(self, input):
+        if isinstance(input, Proxy) and (node := leaf(self, input)) is not None:
+            return node
         return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-class _BatchNorm:
+class _BatchNorm(Scriptable):
     """torch.nn._BatchNorm.forward on fused kernels; a call that raises leaves num_batches_tracked as it was, too."""
 
     def forward(self, input):
+        if isinstance(input, Proxy) and (node := leaf(self, input)) is not None:
+            return node
         self._check_input_dim(input)
         tracked = self.num_batches_tracked if self.training and self.track_running_stats else None
         momentum = 0.0 if self.momentum is None else self.momentum
