@@ -1,6 +1,7 @@
 """Norms of other libraries that have a forward of their own and are torch.nn's all the same; no library is imported for it.
 
 A value is the forward to use instead, or None: their own forward stays, and the `super().forward()` in it reaches ours.
+Compared with the forwards of timm 1.0.31, torchvision 0.29.2 and transformers 5.23.
 """
 
 from __future__ import annotations

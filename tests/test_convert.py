@@ -289,8 +289,11 @@ def test_a_known_forward_is_known_when_it_is_inherited_and_only_while_it_is_ther
     class Inherits(libraries.TimmLayerNorm):
         pass
 
-    norm = Inherits(6).double()
-    assert_same_results(norm, torch.randn(4, 6).double(), changed=1)
+    calls, layer_norm = [], fastnorm.functional.layer_norm
+    monkeypatch.setattr(fastnorm.functional, "layer_norm", lambda *a: calls.append(a) or layer_norm(*a))
+    for cls, shape in ((Inherits, (4, 6)), (libraries.TorchvisionLayerNorm2d, (2, 6, 3, 4))):
+        assert_same_results(cls(6).double(), torch.randn(shape).double(), changed=1)
+    assert len(calls) == 4
     monkeypatch.setattr(libraries.TimmLayerNorm, "forward", lambda self, x: x)
     assert [s.reason for s in fastnorm.convert(libraries.TimmLayerNorm(6)).skipped] == ["has a forward of its own"]
 

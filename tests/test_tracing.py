@@ -11,6 +11,7 @@ from torch.fx.experimental import optimization
 from torch.fx.proxy import TraceError
 
 import fastnorm
+from fastnorm import known
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
@@ -85,7 +86,7 @@ def test_a_norm_that_is_the_root():
 
 class Twice(fastnorm.LayerNorm):
     def forward(self, input):
-        return super().forward(2 * input)
+        return 2 * super().forward(input)
 
 
 def test_subclasses_are_traced_through():
@@ -95,6 +96,25 @@ def test_subclasses_are_traced_through():
         net, x = nn.Sequential(norm), torch.randn(4, 6)
         torch.testing.assert_close(fx.symbolic_trace(net)(x), net(x))
         assert "call_function" in [node.op for node in fx.symbolic_trace(net).graph.nodes]
+
+
+class Around(nn.LayerNorm):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def test_a_known_forward_around_ours_is_no_leaf(monkeypatch):
+    """What its own forward does around ours would be done twice."""
+
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return type(module) is Around
+
+    monkeypatch.setitem(known.FORWARDS, known.name_of(Around), None)
+    net, x = nn.Sequential(Around(6)), torch.randn(4, 6)
+    want = net(x)
+    assert len(fastnorm.convert(net).changed) == 1
+    torch.testing.assert_close(fx.GraphModule(net, Tracer().trace(net))(x), want)
 
 
 def test_hooks_would_run_twice():
