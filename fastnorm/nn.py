@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch.fx import Proxy
 
 from . import functional
+from .tracing import Scriptable, leaf
 
 
 def _affine(module):
@@ -25,7 +27,7 @@ def _statistics(module):
         return module.running_mean, module.running_var, module.num_batches_tracked
 
 
-class LayerNorm(torch.nn.LayerNorm):
+class LayerNorm(Scriptable, torch.nn.LayerNorm):
     """Layer normalization over the trailing ``normalized_shape`` of the input, on fused kernels.
 
     Equivalent to: ``torch.nn.LayerNorm(normalized_shape, eps, elementwise_affine, bias, device, dtype)``
@@ -35,14 +37,18 @@ class LayerNorm(torch.nn.LayerNorm):
     """
 
     def forward(self, input):
+        if isinstance(input, Proxy) and (node := leaf(self, input)) is not None:
+            return node
         weight, bias = _affine(self)
         return functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
-class _BatchNorm:
+class _BatchNorm(Scriptable):
     """torch.nn._BatchNorm.forward on fused kernels; a call that raises leaves num_batches_tracked as it was, too."""
 
     def forward(self, input):
+        if isinstance(input, Proxy) and (node := leaf(self, input)) is not None:
+            return node
         self._check_input_dim(input)
         training, (weight, bias), (mean, var, tracked) = self.training, _affine(self), _statistics(self)
         if not training:
