@@ -81,7 +81,7 @@ class SyncBatchNorm(_BatchNorm, torch.nn.SyncBatchNorm):
         Replaced are torch.nn's and fastnorm's BatchNorm1d/2d/3d and SyncBatchNorm. A new module holds the same parameters,
         buffers, hooks and attributes (training flag, qconfig) as the old one, and a module that stands in two places stays
         one module. A batch norm that does more than torch's (a forward, children, a parametrization or an FSDP wrapper of its
-        own) is left as it is, with a warning.
+        own) is left as it is, with a warning where it does not synchronise by itself.
 
         Args:
             module: the model.
@@ -128,7 +128,7 @@ def _convert(module, process_group, done):
     if isinstance(module, TorchBatchNorm):
         if _is_plain(module):
             new = _synchronised(module, process_group)
-        else:
+        elif not isinstance(module, torch.nn.SyncBatchNorm):
             what = f"{type(module).__name__} is not synchronised: it does more than torch.nn's batch norm does"
             warnings.warn(f"{what}, which fastnorm.SyncBatchNorm would drop", stacklevel=3)
     done[id(module)] = new

@@ -12,6 +12,8 @@ import conftest
 import torch
 import torch.distributed as dist
 from cases import BF16, F16, F32, F64, Case
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -213,6 +215,36 @@ def host(device):
         return train(CELLS[0], device, norm)
 
 
+def transforms(device):
+    """What becomes of calls that no collective can serve; fake tensors of the right shape where none is needed."""
+    norm, x = fastnorm.SyncBatchNorm(6, device=device), torch.randn(5, 6, device=device)
+    leaf = x.clone().requires_grad_()
+    y = norm(leaf)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        calls = {
+            "func.grad": lambda: torch.func.grad(lambda x: norm(x).sum())(x),
+            "vmap": lambda: torch.vmap(norm)(x[None]),
+            "jvp": lambda: torch.func.jvp(norm, (x,), (x,)),
+            "dual": lambda: norm(dual),
+            "batched gradients": lambda: torch.autograd.grad(
+                y.sum(0), leaf, torch.eye(6, device=device), is_grads_batched=True
+            ),
+        }
+        results = {name: _raised(call) for name, call in calls.items()}
+    with FakeTensorMode():
+        x = torch.randn(5, 6, device=device, requires_grad=True)
+        fastnorm.SyncBatchNorm(6, momentum=None, device=device)(x).sum().backward()
+    return results, type(x.grad).__name__, tuple(x.grad.shape)
+
+
+def _raised(call):
+    try:
+        call()
+    except (RuntimeError, NotImplementedError) as e:
+        return type(e).__name__
+
+
 def compiled(device):
     norm = module(CELLS[0], device)
     norm.compile(backend="aot_eager", fullgraph=True)
@@ -292,7 +324,8 @@ def fsdp(device):
     return {name: p.grad.full_tensor() for name, p in net.named_parameters()}
 
 
-EVERY_BACKEND = [cells, twice, collectives, needs, options, few, double_backward, groups, errors, host, ddp, ddp_empty, fsdp]
+EVERY_BACKEND = [cells, twice, collectives, needs, options, few, double_backward, groups, errors, host, transforms, ddp]
+EVERY_BACKEND += [ddp_empty, fsdp]
 ONE_BACKEND = [compiled, checkpointed]
 
 
@@ -306,7 +339,7 @@ def main(rank, folder):
     results = {}
     try:
         dist.init_process_group(
-            "gloo", f"file://{folder}/store", rank=rank, world_size=len(BATCHES), timeout=timedelta(seconds=60)
+            "gloo", f"file://{folder}/store", rank=rank, world_size=len(BATCHES), timeout=timedelta(seconds=90)
         )
         for i, (name, backend, device) in enumerate(served()):
             with fastnorm.use_backend(backend):

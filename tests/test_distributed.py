@@ -270,6 +270,14 @@ def test_same_step_in_other_surroundings(of, name, check):
         assert {"y", "dx", "dweight", "dbias"} <= other.keys()
 
 
+def test_transforms_raise_and_fakes_pass(of):
+    """As with torch.nn.SyncBatchNorm: no collective works under functorch or forward AD, and no tangent is lost in silence."""
+    for raised, kind, shape in of("transforms"):
+        assert len(raised) == 5
+        assert all(raised.values()), raised
+        assert (kind, shape) == ("FakeTensor", (5, 6))
+
+
 def spread(net, x):
     """ranks.model of torch.nn on all ranks' batches at once: only the plain BatchNorm1d sees one rank at a time."""
     for layer in net:
@@ -411,11 +419,19 @@ class Activated(torch.nn.BatchNorm2d):
         return super().forward(x).relu()
 
 
+class ActivatedSync(torch.nn.SyncBatchNorm):
+    """Needs no conversion, hence no warning."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
 class Renamed(torch.nn.BatchNorm2d):
     def __init__(self, C):
         super().__init__(C, eps=0.25)
 
 
+@pytest.mark.filterwarnings("error:.*is not synchronised")
 def test_conversion_drops_nothing():
     parametrized = torch.nn.utils.parametrize.register_parametrization(torch.nn.BatchNorm1d(6), "weight", torch.nn.Tanh())
     instance = torch.nn.BatchNorm1d(6)
@@ -423,6 +439,8 @@ def test_conversion_drops_nothing():
     for special in (Activated(6), parametrized, instance, torch.nn.LazyBatchNorm1d()):
         with pytest.warns(UserWarning, match="is not synchronised"):
             assert fastnorm.SyncBatchNorm.convert_sync_batchnorm(special) is special
+    synchronised = ActivatedSync(6)
+    assert fastnorm.SyncBatchNorm.convert_sync_batchnorm(synchronised) is synchronised
     plain = fastnorm.SyncBatchNorm.convert_sync_batchnorm(Renamed(6))
     assert type(plain) is fastnorm.SyncBatchNorm
     assert plain.eps == 0.25
