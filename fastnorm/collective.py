@@ -111,7 +111,7 @@ def _backward(dy, x, weight, mean, rstd, total, need, group, backend):
     if x.numel() > 0:
         sum_dz, sum_dz_x_hat = backend.channel_sums(dy, x, mean, rstd)
     else:
-        sum_dz, sum_dz_x_hat = rstd.new_zeros((2, rstd.numel())).unbind()
+        sum_dz, sum_dz_x_hat = torch.zeros_like(rstd), torch.zeros_like(rstd)
     common = all_reduce(torch.stack((sum_dz, sum_dz_x_hat)), group)
     dx = None
     if need[0]:
