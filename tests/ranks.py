@@ -101,6 +101,18 @@ def needs(device):
     return x.grad, norm.weight.grad
 
 
+def buffers(device):
+    """The buffers change in place between forward and backward, as under DDP."""
+    norm = module(CELLS[0], device)
+    x, dy, _, _ = CELLS[0].make_channels(device)
+    x = mine(x).requires_grad_()
+    y = norm(x)
+    for buffer in norm.buffers():
+        buffer.add_(1)
+    y.backward(mine(dy))
+    return x.grad
+
+
 def options(device):
     """Three steps and an evaluation for every option."""
     results = {}
@@ -324,8 +336,8 @@ def fsdp(device):
     return {name: p.grad.full_tensor() for name, p in net.named_parameters()}
 
 
-EVERY_BACKEND = [cells, twice, collectives, needs, options, few, double_backward, groups, errors, host, transforms, ddp]
-EVERY_BACKEND += [ddp_empty, fsdp]
+EVERY_BACKEND = [cells, twice, collectives, needs, buffers, options, few, double_backward, groups, errors, host]
+EVERY_BACKEND += [transforms, ddp, ddp_empty, fsdp]
 ONE_BACKEND = [compiled, checkpointed]
 
 

@@ -177,6 +177,11 @@ def test_ranks_may_want_different_gradients(of):
     assert results[2][1] is None
 
 
+def test_buffers_may_change_between_forward_and_backward(of):
+    for dx, expected in zip(of("buffers"), of("cells"), strict=True):
+        assert torch.equal(dx, expected[str(CELLS[0])]["dx"])
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_over_several_steps(of, option):
     results, kwargs = [r[option] for r in of("options")], OPTIONS[option]
