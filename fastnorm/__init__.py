@@ -6,6 +6,7 @@ from .dispatch import use_backend
 from .functional import batch_norm, layer_norm
 from .nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LayerNorm
 from .settings import config
+from .sync import SyncBatchNorm
 from .version import __version__
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "LayerNorm",
+    "SyncBatchNorm",
     "__version__",
     "batch_norm",
     "config",

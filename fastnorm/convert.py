@@ -21,9 +21,10 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 
 from . import known
 from .nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LayerNorm
+from .sync import SyncBatchNorm
 from .tracing import counterpart
 
-CLASSES = (LayerNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d)
+CLASSES = (LayerNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
 OURS = {counterpart(cls): cls for cls in CLASSES}
 NORMS = (torch.nn.LayerNorm, _BatchNorm)
 
@@ -73,7 +74,8 @@ class Report:
 
 
 def convert(model) -> Report:
-    """Make every norm of `model` fastnorm's, in place: torch.nn's LayerNorm and BatchNorm1d/2d/3d, and subclasses of them.
+    """Make every norm of `model` fastnorm's, in place: torch.nn's LayerNorm, BatchNorm1d/2d/3d and SyncBatchNorm, and
+    subclasses of them.
 
     A subclass is changed when it has torch.nn's forward, or one that fastnorm knows (`fastnorm.known`: torchvision's, timm's
     and transformers'); otherwise it is left alone and named in the report. So is a module whose forward was replaced on the

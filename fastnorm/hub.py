@@ -12,6 +12,8 @@ import torch
 from .convert import OURS
 
 DEVICES = ("cpu", "cuda")
+# The forward of SyncBatchNorm needs more of its class than kernelize takes along.
+SERVED = {cls: ours for cls, ours in OURS.items() if cls is not torch.nn.SyncBatchNorm}
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def register():
     """
     import kernels
 
-    for cls, ours in OURS.items():
+    for cls, ours in SERVED.items():
         # kernelize wants layers without state and without other methods.
         members = {"forward": ours.forward, "can_torch_compile": True, "__module__": __name__}
         layer = _Layer(cls.__name__, type(cls.__name__, (torch.nn.Module,), members))

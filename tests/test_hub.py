@@ -10,7 +10,7 @@ from torch import nn
 
 import fastnorm
 from fastnorm import hub
-from fastnorm.convert import OURS
+from fastnorm.hub import SERVED
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,7 +32,7 @@ def registered():
     with kernels.use_kernel_mapping({}, inherit_mapping=False):
         hub.register()
         yield
-    for cls in OURS:
+    for cls in SERVED:
         del cls.kernel_layer_name, cls.kernel_condition
 
 
@@ -70,7 +70,7 @@ def test_kernelize(registered, mode, times):
     assert set(reasons) == {"1", "2", "3", "5"}
 
 
-@pytest.mark.parametrize("cls", list(OURS), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", list(SERVED), ids=lambda cls: cls.__name__)
 def test_every_class_and_device(registered, cls, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     shape = (4, 6) if cls in (nn.LayerNorm, nn.BatchNorm1d) else (2, 6, *[3] * (2 if cls is nn.BatchNorm2d else 3))
@@ -79,7 +79,7 @@ def test_every_class_and_device(registered, cls, monkeypatch):
         norm = cls(shape[-1] if cls is nn.LayerNorm else 6).double()
         expected = copy.deepcopy(norm)(x)
         kernels.kernelize(norm, mode=Mode.TRAINING, device=device, use_fallback=kernels.KernelizeFallback.NONE)
-        assert norm.forward.__func__ is OURS[cls].forward
+        assert norm.forward.__func__ is SERVED[cls].forward
         torch.testing.assert_close(norm(x), expected)
 
 

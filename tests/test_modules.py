@@ -230,6 +230,7 @@ def test_public_names():
         "BatchNorm2d",
         "BatchNorm3d",
         "LayerNorm",
+        "SyncBatchNorm",
         "__version__",
         "batch_norm",
         "config",
