@@ -107,9 +107,9 @@ Grads row_bwd(const Tensor& dy_, const Tensor& x_, const Maybe& weight, const Te
 
 std::tuple<int64_t, Tensor, Tensor> channel_stats(const Tensor& x) {
   const Dense d(x);
-  Tensor mean = empty({2, d.g.C}, d.acc()), m2 = empty({d.g.C}, d.acc());
-  cpu::channel_stats(d.g, d.array(), mean.mutable_data_ptr(), m2.mutable_data_ptr());
-  return {d.g.count(), mean, m2};
+  Tensor mean = empty({2, d.g.C}, d.acc()), deviation = empty({d.g.C}, d.acc());
+  cpu::channel_stats(d.g, d.array(), mean.mutable_data_ptr(), deviation.mutable_data_ptr());
+  return {d.g.count(), mean, deviation};
 }
 
 Tensor channel_apply(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Maybe& weight, const Maybe& bias) {

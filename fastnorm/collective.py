@@ -1,6 +1,6 @@
 """Batch norm over the batches of all ranks: the backend contract's pieces, with one collective between them in each direction.
 
-Forward gathers every rank's (mean, m2, count) and merges them on every rank in the same order, so that all ranks hold the same
+Forward gathers every rank's (mean, std, count) and merges them on every rank in the same order, so that all ranks hold the same
 bits. Backward adds up the two sums of the input gradient; dweight and dbias stay the sums of this rank, as in torch, because
 DistributedDataParallel averages them. Nothing here waits for the device: no count or statistic is read on the host.
 """
@@ -49,20 +49,20 @@ class AllReduceFunction(torch.autograd.Function):
         return AllReduceFunction.apply(d, ctx.group), None
 
 
-def pack(count, mean, m2):
-    """(3C + 2,): mean high, mean low, m2, count, in the accumulate dtype."""
-    high, low = m2.new_full((1,), count // COUNT_UNIT), m2.new_full((1,), count % COUNT_UNIT)
-    return torch.cat((mean.view(-1), m2, high, low))
+def pack(count, mean, std):
+    """(3C + 2,): mean high, mean low, std, count, in the accumulate dtype."""
+    high, low = std.new_full((1,), count // COUNT_UNIT), std.new_full((1,), count % COUNT_UNIT)
+    return torch.cat((mean.view(-1), std, high, low))
 
 
 def merge(parts):
     """total count (1,), mean (C,), m2 (C,) in float64 of parts (ranks, 3C + 2): Chan's formula; an empty part adds nothing."""
     C = parts.shape[1] // 3
-    high, low, m2, counts = parts.double().split((C, C, C, 2), dim=1)
+    high, low, std, counts = parts.double().split((C, C, C, 2), dim=1)
     mean, count = high + low, counts[:, :1] * COUNT_UNIT + counts[:, 1:]
     total = count.sum(0)
     common = (count * mean).sum(0) / total.clamp(min=1)
-    return total, common, (m2 + count * (mean - common).square()).sum(0)
+    return total, common, (count * (std.square() + (mean - common).square())).sum(0)
 
 
 def _statistics(x, backend, group):

@@ -134,10 +134,10 @@ def row_bwd(dy, x, weight, mean, rstd, need):
 
 
 def channel_stats(x):
-    """count (int), mean (2, C), m2 (C,): the sum of squares about the mean; it overflows where var * count does"""
+    """count (int), mean (2, C), std (C,): the root of the biased variance, which does not overflow where squares do"""
     c = Channels.of(x.shape)
     n, mean, m2, scale = moments(c.view(x).to(accumulate_dtype(x.dtype)), (0, 2))
-    return n, mean.view(2, c.C), (m2 / scale / scale).view(c.C).to(mean.dtype)
+    return n, mean.view(2, c.C), ((m2 / n).sqrt() / scale).view(c.C).to(mean.dtype)
 
 
 def channel_apply(x, mean, rstd, weight, bias):

@@ -159,9 +159,9 @@ def _update_running(ptr, cols, C, value, momentum, rest):
 
 
 @triton.jit(do_not_specialize=["P", "C", "count", "eps", "eps_low", "momentum", "momentum_low"])
-def _channel_merge_kernel(partial_ptr, mean_ptr, m2_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, P, C, count,
+def _channel_merge_kernel(partial_ptr, mean_ptr, std_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, P, C, count,
                           eps, eps_low, momentum, momentum_low, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """Merge P partial rows: mean pair, then m2 or rstd, whichever has a pointer; running statistics where they are given."""
+    """Merge P partial rows: mean pair, then std or rstd, whichever has a pointer; running statistics where they are given."""
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = cols < C
@@ -181,8 +181,8 @@ def _channel_merge_kernel(partial_ptr, mean_ptr, m2_ptr, rstd_ptr, running_mean_
         m2 = _merged_m2(partial_ptr, high, low, scale, cols, P, C, BLOCK_P)
     tl.store(mean_ptr + cols, high, mask=mask)
     tl.store(mean_ptr + C + cols, low, mask=mask)
-    if m2_ptr is not None:
-        tl.store(m2_ptr + cols, m2 / scale / scale, mask=mask)
+    if std_ptr is not None:
+        tl.store(std_ptr + cols, tl.sqrt(m2 / total) / scale, mask=mask)
     if rstd_ptr is not None:
         tl.store(rstd_ptr + cols, rstd_of(m2, total, scale, pair_of(eps, eps_low, ACC)), mask=mask)
     part = pair_of(momentum, momentum_low, ACC)
@@ -346,7 +346,7 @@ def _like(x):
     return torch.empty_like(x, memory_format=suggest_memory_format(x))
 
 
-def _merge(x, momentum=0.0, eps=0.0, m2=None, rstd=None, running_mean=None, running_var=None):
+def _merge(x, momentum=0.0, eps=0.0, std=None, rstd=None, running_mean=None, running_var=None):
     """Two launches: the mean pair is returned, the rest goes to the tensors given."""
     plan, acc = _Plan(x.shape, x), accumulate_dtype(x.dtype)
     partial = torch.empty((4, plan.P, plan.C), dtype=acc, device=x.device)
@@ -354,15 +354,15 @@ def _merge(x, momentum=0.0, eps=0.0, m2=None, rstd=None, running_mean=None, runn
     plan.launch(_channel_stats_kernel, view, partial, strides, *plan.sizes, plan.P, X_FASTEST=fastest)
     mean = torch.empty((2, plan.C), dtype=acc, device=x.device)
     config = heuristics.finalise(plan.C)
-    launch(_channel_merge_kernel, heuristics.cdiv(plan.C, config.block_c), x.device, partial, mean, m2, rstd, running_mean,
+    launch(_channel_merge_kernel, heuristics.cdiv(plan.C, config.block_c), x.device, partial, mean, std, rstd, running_mean,
            running_var, plan.P, plan.C, plan.count, *float_pair(eps), *float_pair(momentum),
            BLOCK_P=config.block_p, BLOCK_C=config.block_c, warps=config.warps)  # fmt: skip
     return mean
 
 
 def channel_stats(x):
-    m2 = torch.empty(x.shape[1], dtype=accumulate_dtype(x.dtype), device=x.device)
-    return Channels.of(x.shape).count, _merge(x, m2=m2), m2
+    std = torch.empty(x.shape[1], dtype=accumulate_dtype(x.dtype), device=x.device)
+    return Channels.of(x.shape).count, _merge(x, std=std), std
 
 
 def channel_apply(x, mean, rstd, weight, bias):

@@ -28,7 +28,7 @@ CELLS = [
     Case((14, 6, 5), weight=None, bias=None),
     Case((14, 6, 5), bias=None),
     Case((14, 6, 5), offset=1e4),
-    Case((14, 6, 5), scale=1e15),
+    Case((14, 6, 5), scale=1e30),
     Case((14, 3, 67), **dict.fromkeys(("dtype", "weight", "bias"), BF16)),  # 938 values: no bfloat16 holds that count
 ]
 

@@ -139,7 +139,10 @@ def test_running_statistics_are_those_of_one_batch_on_every_rank(of, case):
     # Two roundings at the size of what is rounded: the mean's sum of x, the variance before it travels and at the store.
     for name, value, size in (("running_mean", truth.mean / 10, x / 10), ("running_var", 0.9 + unbiased / 10, 0)):
         got = results[0][name]
-        assert error(got, value) <= 2 * ulp(got.dtype, max(abs(value).max(), size)), name
+        beyond = abs(value) > torch.finfo(got.dtype).max  # the variance of 1e30: infinite, as torch.nn's
+        assert got[beyond].isinf().all()
+        got, value = got[~beyond], value[~beyond]
+        assert error(got, value) <= 2 * ulp(got.dtype, max(abs(value).max(initial=0), size)), name
     assert results[0]["num_batches_tracked"] == 1
 
 

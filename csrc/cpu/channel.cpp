@@ -208,14 +208,14 @@ T* as(const void* p) {
 
 }  // namespace
 
-void channel_stats(Channels g, ConstArray x, void* mean, void* m2) {
+void channel_stats(Channels g, ConstArray x, void* mean, void* deviation) {
   with_type(x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;
     const auto moments = stats<T>(g, as<T>(x.data));
     for (int64_t c = 0; c < g.C; ++c) {
       set_pair(as<A>(mean), g.C, c, moments[c].mean);
-      as<A>(m2)[c] = static_cast<A>(moments[c].m2);
+      as<A>(deviation)[c] = static_cast<A>(std::sqrt(moments[c].m2 / moments[c].n));
     }
   });
 }

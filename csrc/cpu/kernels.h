@@ -1,6 +1,6 @@
 // The backend contract on plain memory: what bindings.cpp calls, what cpu/*.cpp implement. fastnorm/reference.py says what each
-// function means. `mean` is two arrays one after the other, high and low; mean, rstd, m2, sums, c1 and c2 are in the accumulate
-// dtype: double for double inputs, else float. An absent array has a null pointer.
+// function means. `mean` is two arrays one after the other, high and low; mean, rstd, deviation, sums, c1 and c2 are in the
+// accumulate dtype: double for double inputs, else float. An absent array has a null pointer.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ void row_fwd(Rows g, ConstArray x, ConstArray weight, ConstArray bias, double ep
 void row_bwd(Rows g, ConstArray dy, ConstArray x, ConstArray weight, const void* mean, const void* rstd, Array dx,
              Array dweight, Array dbias);
 
-void channel_stats(Channels g, ConstArray x, void* mean, void* m2);
+void channel_stats(Channels g, ConstArray x, void* mean, void* deviation);
 void channel_apply(Channels g, ConstArray x, const void* mean, const void* rstd, ConstArray weight, ConstArray bias, Array y);
 void channel_sums(Channels g, ConstArray dy, ConstArray x, const void* mean, const void* rstd, void* sum_dz,
                   void* sum_dz_x_hat);
