@@ -26,9 +26,12 @@ class _BatchNorm:
     def forward(self, input):
         self._check_input_dim(input)
         tracked = self.num_batches_tracked if self.training and self.track_running_stats else None
-        momentum = 0.0 if self.momentum is None else self.momentum
         if tracked is not None and self.momentum is None:
-            momentum = 1.0 / (float(tracked) + 1.0)  # cumulative average
+            y = functional.cumulative_batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, tracked, self.eps
+            )
+            tracked.add_(1)
+            return y
         own_statistics = not self.training or self.track_running_stats
         y = functional.batch_norm(
             input,
@@ -37,7 +40,7 @@ class _BatchNorm:
             self.weight,
             self.bias,
             self.training or (self.running_mean is None and self.running_var is None),
-            momentum,
+            0.0 if self.momentum is None else self.momentum,
             self.eps,
         )
         if tracked is not None:

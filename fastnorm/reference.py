@@ -177,8 +177,8 @@ def channel_fwd(x, weight, bias, running_mean, running_var, training, momentum, 
         n, mean, m2, scale = moments(Channels.of(x.shape).view(x).to(acc), (0, 2))
         mean, rstd = mean.view(2, C), rstd_of(n, m2, scale, eps, acc).view(C)
         if running_mean is not None:
-            _update(running_mean, mean.double().sum(0), momentum)
-            _update(running_var, (m2 / (n - 1) / scale / scale).view(C), momentum)
+            update(running_mean.data, mean.double().sum(0), momentum)
+            update(running_var.data, (m2 / (n - 1) / scale / scale).view(C), momentum)
     else:
         high = running_mean.to(acc)
         mean = torch.stack((high, (running_mean - high).to(acc)))
@@ -186,8 +186,8 @@ def channel_fwd(x, weight, bias, running_mean, running_var, training, momentum, 
     return channel_apply(x, mean, rstd, weight, bias), mean, rstd
 
 
-def _update(running, value, momentum):
-    running = running.data
+def update(running, value, momentum):
+    """(1 - momentum) * running + momentum * value in place, rounded once; momentum may be a tensor."""
     running.copy_(running.to(value.dtype) * (1 - momentum) + value * momentum)
 
 
