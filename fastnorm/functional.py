@@ -47,18 +47,25 @@ def _needs_grad(x, weight, bias) -> bool:
 
 
 def _is_operator(x, *parameters) -> bool:
-    """Whether a call that is not plain eager becomes a registered operator rather than torch's own."""
+    """Whether a traced call becomes a registered operator rather than torch's own."""
     given = [p for p in parameters if p is not None]
-    tensors = (x, *given)
-    if not all(isinstance(t, torch.Tensor) for t in tensors) or not _same_place(x, given):
+    if not all(type(t) in PLAIN or isinstance(t, _TRACED) for t in (x, *given)) or not _same_place(x, given):
         return False
-    if ops.is_dtensor(x):
-        wanted = all(map(ops.is_dtensor, given)) and not _is_compiling()
-    else:
-        wanted = config.compile == "fastnorm" or not _torch_takes(x.dtype, given)
-        wanted = wanted and all(type(t) in PLAIN or isinstance(t, _TRACED) for t in tensors)
-        wanted = wanted and (_is_compiling() or (_dispatch_modes() > 0 and not torch._C._is_tracing()))
-    return wanted and not _functorch_active() and forward_ad._current_level < 0
+    if config.compile == "torch" and _torch_takes(x.dtype, given):
+        return False
+    return (_is_compiling() or (_dispatch_modes() > 0 and not torch._C._is_tracing())) and not _transformed()
+
+
+def _is_sharded(x, *parameters) -> bool:
+    """Whether a call in eager is one of DTensors alone."""
+    if _is_compiling() or not ops.is_dtensor(x) or _transformed():
+        return False
+    given = [p for p in parameters if p is not None]
+    return all(map(ops.is_dtensor, given)) and _same_place(x, given)
+
+
+def _transformed() -> bool:
+    return _functorch_active() or forward_ad._current_level >= 0
 
 
 def _same_place(x, given) -> bool:
@@ -73,7 +80,8 @@ def _torch_takes(dtype, given) -> bool:
 
 def _layer_norm_otherwise(input, normalized_shape, weight, bias, eps):
     """The calls that are not plain eager ones."""
-    if not (_is_operator(input, weight, bias) and _rows_fit(input, normalized_shape, weight, bias, eps)):
+    operator = _is_operator(input, weight, bias) or _is_sharded(input, weight, bias)
+    if not (operator and _rows_fit(input, normalized_shape, weight, bias, eps)):
         y = F.layer_norm(input, normalized_shape, weight, bias, eps)
         return y.to(input.dtype) if config.autocast_keeps_dtype else y
     if config.autocast_keeps_dtype:
@@ -136,7 +144,7 @@ def _rows_fit(x, normalized_shape, weight, bias, eps) -> bool:
 def _batch_norm_otherwise(input, running_mean, running_var, weight, bias, training, momentum, eps):
     """The calls that are not plain eager ones."""
     tensors, options = (input, running_mean, running_var, weight, bias), (training, momentum, eps)
-    if ops.is_dtensor(input) or not (_is_operator(*tensors) and _channels_fit(*tensors, *options)):
+    if not (_is_operator(*tensors) and _channels_fit(*tensors, *options)):
         return F.batch_norm(*tensors, *options)
     return ops.batch_norm(*tensors, *options)
 

@@ -99,7 +99,7 @@ def _some(gradients, need):
 
 
 def _refuse(ctx, *gradients):
-    raise NotImplementedError("fastnorm's backward operators are not differentiable: use create_graph=True on the forward operator")
+    raise NotImplementedError("fastnorm's backward operators have no derivative: use create_graph=True on the forward operator")
 
 
 # ---------------------------------------------------------------- rows
@@ -136,8 +136,9 @@ def _layer_norm_backward(dy, input, normalized_shape, mean, rstd, weight, *need)
 
 
 def _layer_norm_backward_fake(dy, input, normalized_shape, mean, rstd, weight, dx, *dtypes):
-    like = torch.empty_like(input, memory_format=torch.contiguous_format) if dx else None
-    return _full(input, (like, *(None if d is None else input.new_empty(normalized_shape, dtype=d) for d in dtypes)), normalized_shape)
+    dx = torch.empty_like(input, memory_format=torch.contiguous_format) if dx else None
+    parameters = (None if d is None else input.new_empty(normalized_shape, dtype=d) for d in dtypes)
+    return _full(input, (dx, *parameters), normalized_shape)
 
 
 def _layer_norm_context(ctx, inputs, output):
@@ -185,6 +186,7 @@ def _layer_norm_vmap(info, dims, input, normalized_shape, weight, bias, eps):
     """A batch of inputs is more rows; batched parameters are applied afterwards."""
     x = input.unsqueeze(0) if dims[0] is None else input.movedim(dims[0], 0)
     inside = dims[2] is None and dims[3] is None
+    x = x if inside else x.to(accumulate_dtype(x.dtype))
     y, mean, rstd = _layer_norm_op(x, normalized_shape, weight if inside else None, bias if inside else None, eps)
     if not inside:
         rows = (1,) * (x.dim() - 1 - len(normalized_shape))
@@ -197,6 +199,8 @@ def _layer_norm_vmap(info, dims, input, normalized_shape, weight, bias, eps):
 
 def layer_norm(input, normalized_shape, weight, bias, eps):
     """torch.nn.functional.layer_norm's arguments, valid ones, as one operator."""
+    if not torch.compiler.is_compiling() and is_dtensor(input):
+        register_sharding()
     return _layer_norm_op(input, normalized_shape, weight, bias, eps)[0]
 
 
