@@ -55,9 +55,7 @@ def test_opcheck_of_layer_norm(present, dtype):
 
 
 @pytest.mark.parametrize("present", [(True, True), (True, False), (False, False)])
-@pytest.mark.parametrize(
-    ("dtype", "layout"), [(F32, "dense"), (F32, "channels_last"), (BF16, "channels_last"), (BF16, "every_second")]
-)
+@pytest.mark.parametrize(("dtype", "layout"), [(F32, "dense"), (F32, "every_second"), (BF16, "channels_last")])
 def test_opcheck_of_batch_norm(present, dtype, layout):
     arguments = batch_norm_arguments(present, dtype, layout)
     x, weight, bias, eps = detached(arguments)
