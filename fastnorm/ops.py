@@ -40,7 +40,7 @@ def _define(schema: str, kernel, fake, setup_context, backward):
     def autograd(keys, *args):
         # torch.library.register_autograd alone would lose the tangents of inputs that do not require grad, in silence.
         if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
-            raise NotImplementedError(f"fastnorm::{name} has no forward-mode derivative; fastnorm.{name[:10]} has")
+            raise NotImplementedError(f"fastnorm::{name} has no forward-mode derivative; fastnorm.functional has")
         return differentiable(keys, *args)
 
     _library.impl(name, autograd, "Autograd", with_keyset=True)
