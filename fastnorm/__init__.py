@@ -1,6 +1,7 @@
 """fastnorm: fused batch-norm and layer-norm for PyTorch."""
 
 from . import functional
+from .convert import convert, revert
 from .dispatch import use_backend
 from .functional import batch_norm, layer_norm
 from .nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LayerNorm
@@ -15,7 +16,9 @@ __all__ = [
     "__version__",
     "batch_norm",
     "config",
+    "convert",
     "functional",
     "layer_norm",
+    "revert",
     "use_backend",
 ]

@@ -18,7 +18,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import autograd, ops
 from .autograd import PLAIN, traced
-from .dispatch import DEVICES, DTYPES, select
+from .dispatch import DEVICES, DTYPES, direct, select
 from .reference import accumulate_dtype, update
 from .settings import config
 
@@ -114,6 +114,9 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     """
     if _is_compiling():
         return _layer_norm_otherwise(input, normalized_shape, weight, bias, eps)
+    y = direct.layer_norm(input, normalized_shape, weight, bias, eps)
+    if y is not None:
+        return y
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(
             layer_norm, (input, weight, bias), input, normalized_shape, weight=weight, bias=bias, eps=eps
@@ -176,6 +179,9 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
     """
     if _is_compiling():
         return _batch_norm_otherwise(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    y = direct.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if y is not None:
+        return y
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
         return handle_torch_function(
             batch_norm,

@@ -8,6 +8,7 @@ This file is also where the contract is written down. Every backend has these fu
 * `mean`: (2, M) or (2, C), a pair high + low, because at mean/std = 1e4 one float32 cannot hold the mean.
 * `rstd`: (M,) or (C,), 1 / sqrt(var + eps) with the biased variance.
 * `weight`, `bias`: N or C elements in any floating dtype, or None.
+* `dtype` of row_fwd: y's, float32 where autocast asks for it, or None for x's. `dy` of row_bwd then has it as well.
 * `need`: (dx, dweight, dbias): True or False for dx; the dtype wanted, or None when it is not wanted, for the other two.
 
 No element count is ever zero here: functional.py hands empty inputs to torch.
@@ -81,9 +82,9 @@ def rstd_of(n, m2, scale, eps, dtype):
     return (scale * torch.rsqrt(m2 / n + eps * scale * scale)).to(dtype)
 
 
-def _like(t, x, memory_format):
-    """t, in a canonical shape, rounded once into a fresh tensor (no view) of x's shape and dtype."""
-    return t.view(x.shape).to(dtype=x.dtype, memory_format=memory_format, copy=True)
+def _like(t, x, memory_format, dtype=None):
+    """t, in a canonical shape, rounded once into a fresh tensor (no view) of x's shape and dtype, or of another dtype."""
+    return t.view(x.shape).to(dtype=dtype or x.dtype, memory_format=memory_format, copy=True)
 
 
 def _mean(t, dims):
@@ -97,7 +98,7 @@ def _needed(t, dtype):
 # ---------------------------------------------------------------- rows
 
 
-def row_fwd(x, weight, bias, eps, N):
+def row_fwd(x, weight, bias, eps, N, dtype=None):
     """y, mean (2, M), rstd (M,)"""
     acc, rows = accumulate_dtype(x.dtype), Rows.of(x.shape, N)
     xf = rows.view(x).to(acc)
@@ -105,7 +106,7 @@ def row_fwd(x, weight, bias, eps, N):
     rstd = rstd_of(n, m2, scale, eps, acc)
     flat = lambda p: None if p is None else p.reshape(N).to(acc)
     y = affine(normalize(xf, mean, rstd), flat(weight), flat(bias))
-    return _like(y, x, torch.contiguous_format), mean.squeeze(2), rstd.squeeze(1)
+    return _like(y, x, torch.contiguous_format, dtype), mean.squeeze(2), rstd.squeeze(1)
 
 
 def row_bwd(dy, x, weight, mean, rstd, need):
