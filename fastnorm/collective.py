@@ -83,8 +83,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
         y = backend.channel_apply(x, pair, rstd, weight, bias) if x.numel() > 0 else torch.empty_like(x)
         if running_mean is not None:
             momentum = (total > 1).double() * momentum  # fewer values have no variance: such a batch leaves no trace
-            update_running(running_mean, mean, momentum)
-            update_running(running_var, m2 / (total - 1).clamp(min=1), momentum)
+            update_running(running_mean.data, mean, momentum)
+            update_running(running_var.data, m2 / (total - 1).clamp(min=1), momentum)
         ctx.save_for_backward(x, weight, pair, rstd, total)
         ctx.eps, ctx.group, ctx.backend, ctx.bias_dtype = eps, group, backend, _dtype(bias)
         return y

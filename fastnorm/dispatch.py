@@ -47,6 +47,7 @@ BACKENDS = (
     Backend("reference", "fastnorm.reference", "plain torch operators", ("cpu", "cuda")),
 )
 NAMES = tuple(b.name for b in BACKENDS)
+DEVICES = frozenset(device for b in BACKENDS for device in b.automatic)
 
 _forced: str | None = None
 _selected: dict[str, object] = {}  # device type -> backend module or None

@@ -1,22 +1,31 @@
 """torch.nn.functional's norms, with torch's signatures, results, exceptions and messages.
 
-A call has two exits. Plain eager calls that the fused kernels cover go to the backend that serves the device. Everything else
-goes to torch itself: calls that are invalid (torch then raises its own exception), empty inputs, functorch transforms,
-forward-mode AD, torch.compile (Inductor fuses a plain norm with its neighbours), torch.jit.trace, dispatch modes and tensor
-subclasses.
+A call has three exits. Plain eager calls that the fused kernels cover go to the backend that serves the device. Traced calls
+(torch.compile, torch.export, dispatch modes) become a registered operator where `fastnorm.config.compile` asks for it, and
+so does layer_norm of a DTensor. Everything else goes to torch itself: other traced calls (Inductor fuses a plain norm with its
+neighbours), calls that are invalid (torch then raises its own exception), empty inputs, functorch transforms, forward-mode AD,
+torch.jit.trace and tensor subclasses.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import autograd
+from . import autograd, ops
 from .autograd import PLAIN, traced
-from .dispatch import DTYPES, direct, select
+from .dispatch import DEVICES, DTYPES, direct, select
+from .reference import accumulate_dtype, update_running
+from .settings import config
 
 _is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_active = torch._C._are_functorch_transforms_active
+_TRACED = (FakeTensor, FunctionalTensor)
 
 
 def _covers(x, *parameters) -> bool:
@@ -35,6 +44,50 @@ def _needs_grad(x, weight, bias) -> bool:
     return torch.is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     )
+
+
+def _is_operator(x, *parameters) -> bool:
+    """Whether a traced call becomes a registered operator rather than torch's own."""
+    given = [p for p in parameters if p is not None]
+    if not all(type(t) in PLAIN or isinstance(t, _TRACED) for t in (x, *given)) or not _same_place(x, given):
+        return False
+    if config.compile == "torch" and _torch_takes(x.dtype, given):
+        return False
+    return (_is_compiling() or (_dispatch_modes() > 0 and not torch._C._is_tracing())) and not _transformed()
+
+
+def _is_sharded(x, *parameters) -> bool:
+    """Whether a call in eager is one of DTensors alone."""
+    if _is_compiling() or not ops.is_dtensor(x) or _transformed():
+        return False
+    given = [p for p in parameters if p is not None]
+    return all(map(ops.is_dtensor, given)) and _same_place(x, given)
+
+
+def _transformed() -> bool:
+    return _functorch_active() or forward_ad._current_level >= 0
+
+
+def _same_place(x, given) -> bool:
+    return x.device.type in DEVICES and all(t.dtype in DTYPES and t.device == x.device for t in (x, *given))
+
+
+def _torch_takes(dtype, given) -> bool:
+    """torch's own functions take parameters of the input's dtype, or all in float32 beside a half input."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return all(p.dtype == dtype for p in given) or (half and all(p.dtype == torch.float32 for p in given))
+
+
+def _layer_norm_otherwise(input, normalized_shape, weight, bias, eps):
+    """The calls that are not plain eager ones."""
+    operator = _is_operator(input, weight, bias) or _is_sharded(input, weight, bias)
+    if not (operator and _rows_fit(input, normalized_shape, weight, bias, eps)):
+        y = F.layer_norm(input, normalized_shape, weight, bias, eps)
+        return y.to(input.dtype) if config.autocast_keeps_dtype else y
+    if config.autocast_keeps_dtype:
+        with torch.autocast(input.device.type, enabled=False):
+            return ops.layer_norm(input, normalized_shape, weight, bias, eps)
+    return ops.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
 def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
@@ -60,7 +113,7 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
         RuntimeError, TypeError: torch's own, with torch's message, for shapes, devices and types that do not fit.
     """
     if _is_compiling():
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+        return _layer_norm_otherwise(input, normalized_shape, weight, bias, eps)
     y = direct.layer_norm(input, normalized_shape, weight, bias, eps)
     if y is not None:
         return y
@@ -71,7 +124,7 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     fits = not traced() and _covers(input, weight, bias) and _rows_fit(input, normalized_shape, weight, bias, eps)
     backend = select(input.device.type) if fits else None
     if backend is None:
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+        return _layer_norm_otherwise(input, normalized_shape, weight, bias, eps)
     if input.is_cuda and input.dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
         input = input.float()
     N = 1
@@ -89,6 +142,14 @@ def _rows_fit(x, normalized_shape, weight, bias, eps) -> bool:
     if not shape or x.shape[-len(shape) :] != shape:
         return False
     return (weight is None or weight.shape == shape) and (bias is None or bias.shape == shape)
+
+
+def _batch_norm_otherwise(input, running_mean, running_var, weight, bias, training, momentum, eps):
+    """The calls that are not plain eager ones."""
+    tensors, options = (input, running_mean, running_var, weight, bias), (training, momentum, eps)
+    if not (_is_operator(*tensors) and _channels_fit(*tensors, *options)):
+        return F.batch_norm(*tensors, *options)
+    return ops.batch_norm(*tensors, *options)
 
 
 def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
@@ -117,7 +178,7 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
         ValueError, RuntimeError, TypeError: torch's own, with torch's message; running statistics are then unchanged.
     """
     if _is_compiling():
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return _batch_norm_otherwise(input, running_mean, running_var, weight, bias, training, momentum, eps)
     y = direct.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if y is not None:
         return y
@@ -141,7 +202,7 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
     )
     backend = select(input.device.type) if fits else None
     if backend is None:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return _batch_norm_otherwise(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if _needs_grad(input, weight, bias):
         return autograd.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, backend)
     return backend.channel_fwd(input, weight, bias, running_mean, running_var, training, momentum, eps)[0]
@@ -159,3 +220,19 @@ def _channels_fit(x, running_mean, running_var, weight, bias, training, momentum
     if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
         return False
     return eps >= 0 and (not training or (eps > 0 and x.numel() > shape[0]))
+
+
+def cumulative_batch_norm(input, running_mean, running_var, weight, bias, num_batches_tracked, eps):
+    """Training with ``momentum=None``: the running statistics become the average over all batches, of which this is one more.
+
+    Equivalent to: ``batch_norm(..., training=True, momentum=1 / (num_batches_tracked + 1))``, with the counter read on its
+    device: no synchronisation, no graph break, and CUDA graphs capture it. The counter itself is left to the caller.
+    """
+    batch = [None if b is None else torch.zeros_like(b) for b in (running_mean, running_var)]
+    y = batch_norm(input, *batch, weight, bias, True, 1.0, eps)
+    if running_mean is not None and input.numel() > 0:
+        acc = accumulate_dtype(running_mean.dtype)
+        momentum = 1 / (num_batches_tracked.to(acc) + 1)
+        update_running(running_mean, batch[0].to(acc), momentum)
+        update_running(running_var, batch[1].to(acc), momentum)
+    return y

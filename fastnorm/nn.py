@@ -55,11 +55,12 @@ class _BatchNorm(Scriptable):
             tracked = None
         elif not self.track_running_stats:
             mean = var = tracked = None
-        momentum = 0.0 if self.momentum is None else self.momentum
         if tracked is not None and self.momentum is None:
-            momentum = 1.0 / (float(tracked) + 1.0)  # cumulative average
-        own_statistics = training or (mean is None and var is None)
-        y = functional.batch_norm(input, mean, var, weight, bias, own_statistics, momentum, self.eps)
+            y = functional.cumulative_batch_norm(input, mean, var, weight, bias, tracked, self.eps)
+        else:
+            momentum = 0.0 if self.momentum is None else self.momentum
+            own_statistics = training or (mean is None and var is None)
+            y = functional.batch_norm(input, mean, var, weight, bias, own_statistics, momentum, self.eps)
         if tracked is not None:
             tracked.add_(1)
         return y

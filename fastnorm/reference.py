@@ -184,8 +184,8 @@ def channel_fwd(x, weight, bias, running_mean, running_var, training, momentum, 
         n, mean, m2, scale = moments(Channels.of(x.shape).view(x).to(acc), (0, 2))
         mean, rstd = mean.view(2, C), rstd_of(n, m2, scale, eps, acc).view(C)
         if running_mean is not None:
-            update_running(running_mean, mean.double().sum(0), momentum)
-            update_running(running_var, (m2 / (n - 1) / scale / scale).view(C), momentum)
+            update_running(running_mean.data, mean.double().sum(0), momentum)
+            update_running(running_var.data, (m2 / (n - 1) / scale / scale).view(C), momentum)
     else:
         mean = split(running_mean, acc)
         rstd = torch.rsqrt(running_var.double() + eps).to(acc)
@@ -193,7 +193,7 @@ def channel_fwd(x, weight, bias, running_mean, running_var, training, momentum, 
 
 
 def update_running(running, value, momentum):
-    running = running.data
+    """(1 - momentum) * running + momentum * value in place, rounded once; momentum may be a tensor."""
     running.copy_(running.to(value.dtype) * (1 - momentum) + value * momentum)
 
 
