@@ -34,8 +34,8 @@ def _dtype(p):
 
 class LayerNormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, N, backend):
-        y, mean, rstd = backend.row_fwd(x, weight, bias, eps, N)
+    def forward(ctx, x, weight, bias, eps, N, backend, dtype):
+        y, mean, rstd = backend.row_fwd(x, weight, bias, eps, N, dtype)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.eps, ctx.N, ctx.backend, ctx.bias_dtype = eps, N, backend, _dtype(bias)
         ctx.parameter_shape = None if weight is None and bias is None else (bias if weight is None else weight).shape
@@ -50,7 +50,7 @@ class LayerNormFunction(torch.autograd.Function):
         else:
             dx, dweight, dbias = ctx.backend.row_bwd(dy, x, weight, mean, rstd, need)
         shaped = lambda d: d if d is None else d.view(ctx.parameter_shape)
-        return dx, shaped(dweight), shaped(dbias), None, None, None
+        return dx, shaped(dweight), shaped(dbias), None, None, None, None
 
 
 class BatchNormFunction(torch.autograd.Function):

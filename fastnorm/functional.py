@@ -25,6 +25,7 @@ from .settings import config
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_active = torch._C._are_functorch_transforms_active
+HALVES = (torch.bfloat16, torch.float16)
 _TRACED = (FakeTensor, FunctionalTensor)
 
 
@@ -74,8 +75,7 @@ def _same_place(x, given) -> bool:
 
 def _torch_takes(dtype, given) -> bool:
     """torch's own functions take parameters of the input's dtype, or all in float32 beside a half input."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    return all(p.dtype == dtype for p in given) or (half and all(p.dtype == torch.float32 for p in given))
+    return all(p.dtype == dtype for p in given) or (dtype in HALVES and all(p.dtype == torch.float32 for p in given))
 
 
 def _layer_norm_otherwise(input, normalized_shape, weight, bias, eps):
@@ -107,7 +107,8 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
         eps: added to the variance.
 
     Returns:
-        A contiguous tensor of input's shape and dtype; float32 under CUDA autocast, as in torch.
+        A contiguous tensor of input's shape and dtype; float32 under CUDA autocast, as in torch, unless
+        ``fastnorm.config.autocast_keeps_dtype``.
 
     Raises:
         RuntimeError, TypeError: torch's own, with torch's message, for shapes, devices and types that do not fit.
@@ -125,14 +126,18 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     backend = select(input.device.type) if fits else None
     if backend is None:
         return _layer_norm_otherwise(input, normalized_shape, weight, bias, eps)
-    if input.is_cuda and input.dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
-        input = input.float()
     N = 1
     for size in normalized_shape:
         N *= size
+    dtype = torch.float32 if _autocasts(input) else None
     if _needs_grad(input, weight, bias):
-        return autograd.layer_norm(input, weight, bias, eps, N, backend)
-    return backend.row_fwd(input, weight, bias, eps, N)[0]
+        return autograd.layer_norm(input, weight, bias, eps, N, backend, dtype)
+    return backend.row_fwd(input, weight, bias, eps, N, dtype)[0]
+
+
+def _autocasts(x) -> bool:
+    """CUDA's autocast computes layer_norm in float32. The kernels do so anyway, so all it changes is the output's dtype."""
+    return x.dtype in HALVES and x.is_cuda and torch.is_autocast_enabled("cuda") and not config.autocast_keeps_dtype
 
 
 def _rows_fit(x, normalized_shape, weight, bias, eps) -> bool:

@@ -51,7 +51,7 @@ BATCH_NORMS = {
 def test_layer_norm_is_covered_and_equal_to_the_general_path(name, direct):
     x, shape, weight, bias, eps = LAYER_NORMS[name]()
     backend, N = dispatch.select("cpu"), torch.Size(shape).numel()
-    general = lambda x, w, b: LayerNormFunction.apply(x, w, b, eps, N, backend)
+    general = lambda x, w, b: LayerNormFunction.apply(x, w, b, eps, N, backend, None)
     compare(lambda x, w, b: direct.layer_norm(x, shape, w, b, eps), general, x, weight, bias)
 
 

@@ -260,25 +260,3 @@ def test_vmap_of_layer_norm(dims, dtype):
     each = [[t if d is None else t.select(d, i) for t, d in zip(batch, dims, strict=True)] for i in range(3)]
     expected = [torch.stack(t) for t in zip(*(function(*e) for e in each), strict=True)]
     torch.testing.assert_close(list(torch.func.vmap(function, dims)(*batch)), expected)
-
-
-@pytest.fixture
-def cuda_autocast():
-    """Autocast of device type cuda, which torch.autocast does not switch on where there is no GPU."""
-    torch.set_autocast_enabled("cuda", True)
-    yield
-    torch.set_autocast_enabled("cuda", False)
-
-
-@pytest.mark.parametrize("setting", ["torch", "fastnorm"])
-@pytest.mark.parametrize("dtype", [D, F32, BF16, torch.float16])
-def test_autocast(setting, dtype, cuda_autocast):
-    """As torch's list has it: layer_norm in float32, batch_norm in its input's dtype; on fake tensors, so without a GPU."""
-    with torch.no_grad(), torch._subclasses.FakeTensorMode(), fastnorm.config.patch(compile=setting):
-        x, norm = torch.randn(4, 6, dtype=dtype, device="cuda"), fastnorm.LayerNorm(6, device="cuda")
-        float32 = D if dtype == D else F32
-        assert norm(x).dtype == float32
-        assert OPS.layer_norm(x, [6], norm.weight, None, 1e-5)[0].dtype == float32
-        assert OPS.batch_norm_train(x, norm.weight, None, 1e-5)[0].dtype == dtype
-        with fastnorm.config.patch(autocast_keeps_dtype=True):
-            assert norm(x).dtype == dtype

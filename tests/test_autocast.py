@@ -1,0 +1,89 @@
+"""Autocast: layer_norm is on CUDA's float32 list and batch_norm on none; `fastnorm.config.autocast_keeps_dtype`."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import BF16, F16, F32, F64
+
+import fastnorm
+from fastnorm import functional
+
+
+@contextlib.contextmanager
+def autocast(device, dtype=BF16):
+    """As torch.autocast, which does nothing for "cuda" where there is no GPU."""
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_enabled(device, True)
+    torch.set_autocast_dtype(device, dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, F16, F32, F64])
+def test_when_the_output_is_widened(dtype, keeps):
+    """On fake tensors of a GPU; the answer for plain ones hangs on nothing else."""
+    with torch._subclasses.FakeTensorMode(), fastnorm.config.patch(autocast_keeps_dtype=keeps):
+        x = torch.empty(4, 6, dtype=dtype, device="cuda")
+        assert not functional._autocasts(x)
+        with autocast("cuda"):
+            assert functional._autocasts(x) == (dtype in (BF16, F16) and not keeps)
+            assert not functional._autocasts(torch.empty(4, 6, dtype=dtype))
+        with autocast("cpu"):
+            assert not functional._autocasts(x)
+
+
+@pytest.mark.parametrize("choice", ["torch", "fastnorm"])
+@pytest.mark.parametrize("dtype", [BF16, F16, F32, F64])
+def test_dtypes_as_torch_on_fake_tensors_of_a_gpu(dtype, choice):
+    with torch._subclasses.FakeTensorMode(), fastnorm.config.patch(compile=choice), autocast("cuda"):
+        x = torch.empty(4, 6, dtype=dtype, device="cuda")
+        p = torch.empty(6, dtype=F64 if dtype == F64 else F32, device="cuda")
+        expected = F.layer_norm(x, (6,), p, p).dtype
+        assert fastnorm.layer_norm(x, (6,), p, p).dtype == expected == (F64 if dtype == F64 else F32)
+        assert fastnorm.batch_norm(x, None, None, p, p, True).dtype == F.batch_norm(x, None, None, p, p, True).dtype == dtype
+        assert torch.ops.fastnorm.layer_norm(x, [6], p, None, 1e-5)[0].dtype == expected
+        assert torch.ops.fastnorm.batch_norm_train(x, p, None, 1e-5)[0].dtype == dtype
+        with fastnorm.config.patch(autocast_keeps_dtype=True):
+            assert fastnorm.layer_norm(x, (6,), p, p).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_results_and_gradients_of_a_widened_output(dtype, backend, device, monkeypatch):
+    """As torch's: layer_norm of x.float(), whose gradient is rounded to x's dtype; also when differentiated again."""
+    if device == "cpu":  # no CPU autocast does this: only the question is answered differently here
+        monkeypatch.setattr(functional, "_autocasts", lambda x: x.dtype in (BF16, F16))
+        monkeypatch.setattr(functional.direct, "layer_norm", lambda *args: None)
+    x, dy = torch.randn(5, 12, device=device).to(dtype), torch.randn(5, 12, device=device)
+    weight, bias = (torch.randn(12, device=device, dtype=p) for p in (F32, dtype))
+    results = []
+    for function, wide in ((fastnorm.layer_norm, F32), (lambda x, *args: F.layer_norm(x.to(F64), *args), F64)):
+        inputs = [t.detach().to(t.dtype if wide is F32 else F64).requires_grad_() for t in (x, weight, bias)]
+        with autocast(device) if device == "cuda" and wide is F32 else contextlib.nullcontext():
+            y = function(inputs[0], (12,), *inputs[1:])
+        first = torch.autograd.grad(y, inputs, dy.to(wide), create_graph=True)
+        second = torch.autograd.grad(first[0].to(wide).square().sum(), inputs[0])
+        assert wide is F64 or [t.dtype for t in (y, *first, *second)] == [F32, dtype, F32, dtype, dtype]
+        results.append([y, *first, *second])
+    for a, b, precision in zip(*results, (F32, dtype, F32, dtype, dtype), strict=True):
+        scale = 8 * torch.finfo(precision).eps * b.abs().max().item()
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=scale)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_cpu_autocast_changes_nothing(dtype, backend, device):
+    """As in torch: no norm is on the CPU's lists."""
+    if device != "cpu":
+        pytest.skip("this is about CPU tensors")
+    x = torch.randn(5, 12).to(dtype)
+    norm, batch = fastnorm.LayerNorm(12, dtype=dtype), fastnorm.BatchNorm1d(12, track_running_stats=False)
+    plain = norm(x), batch(x)
+    with autocast("cpu"):
+        for a, b in zip(plain, (norm(x), batch(x)), strict=True):
+            assert torch.equal(a, b)
+            assert a.dtype == dtype
