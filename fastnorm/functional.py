@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import autograd
-from .autograd import PLAIN, traced
+from .autograd import PLAIN, elsewhere, traced
 from .dispatch import DTYPES, select
 
 _is_compiling = torch.compiler.is_compiling
@@ -21,12 +21,14 @@ _is_compiling = torch.compiler.is_compiling
 
 def _covers(x, *parameters) -> bool:
     """Plain strided tensors of one device, in dtypes that the kernels read."""
-    if type(x) not in PLAIN or x.layout is not torch.strided or x.dtype not in DTYPES:
+    if type(x) not in PLAIN or x.layout is not torch.strided or x.dtype not in DTYPES or elsewhere(x):
         return False
     for p in parameters:
         if p is None:
             continue
         if type(p) not in PLAIN or p.dtype not in DTYPES or p.device != x.device or p.layout is not x.layout:
+            return False
+        if elsewhere(p):
             return False
     return x.device.type != "meta" and x.numel() > 0
 

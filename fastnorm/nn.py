@@ -26,23 +26,27 @@ class _BatchNorm:
     def forward(self, input):
         self._check_input_dim(input)
         tracked = self.num_batches_tracked if self.training and self.track_running_stats else None
+        if tracked is not None:
+            tracked.add_(1)  # before the norm, as torch.nn: checkpoints and functorch see the order
         momentum = 0.0 if self.momentum is None else self.momentum
         if tracked is not None and self.momentum is None:
-            momentum = 1.0 / (float(tracked) + 1.0)  # cumulative average
+            momentum = 1.0 / float(tracked)  # cumulative average
         own_statistics = not self.training or self.track_running_stats
-        y = functional.batch_norm(
-            input,
-            self.running_mean if own_statistics else None,
-            self.running_var if own_statistics else None,
-            self.weight,
-            self.bias,
-            self.training or (self.running_mean is None and self.running_var is None),
-            momentum,
-            self.eps,
-        )
-        if tracked is not None:
-            tracked.add_(1)
-        return y
+        try:
+            return functional.batch_norm(
+                input,
+                self.running_mean if own_statistics else None,
+                self.running_var if own_statistics else None,
+                self.weight,
+                self.bias,
+                self.training or (self.running_mean is None and self.running_var is None),
+                momentum,
+                self.eps,
+            )
+        except (RuntimeError, TypeError, ValueError):
+            if tracked is not None:
+                tracked.sub_(1)
+            raise
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
