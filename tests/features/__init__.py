@@ -86,16 +86,21 @@ class Feature:
     dtype: torch.dtype
     refused: Callable  # of torch's module: whether torch.nn itself raises, and ours has to raise the same
     beyond: bool  # torch.nn cannot: the check itself says what is right
+    columns: Callable  # of a Module: whether there is such a cell
 
 
 FEATURES: list[Feature] = []
 
 
-def feature(dtype=F32, refused=never, name=None):
+def any_column(column):
+    return True
+
+
+def feature(dtype=F32, refused=never, name=None, columns=any_column):
     """Registers program(module, x) -> results, which are torch.nn's."""
 
     def register(run):
-        FEATURES.append(Feature(name or run.__name__.replace("_", " "), run, dtype, refused, beyond=False))
+        FEATURES.append(Feature(name or run.__name__.replace("_", " "), run, dtype, refused, False, columns))
         return run
 
     return register
@@ -105,7 +110,7 @@ def beyond(name=None):
     """Registers check(column, device): what fastnorm does and torch.nn does not."""
 
     def register(run):
-        FEATURES.append(Feature(name or run.__name__.replace("_", " "), run, F32, never, beyond=True))
+        FEATURES.append(Feature(name or run.__name__.replace("_", " "), run, F32, never, True, any_column))
         return run
 
     return register

@@ -55,7 +55,7 @@ def double_backward(m, x):
 
 @beyond()
 def third_derivative(column, device):
-    """torch.nn's is silently wrong for layer norm and in training: its second backward takes the saved statistics as constants."""
+    """torch.nn's is silently wrong: its second backward takes the saved statistics as constants."""
     m, _ = column.twins(device, F64)
     x = column.input(device, F64)[:3].detach().requires_grad_()
     _, *parameters = leaves(m, x)
@@ -93,9 +93,8 @@ def strided_gradient(m, x):
 def negated_and_zero_gradient(m, x):
     """Tensors whose memory does not hold their values: a negative view, and zeros that have no memory at all."""
     y = m(x)
-    return [
-        gradients(m, x, y, d, retain_graph=True) for d in (torch._neg_view(cotangent(y)), torch._efficientzerotensor(y.shape))
-    ]
+    negated, zero = torch._neg_view(cotangent(y)), torch._efficientzerotensor(y.shape, device=y.device)
+    return [gradients(m, x, y, dy, retain_graph=True) for dy in (negated, zero)]
 
 
 @feature()
