@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from features import FEATURES, MODULES, derivatives, modules, tracing, transforms  # noqa: F401 (each registers its features)
+from conftest import SERVED
+from features import cells, derivatives, modules, tracing, transforms  # noqa: F401 (each registers its features)
 from torch.testing import assert_close
 from torch.utils._pytree import tree_flatten
 
 CELLS = [
-    pytest.param(feature, module, id=f"{module.name}-{feature.name}")
-    for module in MODULES
-    for feature in FEATURES
-    if feature.columns(module)
+    pytest.param((backend, device), feature, module, id=f"{backend.name}-{device}-{module.name}-{feature.name}")
+    for (backend, device), feature, module in cells(SERVED)
 ]
 
 
@@ -35,8 +34,8 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize(("feature", "module"), CELLS)
-def test_cell(feature, module, served):
+@pytest.mark.parametrize(("served", "feature", "module"), CELLS, indirect=["served"])
+def test_cell(served, feature, module):
     _, device = served
     if feature.beyond:
         feature.run(module, device)

@@ -87,6 +87,7 @@ class Feature:
     refused: Callable  # of torch's module: whether torch.nn itself raises, and ours has to raise the same
     beyond: bool  # torch.nn cannot: the check itself says what is right
     columns: Callable  # of a Module: whether there is such a cell
+    heavy: bool  # many calls
 
 
 FEATURES: list[Feature] = []
@@ -96,24 +97,40 @@ def any_column(column):
     return True
 
 
-def feature(dtype=F32, refused=never, name=None, columns=any_column):
+def feature(dtype=F32, refused=never, name=None, columns=any_column, heavy=False):
     """Registers program(module, x) -> results, which are torch.nn's."""
 
     def register(run):
-        FEATURES.append(Feature(name or run.__name__.replace("_", " "), run, dtype, refused, False, columns))
+        FEATURES.append(Feature(name or run.__name__.replace("_", " "), run, dtype, refused, False, columns, heavy))
         return run
 
     return register
 
 
-def beyond(name=None):
+def beyond(name=None, heavy=False):
     """Registers check(column, device): what fastnorm does and torch.nn does not."""
 
     def register(run):
-        FEATURES.append(Feature(name or run.__name__.replace("_", " "), run, F32, never, True, any_column))
+        FEATURES.append(Feature(name or run.__name__.replace("_", " "), run, F32, never, True, any_column, heavy))
         return run
 
     return register
+
+
+# Triton's interpreter takes tens of milliseconds for a call: these columns there, and those for what makes many calls.
+EMULATED = ("LayerNorm", "BatchNorm1d-training", "BatchNorm1d-evaluation", "BatchNorm2d-training", "BatchNorm3d-training")
+EMULATED = (*EMULATED, "SyncBatchNorm-training")
+EMULATED_HEAVY = ("LayerNorm", "BatchNorm1d-training")
+
+
+def cells(served):
+    """(backend, device), feature, module: the table."""
+    for backend, device in served:
+        emulated = backend.name == "triton" and device == "cpu"
+        for module in MODULES:
+            for f in FEATURES:
+                if f.columns(module) and (not emulated or module.name in (EMULATED_HEAVY if f.heavy else EMULATED)):
+                    yield (backend, device), f, module
 
 
 def cotangent(y):
@@ -131,5 +148,5 @@ def gradients(m, x, y, dy=None, **kwargs):
 
 
 def emulated(x):
-    """Triton's interpreter is at work: a call takes milliseconds."""
+    """Triton's interpreter is at work."""
     return x.device.type == "cpu" and fastnorm.dispatch.select("cpu").__name__ == "fastnorm.kernels"

@@ -43,17 +43,22 @@ def _pure(m):
     return function
 
 
-@feature(F64)
+def _effort(x):
+    """Every element where calls are cheap and few, else a random projection."""
+    return {"fast_mode": emulated(x) or x.numel() > 24, "check_undefined_grad": not emulated(x)}
+
+
+@feature(F64, heavy=True)
 def first_derivative(m, x):
-    return gradcheck(_pure(m), leaves(m, x), fast_mode=emulated(x), check_undefined_grad=not emulated(x))
+    return gradcheck(_pure(m), leaves(m, x), **_effort(x))
 
 
-@feature(F64)
+@feature(F64, heavy=True)
 def double_backward(m, x):
-    return gradgradcheck(_pure(m), leaves(m, x), fast_mode=emulated(x), check_undefined_grad=not emulated(x))
+    return gradgradcheck(_pure(m), leaves(m, x), **_effort(x))
 
 
-@beyond()
+@beyond(heavy=True)
 def third_derivative(column, device):
     """torch.nn's is silently wrong: its second backward takes the saved statistics as constants."""
     m, _ = column.twins(device, F64)
@@ -137,7 +142,7 @@ def gradient_edge(m, x):
     return torch.autograd.grad(edge, leaves(m, x), dy)
 
 
-@feature()
+@feature(heavy=True)
 def same_bits_twice(m, x):
     m.eval()  # the second forward of a training step would see other statistics in its state, not in its result
     for _ in range(2):

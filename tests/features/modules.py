@@ -39,10 +39,10 @@ def _dtypes(dtype, parameters, column, device):
 for _dtype in (F64, F32, BF16, F16):
     for _parameters in (F64, F32, BF16, F16):
         _name = f"input {_dtype} beside {_parameters} parameters".replace("torch.", "")
-        beyond(name=_name)(partial(_dtypes, _dtype, _parameters))
+        beyond(name=_name, heavy=(_dtype, _parameters) not in ((BF16, F32), (F32, BF16)))(partial(_dtypes, _dtype, _parameters))
 
 
-@feature()
+@feature(heavy=True)
 def casts(m, x):
     """half(), bfloat16(), double(), to(): the dtypes of all that a module holds and returns."""
     results = []
@@ -95,7 +95,7 @@ def layouts(x):
         yield x.contiguous(memory_format=memory_format)[1:]
 
 
-@feature()
+@feature(heavy=True)
 def layouts_of_the_input(m, x):
     """Results, gradients and their strides."""
     results = []
@@ -167,7 +167,7 @@ def view_of_a_leaf(m, x):
 # ---------------------------------------------------------------- copies and state
 
 
-@feature()
+@feature(heavy=True)
 def copies_and_pickles(m, x):
     stream = io.BytesIO()
     torch.save(m, stream)
@@ -194,7 +194,7 @@ def state_dicts(m, x):
     return results, m(x)
 
 
-@feature()
+@feature(heavy=True)
 def several_steps(m, x):
     optimizer, results = torch.optim.SGD(m.parameters(), 0.1), []
     for step in range(3):
@@ -213,13 +213,13 @@ def without_running_statistics(m, x):
     return y, gradients(m, x, y)
 
 
-@feature()
+@feature(heavy=True)
 def cumulative_average(m, x):
     m.momentum = None
     return [m(x * (i + 1)) for i in range(3)]
 
 
-@feature()
+@feature(heavy=True)
 def update_bn(m, x):
     """torch.optim.swa_utils finds batch norms by their class."""
     torch.optim.swa_utils.update_bn([x.detach(), x.detach() + 1], torch.nn.Sequential(m))

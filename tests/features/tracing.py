@@ -16,14 +16,14 @@ def training_step(m, x):
     return y, gradients(m, x, y)
 
 
-@feature()
+@feature(heavy=True)
 def compiled(m, x):
     """Without graph breaks; results, gradients and statistics of what AOTAutograd makes of it."""
     torch._dynamo.reset()
     return training_step(torch.compile(m, fullgraph=True, backend="aot_eager"), x)
 
 
-@feature()
+@feature(heavy=True)
 def exported(m, x):
     program = torch.export.export(m, (x.detach(),))
     buffers = program.graph_signature.buffers_to_mutate.values()
@@ -38,19 +38,19 @@ def fx_traced(m, x):
     return str(graph.graph), graph(x), gradients(m, x, graph(x))
 
 
-@feature()
+@feature(heavy=True)
 def jit_traced(m, x):
     traced = torch.jit.trace(m, x.detach(), check_trace=False)
     return [node.kind() for node in traced.inlined_graph.nodes()], training_step(traced, x)
 
 
-@feature()
+@feature(heavy=True)
 def jit_scripted(m, x):
     scripted = torch.jit.script(m)
     return [node.kind() for node in scripted.inlined_graph.nodes()], training_step(scripted, x)
 
 
-@feature()
+@feature(heavy=True)
 def made_fx(m, x):
     """The graphs of the forward and of a whole training step are torch.nn's."""
     forward, step = make_fx(m)(x.detach()), make_fx(lambda x: training_step(m, x))(x)

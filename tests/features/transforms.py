@@ -6,7 +6,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, stack_module_state, vjp, vmap
 
-from . import F32, F64, cotangent, feature, gradients, updates
+from . import EMULATED_HEAVY, F32, F64, cotangent, feature, gradients, updates
 
 
 def tangent(t):
@@ -58,20 +58,20 @@ def jvp_of_all(m, x):
     return jvp(pure(m), (x.detach(), parameters), (tangent(x), tangents))
 
 
-@feature(F64)
+@feature(F64, heavy=True)
 def forward_over_reverse(m, x):
     parameters, _ = values(m)
     value = lambda x: pure(m)(x, parameters).exp().sum()
     return jvp(grad(value), (x.detach(),), (tangent(x),))
 
 
-@feature(F64)
+@feature(F64, heavy=True)
 def reverse_over_forward(m, x):
     parameters, _ = values(m)
     return grad(lambda x: jvp(lambda x: pure(m)(x, parameters).exp().sum(), (x,), (tangent(x),))[1])(x.detach())
 
 
-@feature()
+@feature(heavy=True, columns=lambda column: column.name in EMULATED_HEAVY)
 def linearized(m, x):
     y, push = linearize(lambda x: pure(m)(x, values(m)[0]), x.detach())
     return y, push(tangent(x))
@@ -99,13 +99,13 @@ def vjp_of_all(m, x):
     return y, pull(cotangent(y))
 
 
-@feature(F64)
+@feature(F64, heavy=True)
 def jacobians(m, x):
     parameters, _ = values(m)
     return [of(pure(m), argnums=(0, 1))(x.detach(), parameters) for of in (jacrev, jacfwd)]
 
 
-@feature(F64)
+@feature(F64, heavy=True)
 def hessians(m, x):
     parameters, _ = values(m)
     return hessian(lambda x, p: pure(m)(x, p).exp().sum(), argnums=(0, 1))(x.detach()[:2], parameters)
@@ -184,7 +184,7 @@ def batched_gradients(m, x):
 # ---------------------------------------------------------------- torch.autograd.functional
 
 
-@feature(F64)
+@feature(F64, heavy=True)
 def autograd_functional(m, x):
     of, small = torch.autograd.functional, x.detach()[:2]
     function = lambda x: pure(m)(x, values(m)[0]).exp()
@@ -201,6 +201,6 @@ def autograd_functional(m, x):
     ]
 
 
-@feature(F32)
+@feature(F32, heavy=True)
 def jacobian_in_float32(m, x):
     return torch.autograd.functional.jacobian(lambda x: pure(m)(x, values(m)[0]), x.detach(), vectorize=True)
