@@ -48,6 +48,7 @@ class Module:
 def _modules():
     yield Module("LayerNorm", fastnorm.LayerNorm, torch.nn.LayerNorm, (6,), (4, 6))
     yield Module("LayerNorm-2-dims", fastnorm.LayerNorm, torch.nn.LayerNorm, ([3, 4],), (3, 3, 4))
+    yield Module("BatchNorm1d-with-length-training", fastnorm.BatchNorm1d, torch.nn.BatchNorm1d, (3,), (4, 3, 2))
     batch_norms = [("BatchNorm1d", (6, 3)), ("BatchNorm2d", (3, 3, 2, 3)), ("BatchNorm3d", (3, 3, 2, 1, 2))]
     if hasattr(fastnorm, "SyncBatchNorm"):
         batch_norms.append(("SyncBatchNorm", (3, 3, 2, 3)))
