@@ -2,11 +2,16 @@
 pure Python and the same recipe, fastnorm/build.py, runs at first use."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 from setuptools import setup
 
-spec = importlib.util.spec_from_file_location("build", Path(__file__).parent / "fastnorm" / "build.py")
+HERE = Path(__file__).resolve().parent
+# PyPI has a package `kernels` as well, and setuptools loads a hook of it by name: it must not find our folder of that name.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE]
+
+spec = importlib.util.spec_from_file_location("build", HERE / "fastnorm" / "build.py")
 build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
 

@@ -1,10 +1,12 @@
 """fastnorm: fused batch-norm and layer-norm for PyTorch."""
 
 from . import functional
+from .convert import convert, revert
 from .dispatch import use_backend
 from .functional import batch_norm, layer_norm
 from .nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LayerNorm
 from .settings import config
+from .sync import SyncBatchNorm
 from .version import __version__
 
 __all__ = [
@@ -12,10 +14,13 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "LayerNorm",
+    "SyncBatchNorm",
     "__version__",
     "batch_norm",
     "config",
+    "convert",
     "functional",
     "layer_norm",
+    "revert",
     "use_backend",
 ]

@@ -1,7 +1,8 @@
 """THE table of backends, and which one serves a tensor. Nothing else in the package asks which device a tensor is on.
 
 A backend is a module with the functions of `reference.py` (the contract is written there) plus
-`unavailable() -> str | None`, why it cannot run here, and `devices()`, the device types it serves (None: any).
+`unavailable() -> str | None`, why it cannot run here, and `devices()`, the device types it serves (None: any). It may have
+whole calls as well, see `direct`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,30 @@ _forced: str | None = None
 _selected: dict[str, object] = {}  # device type -> backend module or None
 
 
+def _not_covered(*args):
+    return None
+
+
+class _Direct:
+    """Whole calls, at torch's own overhead: layer_norm and batch_norm with all their arguments in torch's order.
+
+    They are the chosen backend's where it has them (checks, autograd and kernel in one), and return None for every call that
+    they do not cover, so the general path follows. Until a backend is chosen nothing is covered.
+    """
+
+    layer_norm = batch_norm = staticmethod(_not_covered)
+
+    def install(self, module):
+        if hasattr(module, "layer_norm"):
+            self.layer_norm, self.batch_norm = module.layer_norm, module.batch_norm
+
+    def clear(self):
+        vars(self).clear()
+
+
+direct = _Direct()
+
+
 def _checked(name: str | None) -> str | None:
     if name is not None and name not in NAMES:
         raise ValueError(f"fastnorm has no backend {name!r}; choose one of {', '.join(NAMES)}, or None for the best one")
@@ -75,7 +100,7 @@ class use_backend:
         global _forced
         self._before = _forced
         _forced = _checked(name)
-        _selected.clear()
+        _choose_anew()
 
     def __enter__(self):
         return self
@@ -83,7 +108,12 @@ class use_backend:
     def __exit__(self, *exc):
         global _forced
         _forced = self._before
-        _selected.clear()
+        _choose_anew()
+
+
+def _choose_anew() -> None:
+    _selected.clear()
+    direct.clear()
 
 
 def forced() -> str | None:
@@ -100,6 +130,7 @@ def select(device_type: str):
         return _selected[device_type]
     except KeyError:
         _selected[device_type] = module = _choose(device_type)
+        direct.install(module)
         return module
 
 

@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import autograd
 from .autograd import PLAIN, elsewhere, traced
-from .dispatch import DTYPES, select
+from .dispatch import DTYPES, direct, select
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -63,6 +63,9 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     """
     if _is_compiling():
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    y = direct.layer_norm(input, normalized_shape, weight, bias, eps)
+    if y is not None:
+        return y
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(
             layer_norm, (input, weight, bias), input, normalized_shape, weight=weight, bias=bias, eps=eps
@@ -117,6 +120,9 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
     """
     if _is_compiling():
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    y = direct.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if y is not None:
+        return y
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
         return handle_torch_function(
             batch_norm,

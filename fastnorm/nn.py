@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import torch
+from torch.fx import Proxy
 
 from . import functional
+from .tracing import Scriptable, leaf
 
 
-class LayerNorm(torch.nn.LayerNorm):
+def _affine(module):
+    """weight, bias. `Module.__getattr__` costs 0.8 us for each; it is for what is no plain parameter (parametrized, pruned)."""
+    parameters = module._parameters
+    try:
+        return parameters["weight"], parameters["bias"]
+    except KeyError:
+        return module.weight, module.bias
+
+
+def _statistics(module):
+    """running_mean, running_var, num_batches_tracked, by the same short way."""
+    buffers = module._buffers
+    try:
+        return buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+    except KeyError:
+        return module.running_mean, module.running_var, module.num_batches_tracked
+
+
+class LayerNorm(Scriptable, torch.nn.LayerNorm):
     """Layer normalization over the trailing ``normalized_shape`` of the input, on fused kernels.
 
     Equivalent to: ``torch.nn.LayerNorm(normalized_shape, eps, elementwise_affine, bias, device, dtype)``
@@ -17,32 +37,32 @@ class LayerNorm(torch.nn.LayerNorm):
     """
 
     def forward(self, input):
-        return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        if isinstance(input, Proxy) and (node := leaf(self, input)) is not None:
+            return node
+        weight, bias = _affine(self)
+        return functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
-class _BatchNorm:
+class _BatchNorm(Scriptable):
     """torch.nn._BatchNorm.forward on fused kernels; a call that raises leaves num_batches_tracked as it was, too."""
 
     def forward(self, input):
+        if isinstance(input, Proxy) and (node := leaf(self, input)) is not None:
+            return node
         self._check_input_dim(input)
-        tracked = self.num_batches_tracked if self.training and self.track_running_stats else None
+        training, (weight, bias), (mean, var, tracked) = self.training, _affine(self), _statistics(self)
+        if not training:
+            tracked = None
+        elif not self.track_running_stats:
+            mean = var = tracked = None
         if tracked is not None:
-            tracked.add_(1)  # before the norm, as torch.nn: checkpoints and functorch see the order
+            tracked.add_(1)  # before the norm, as torch.nn does: functorch and checkpoints that stop early see the order
         momentum = 0.0 if self.momentum is None else self.momentum
         if tracked is not None and self.momentum is None:
             momentum = 1.0 / float(tracked)  # cumulative average
-        own_statistics = not self.training or self.track_running_stats
+        own_statistics = training or (mean is None and var is None)
         try:
-            return functional.batch_norm(
-                input,
-                self.running_mean if own_statistics else None,
-                self.running_var if own_statistics else None,
-                self.weight,
-                self.bias,
-                self.training or (self.running_mean is None and self.running_var is None),
-                momentum,
-                self.eps,
-            )
+            return functional.batch_norm(input, mean, var, weight, bias, own_statistics, momentum, self.eps)
         except (RuntimeError, TypeError, ValueError):
             if tracked is not None:
                 tracked.sub_(1)

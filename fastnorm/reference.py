@@ -8,6 +8,7 @@ This file is also where the contract is written down. Every backend has these fu
 * `mean`: (2, M) or (2, C), a pair high + low, because at mean/std = 1e4 one float32 cannot hold the mean.
 * `rstd`: (M,) or (C,), 1 / sqrt(var + eps) with the biased variance.
 * `weight`, `bias`: N or C elements in any floating dtype, or None.
+* `dtype` of row_fwd: y's, float32 where autocast asks for it, or None for x's. `dy` of row_bwd then has it as well.
 * `need`: (dx, dweight, dbias): True or False for dx; the dtype wanted, or None when it is not wanted, for the other two.
 
 No element count is ever zero here: functional.py hands empty inputs to torch.
@@ -81,23 +82,29 @@ def rstd_of(n, m2, scale, eps, dtype):
     return (scale * torch.rsqrt(m2 / n + eps * scale * scale)).to(dtype)
 
 
-def _like(t, x, memory_format):
-    """t, in a canonical shape, rounded once into a fresh tensor (no view) of x's shape and dtype."""
-    return t.view(x.shape).to(dtype=x.dtype, memory_format=memory_format, copy=True)
+def split(value, dtype):
+    """The pair high + low of `dtype` for a value that may be of a wider one."""
+    high = value.to(dtype)
+    return torch.stack((high, (value - high).to(dtype)))
+
+
+def _like(t, x, memory_format, dtype=None):
+    """t, in a canonical shape, rounded once into a fresh tensor (no view) of x's shape and dtype, or of another dtype."""
+    return t.view(x.shape).to(dtype=dtype or x.dtype, memory_format=memory_format, copy=True)
 
 
 def _mean(t, dims):
     return t.mean(dims, keepdim=True, dtype=torch.float64).to(t.dtype)
 
 
-def _needed(t, dtype):
+def needed(t, dtype):
     return None if dtype is None else t.to(dtype)
 
 
 # ---------------------------------------------------------------- rows
 
 
-def row_fwd(x, weight, bias, eps, N):
+def row_fwd(x, weight, bias, eps, N, dtype=None):
     """y, mean (2, M), rstd (M,)"""
     acc, rows = accumulate_dtype(x.dtype), Rows.of(x.shape, N)
     xf = rows.view(x).to(acc)
@@ -105,7 +112,7 @@ def row_fwd(x, weight, bias, eps, N):
     rstd = rstd_of(n, m2, scale, eps, acc)
     flat = lambda p: None if p is None else p.reshape(N).to(acc)
     y = affine(normalize(xf, mean, rstd), flat(weight), flat(bias))
-    return _like(y, x, torch.contiguous_format), mean.squeeze(2), rstd.squeeze(1)
+    return _like(y, x, torch.contiguous_format, dtype), mean.squeeze(2), rstd.squeeze(1)
 
 
 def row_bwd(dy, x, weight, mean, rstd, need):
@@ -177,16 +184,15 @@ def channel_fwd(x, weight, bias, running_mean, running_var, training, momentum, 
         n, mean, m2, scale = moments(Channels.of(x.shape).view(x).to(acc), (0, 2))
         mean, rstd = mean.view(2, C), rstd_of(n, m2, scale, eps, acc).view(C)
         if running_mean is not None:
-            _update(running_mean, mean.double().sum(0), momentum)
-            _update(running_var, (m2 / (n - 1) / scale / scale).view(C), momentum)
+            update_running(running_mean, mean.double().sum(0), momentum)
+            update_running(running_var, (m2 / (n - 1) / scale / scale).view(C), momentum)
     else:
-        high = running_mean.to(acc)
-        mean = torch.stack((high, (running_mean - high).to(acc)))
+        mean = split(running_mean, acc)
         rstd = torch.rsqrt(running_var.double() + eps).to(acc)
     return channel_apply(x, mean, rstd, weight, bias), mean, rstd
 
 
-def _update(running, value, momentum):
+def update_running(running, value, momentum):
     running = running.data
     running.copy_(running.to(value.dtype) * (1 - momentum) + value * momentum)
 
@@ -202,4 +208,4 @@ def channel_bwd(dy, x, weight, mean, rstd, training, need):
             n = Channels.of(x.shape).count
             c1, c2 = w * sum_dz_x_hat / n, w * sum_dz / n
         dx = channel_grad(dy, x, mean, rstd, weight, c1, c2)
-    return dx, _needed(sum_dz_x_hat, need[1]), _needed(sum_dz, need[2])
+    return dx, needed(sum_dz_x_hat, need[1]), needed(sum_dz, need[2])

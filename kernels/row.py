@@ -228,9 +228,9 @@ def _in_place(rows, x):
     return x, x.stride(0) if rows.M > 1 else rows.N
 
 
-def row_fwd(x, weight, bias, eps, N):
+def row_fwd(x, weight, bias, eps, N, dtype=None):
     rows = Rows.of(x.shape, N)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     acc = accumulate_dtype(x.dtype)
     mean = torch.empty((2, rows.M), dtype=acc, device=x.device)
     rstd = torch.empty(rows.M, dtype=acc, device=x.device)

@@ -83,3 +83,26 @@ def test_wrong_options(args, words, monkeypatch):
 def test_list_names_every_model_in_both_modes():
     lines = script("--list", "--dtype", "fp32").stdout.splitlines()
     assert len(lines) == len(set(lines)) == 2 * len(MODELS)
+
+
+def test_overhead_of_small_modules(tmp_path):
+    path = tmp_path / "overhead.json"
+    args = ["--device", "cpu", "--rounds", "2", "--seconds", "0.001", "--json", str(path)]
+    command = [sys.executable, str(SCRIPT.with_name("overhead.py")), *args]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 2 * (3 + 4)
+    assert all(row["us"] > 0 and row["torch_us"] > 0 and row["ratio"] > 0 for row in rows)
+
+
+def test_a_wrong_module_is_not_timed(monkeypatch, capsys):
+    import overhead
+
+    class Off(torch.nn.LayerNorm):
+        def forward(self, input):
+            return super().forward(input) * 1.001
+
+    monkeypatch.setattr(fastnorm, "LayerNorm", Off)
+    assert overhead.main(["--device", "cpu", "--rounds", "1", "--seconds", "0.0001"]) == 1
+    assert capsys.readouterr().out.count("refused: y is off by") == 2 * 3

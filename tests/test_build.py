@@ -135,7 +135,7 @@ def test_processes_that_start_at_once_compile_once(isa, tmp_path):
     processes = [subprocess.Popen(command, **pipes) for _ in range(3)]
     outputs = [p.communicate() for p in processes]
     assert [out.split("\n")[:2] for out, _ in outputs] == [["0", "fastnorm.native"]] * 3, outputs
-    assert sum(f"compiling 3 files for {isa}" in err for _, err in outputs) == 1
+    assert sum(f"compiling {len(build.sources())} files for {isa}" in err for _, err in outputs) == 1
     assert len(list(tmp_path.rglob("_C*"))) == 1
     files = [str(Path(__file__).parent / name) for name in ("test_rows.py", "test_channels.py")]
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *files]

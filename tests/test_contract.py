@@ -35,6 +35,25 @@ def test_gradients_are_fresh_tensors(backend, device):
     assert len(set(pointers)) == len(pointers)
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(9, 20), (3, 9000)])
+def test_a_half_input_with_a_float32_output(shape, half, backend, device):
+    """What autocast's layer_norm is: no rounding between the statistics and y, nor between dy and the sums."""
+    x, _, weight, bias = Case(shape, dtype=half).make_rows(device)
+    dy = torch.randn(shape, device=device)
+    wide = x.double().requires_grad_(), weight.double().requires_grad_(), bias.double().requires_grad_()
+    expected = torch.nn.functional.layer_norm(wide[0], shape[1:], *wide[1:])
+    grads = torch.autograd.grad(expected, wide, dy.double())
+    y, mean, rstd = backend.row_fwd(x, weight, bias, 1e-5, shape[1], torch.float32)
+    dx, dweight, dbias = backend.row_bwd(dy, x, weight, mean, rstd, (True, torch.float32, torch.float32))
+    assert y.dtype == torch.float32
+    assert dx.dtype == half
+    for got, truth in zip((y, dweight, dbias), (expected, *grads[1:]), strict=True):
+        torch.testing.assert_close(got.double(), truth, rtol=2e-6, atol=2e-6)
+    rounding = torch.finfo(half).eps / 2 * grads[0].abs().max().item()
+    torch.testing.assert_close(dx.double(), grads[0], rtol=0, atol=rounding + 2e-6)
+
+
 @pytest.fixture
 def native():
     backend = dispatch.BACKENDS[dispatch.NAMES.index("native")]

@@ -138,10 +138,14 @@ def test_public_names():
         "BatchNorm2d",
         "BatchNorm3d",
         "LayerNorm",
+        "SyncBatchNorm",
         "__version__",
         "batch_norm",
+        "config",
+        "convert",
         "functional",
         "layer_norm",
+        "revert",
         "use_backend",
     }
     assert all(getattr(fastnorm, name).__doc__ for name in fastnorm.__all__ if name != "__version__")

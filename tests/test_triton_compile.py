@@ -18,14 +18,14 @@ def run(*args):
     return json.loads(done.stdout.splitlines()[-1])  # after whatever a compiler had to say
 
 
-def launch_rows(M, N, dtype, parameter):
+def launch_rows(M, N, dtype, parameter, y_dtype=None):
     import fastnorm.kernels as K
     import torch
 
     x = torch.empty(M, N, dtype=dtype)
     p = None if parameter is None else torch.empty(N, dtype=parameter)
-    _, mean, rstd = K.row_fwd(x, p, p, 1e-5, N)
-    K.row_bwd(x, x, p, mean, rstd, (True, parameter, parameter))
+    y, mean, rstd = K.row_fwd(x, p, p, 1e-5, N, y_dtype)
+    K.row_bwd(y, x, p, mean, rstd, (True, parameter, parameter))
 
 
 def launch_channels(shape, dtype, parameter, permuted=False, evaluate=False):
@@ -60,6 +60,8 @@ def cases():
         yield launch_rows, (512, N, float64, float64)
     yield launch_rows, (512, 4096, float32, bfloat16)
     yield launch_rows, (512, 96, float16, None)
+    for N in (64, 1000, 8192, 16384, 40000):  # autocast
+        yield launch_rows, (512, N, bfloat16, float32, float32)
     yield launch_channels, ((8, 64, 56, 56), float64, bfloat16)
     yield launch_channels, ((5, 130, 49), float16, float16, True)
 

@@ -1,0 +1,248 @@
+// The eager path at torch's own cost: what functional.py and autograd.py do in Python for every backend, in C++ for this one.
+// Raw CPython entries and a C++ autograd node: an 8 x 64 call is a few microseconds, so each crossing counts.
+#include "eager.h"
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "contract.h"
+
+namespace fastnorm {
+namespace {
+
+namespace py = pybind11;
+using c10::DispatchKey;
+using c10::DispatchKeySet;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+PyObject *layer_norm_formula = nullptr, *batch_norm_formula = nullptr;
+
+// ---------------------------------------------------------------- the gate
+
+// Subtracting key sets would leave the bits of the devices in.
+bool within(DispatchKeySet keys, DispatchKeySet usual) { return (keys.raw_repr() & ~usual.raw_repr()) == 0; }
+
+// Nobody looks at the operators of this thread: no functorch transform, dispatch mode, tracer or torch function mode.
+bool unwatched() {
+  static const DispatchKeySet usual({DispatchKey::ADInplaceOrView, DispatchKey::BackendSelect});
+  return within(c10::impl::tls_local_dispatch_key_set().included_, usual) && !at::impl::torch_function_mode_enabled();
+}
+
+// A dense CPU tensor with its own memory: no wrapper, no batching, no lazy conjugation or negation, no tangent.
+bool plain(const Tensor& t) {
+  static const DispatchKeySet usual(
+      {DispatchKey::CPU, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU});
+  return within(t.key_set(), usual) && !t._fw_grad(/*level=*/0).defined();
+}
+
+bool readable(const Tensor& t) {
+  const auto dtype = t.scalar_type();
+  return plain(t) && (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble);
+}
+
+// An argument as a tensor that the kernels read, of the shape given; none for None. False where it is anything else.
+bool parse(PyObject* object, Maybe& t, at::IntArrayRef sizes) {
+  if (object == Py_None) return true;
+  if (!THPVariable_CheckExact(object)) return false;
+  t = THPVariable_Unpack(object);
+  return readable(*t) && t->sizes() == sizes;
+}
+
+bool parse(PyObject* object, Tensor& x) {
+  if (!THPVariable_CheckExact(object)) return false;
+  x = THPVariable_Unpack(object);
+  return readable(x) && x.numel() > 0;
+}
+
+bool parse(PyObject* object, double& value) {
+  if (PyFloat_CheckExact(object)) {
+    value = PyFloat_AS_DOUBLE(object);
+    return true;
+  }
+  if (!PyLong_CheckExact(object)) return false;
+  value = PyLong_AsDouble(object);
+  if (value == -1.0 && PyErr_Occurred()) PyErr_Clear();  // too large for a double: torch says so
+  return value == value && value != -1.0;
+}
+
+bool parse(PyObject* object, c10::SmallVector<int64_t, 4>& shape) {
+  const bool tuple = PyTuple_Check(object);
+  if (!tuple && !PyList_Check(object)) return false;
+  const Py_ssize_t n = tuple ? PyTuple_GET_SIZE(object) : PyList_GET_SIZE(object);
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    PyObject* size = tuple ? PyTuple_GET_ITEM(object, i) : PyList_GET_ITEM(object, i);
+    if (!PyLong_CheckExact(size)) return false;
+    int overflow = 0;
+    shape.push_back(PyLong_AsLongLongAndOverflow(size, &overflow));
+    if (overflow != 0) return false;
+  }
+  return n > 0;
+}
+
+bool wants_grad(const Tensor& x, const Maybe& weight, const Maybe& bias) {
+  return at::GradMode::is_enabled() &&
+         (x.requires_grad() || (weight && weight->requires_grad()) || (bias && bias->requires_grad()));
+}
+
+// ---------------------------------------------------------------- autograd
+
+Maybe given(const Tensor& t) { return t.defined() ? Maybe(t) : std::nullopt; }
+
+// What backward has to know beside the saved tensors. `bias` is its dtype, or -1.
+void remember(AutogradContext* ctx, const Tensor& x, const Maybe& weight, const Maybe& bias, const Tensor& mean,
+              const Tensor& rstd, double eps) {
+  ctx->save_for_backward({x, weight.value_or(Tensor()), mean, rstd});
+  ctx->saved_data["eps"] = eps;
+  ctx->saved_data["bias"] = bias ? static_cast<int64_t>(bias->scalar_type()) : int64_t{-1};
+}
+
+// Which gradients are wanted; absent parameters have no edge.
+Need needed(AutogradContext* ctx, const Tensor& weight) {
+  const int64_t bias = ctx->saved_data["bias"].toInt();
+  const size_t edge = weight.defined() ? 2 : 1;
+  Need need{ctx->needs_input_grad(0), std::nullopt, std::nullopt};
+  if (weight.defined() && ctx->needs_input_grad(1)) std::get<1>(need) = weight.scalar_type();
+  if (bias >= 0 && ctx->needs_input_grad(edge)) std::get<2>(need) = static_cast<at::ScalarType>(bias);
+  return need;
+}
+
+// Backward has to be made of torch's operators: it is itself differentiated, watched, or given no plain tensor.
+bool differentiable(const Tensor& dy) { return at::GradMode::is_enabled() || !unwatched() || !plain(dy); }
+
+template <typename... Args>
+Grads call_formula(PyObject* formula, Args&&... args) {
+  const py::gil_scoped_acquire gil;
+  try {
+    return py::handle(formula)(std::forward<Args>(args)...).template cast<Grads>();
+  } catch (py::error_already_set& e) {
+    e.restore();
+    python_error error;  // the engine hands this one on as the Python exception that it is
+    error.persist();
+    throw error;
+  }
+}
+
+Tensor shaped(const Maybe& d, at::IntArrayRef shape) { return !d ? Tensor() : shape.size() == 1 ? *d : d->view(shape); }
+
+struct FastnormLayerNorm : torch::autograd::Function<FastnormLayerNorm> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Maybe& weight, const Maybe& bias, double eps, int64_t N) {
+    auto [y, mean, rstd] = row_fwd(x, weight, bias, eps, N);
+    remember(ctx, x, weight, bias, mean, rstd, eps);
+    if (bias && bias->dim() > 1) ctx->saved_data["shape"] = bias->sizes().vec();
+    return y;
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& dy) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &weight = saved[1], &rstd = saved[3];
+    const Need need = needed(ctx, weight);
+    const int64_t N = x.numel() / rstd.numel();
+    const auto [dx, dweight, dbias] = differentiable(dy[0]) ? call_formula(layer_norm_formula, dy[0], x, given(weight), N,
+                                                                           ctx->saved_data["eps"].toDouble(), need)
+                                                            : row_bwd(dy[0], x, given(weight), saved[2], rstd, need);
+    const auto shape = ctx->saved_data.find("shape");
+    const auto sizes = shape == ctx->saved_data.end() ? std::vector<int64_t>{N} : shape->second.toIntVector();
+    const auto weight_sizes = weight.defined() ? weight.sizes() : at::IntArrayRef(sizes);
+    return {dx.value_or(Tensor()), shaped(dweight, weight_sizes), shaped(dbias, sizes), {}, {}};
+  }
+};
+
+struct BatchOptions {
+  const Maybe &running_mean, &running_var;
+  bool training;
+  double momentum, eps;
+};
+
+struct FastnormBatchNorm : torch::autograd::Function<FastnormBatchNorm> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Maybe& weight, const Maybe& bias, const BatchOptions& o) {
+    auto [y, mean, rstd] = channel_fwd(x, weight, bias, o.running_mean, o.running_var, o.training, o.momentum, o.eps);
+    remember(ctx, x, weight, bias, mean, rstd, o.eps);
+    ctx->saved_data["training"] = o.training;
+    return y;
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& dy) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &weight = saved[1], &mean = saved[2], &rstd = saved[3];
+    const Need need = needed(ctx, weight);
+    const bool training = ctx->saved_data["training"].toBool();
+    const auto [dx, dweight, dbias] = differentiable(dy[0])
+                                          ? call_formula(batch_norm_formula, dy[0], x, given(weight), mean, rstd, training,
+                                                         ctx->saved_data["eps"].toDouble(), need)
+                                          : channel_bwd(dy[0], x, given(weight), mean, rstd, training, need);
+    return {dx.value_or(Tensor()), dweight.value_or(Tensor()), dbias.value_or(Tensor()), {}};
+  }
+};
+
+// ---------------------------------------------------------------- entries
+
+PyObject* layer_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Tensor x;
+  Maybe weight, bias;
+  double eps = 0;
+  c10::SmallVector<int64_t, 4> shape;
+  if (count != 5 || !unwatched() || !parse(args[0], x) || !parse(args[1], shape) || !parse(args[2], weight, shape) ||
+      !parse(args[3], bias, shape) || !parse(args[4], eps))
+    Py_RETURN_NONE;
+  const auto sizes = x.sizes();
+  if (sizes.size() < shape.size() || sizes.slice(sizes.size() - shape.size()) != at::IntArrayRef(shape)) Py_RETURN_NONE;
+  const int64_t N = c10::multiply_integers(shape);
+  Tensor y;
+  {
+    const py::gil_scoped_release no_gil;
+    y = wants_grad(x, weight, bias) ? FastnormLayerNorm::apply(x, weight, bias, eps, N)
+                                    : std::get<0>(row_fwd(x, weight, bias, eps, N));
+  }
+  return THPVariable_Wrap(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
+bool buffers_fit(const Maybe& mean, const Maybe& var, bool training) {
+  if (!mean || !var) return !mean && !var && training;
+  return !mean->requires_grad() && !var->requires_grad();
+}
+
+PyObject* batch_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Tensor x;
+  if (count != 8 || !unwatched() || !parse(args[0], x) || x.dim() < 2 || !PyBool_Check(args[5])) Py_RETURN_NONE;
+  Maybe running_mean, running_var, weight, bias;
+  const auto C = x.sizes().slice(1, 1);
+  BatchOptions o{running_mean, running_var, args[5] == Py_True, 0, 0};
+  if (!parse(args[1], running_mean, C) || !parse(args[2], running_var, C) || !parse(args[3], weight, C) ||
+      !parse(args[4], bias, C) || !parse(args[6], o.momentum) || !parse(args[7], o.eps) ||
+      !buffers_fit(running_mean, running_var, o.training))
+    Py_RETURN_NONE;
+  if (!(o.eps >= 0) || (o.training && (o.eps == 0 || x.numel() == C[0]))) Py_RETURN_NONE;
+  Tensor y;
+  {
+    const py::gil_scoped_release no_gil;
+    y = wants_grad(x, weight, bias)
+            ? FastnormBatchNorm::apply(x, weight, bias, o)
+            : std::get<0>(channel_fwd(x, weight, bias, running_mean, running_var, o.training, o.momentum, o.eps));
+  }
+  return THPVariable_Wrap(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
+PyCFunction method(PyObject* (*f)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(f));
+}
+
+}  // namespace
+
+PyMethodDef eager_functions[] = {
+    {"layer_norm", method(layer_norm), METH_FASTCALL, nullptr},
+    {"batch_norm", method(batch_norm), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+void set_differentiable(PyObject* layer_norm_backward, PyObject* batch_norm_backward) {
+  Py_XSETREF(layer_norm_formula, Py_NewRef(layer_norm_backward));
+  Py_XSETREF(batch_norm_formula, Py_NewRef(batch_norm_backward));
+}
+
+}  // namespace fastnorm

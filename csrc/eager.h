@@ -1,0 +1,16 @@
+// Whole calls of the public functions for plain CPU tensors: gate, autograd and kernel in one.
+#pragma once
+
+#include <Python.h>
+
+namespace fastnorm {
+
+// layer_norm(input, normalized_shape, weight, bias, eps) and
+// batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps):
+// the result, or None where the call is not one that the kernels cover, before anything has happened.
+extern PyMethodDef eager_functions[];
+
+// fastnorm.composite's layer_norm_backward and batch_norm_backward: what a backward that is itself differentiated calls.
+void set_differentiable(PyObject* layer_norm_backward, PyObject* batch_norm_backward);
+
+}  // namespace fastnorm

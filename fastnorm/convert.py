@@ -1,0 +1,209 @@
+"""`fastnorm.convert(model)` and `fastnorm.revert(model)`: the class of each norm changes, the object stays.
+
+So parameters, buffers, hooks, modes, tied weights, shared modules, and the optimizers and averages that hold on to them, stay.
+A subclass gets a class of its own, made from it and from ours: where its method resolution order reached torch.nn's `forward`,
+it now reaches ours, and nothing else is different. `torch_class.forward` and ours give the same result, so this is right for
+every subclass; but one that has a forward of its own is left alone, because nothing says that it gets to torch.nn's.
+"""
+
+from __future__ import annotations
+
+import abc
+import copyreg
+import functools
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+
+from . import known
+from .nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LayerNorm
+from .sync import SyncBatchNorm
+from .tracing import counterpart
+
+CLASSES = (LayerNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
+OURS = {counterpart(cls): cls for cls in CLASSES}
+NORMS = (torch.nn.LayerNorm, _BatchNorm)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A norm that was left alone: its name in the model, its class and the reason."""
+
+    name: str
+    cls: type
+    reason: str
+
+    def __str__(self):
+        return f"{self.name or 'the model itself'} ({_label(self.cls)}): {self.reason}"
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """What `convert` or `revert` did; `print` it.
+
+    Attributes:
+        changed: name in the model -> the class (of torch.nn or of a library) that was, or is again, the module's.
+        unchanged: how many norms were what they should be already.
+        skipped: the norms that were left alone, each with the reason.
+    """
+
+    action: str
+    changed: dict[str, type]
+    unchanged: int
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def counts(self):
+        """How many modules changed, per class."""
+        return Counter(map(_label, self.changed.values()))
+
+    def __str__(self):
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts.items())
+        parts = [f"{len(self.changed)} {self.action}{f' ({kinds})' if kinds else ''}"]
+        if self.unchanged:
+            parts.append(f"{self.unchanged} already {self.action}")
+        if self.skipped:
+            parts.append(f"{len(self.skipped)} left alone:")
+        return "\n  ".join((", ".join(parts), *map(str, self.skipped)))
+
+    __repr__ = __str__
+
+
+def convert(model) -> Report:
+    """Make every norm of `model` fastnorm's, in place: torch.nn's LayerNorm, BatchNorm1d/2d/3d and SyncBatchNorm, and
+    subclasses of them.
+
+    A subclass is changed when it has torch.nn's forward, or one that fastnorm knows (`fastnorm.known`: torchvision's, timm's
+    and transformers'); otherwise it is left alone and named in the report. So is a module whose forward was replaced on the
+    instance (accelerate's hooks, kernelize), one that fully_shard wraps (convert first), and scripted, quantised and lazy ones.
+    Modules stay the same objects; a model that is compiled already compiles once more; converting twice changes nothing.
+    `torch.ao.quantization` fuses by exact type: `fastnorm.revert(model)` first.
+
+    Args:
+        model: any torch.nn.Module; it may itself be a norm.
+
+    Returns:
+        A `Report`.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
+    """
+    return _change(model, "converted", _served)
+
+
+def revert(model) -> Report:
+    """Give every norm of `model` the class it had before `convert`, in place; `fastnorm.LayerNorm` is torch.nn.LayerNorm then.
+
+    Args:
+        model: any torch.nn.Module; it may itself be a norm.
+
+    Returns:
+        A `Report`.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
+    """
+    return _change(model, "reverted", _original)
+
+
+def _change(model, action, goal):
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"a torch.nn.Module is {action} in place, not an object of type {type(model).__name__}")
+    changed, unchanged, skipped = {}, 0, []
+    for name, module in model.named_modules():
+        cls = type_before_parametrizations(module) if isinstance(module, NORMS) else type(module)
+        new = goal(module, cls)
+        if isinstance(new, str):
+            skipped.append(Skipped(name, type(module), new))
+        elif new is cls:
+            unchanged += 1
+        elif new is not None:
+            _become(module, new)
+            changed[name] = counterpart(cls)
+    return Report(action, changed, unchanged, tuple(skipped))
+
+
+def _become(module, new):
+    cls = type(module)
+    if is_parametrized(module):
+        # torch made a class for this module, which its deep copies share: they are not ours to change.
+        members = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+        new = type(cls)(cls.__name__, (new,), members)
+    module.__class__ = new
+
+
+def _served(module, cls):
+    """The class of ours for a module of class `cls`, a reason to leave it alone, or None if it is no norm."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is compiled by torch.jit" if module.original_name in {c.__name__ for c in OURS} else None
+    if not isinstance(module, NORMS):
+        return None
+    if isinstance(module, CLASSES):
+        return cls
+    return _reason_against(module) or OURS.get(cls) or known.refusal(module) or _subclass(cls)
+
+
+def _original(module, cls):
+    """The same for the way back."""
+    if not isinstance(module, NORMS):
+        return None
+    if not isinstance(module, CLASSES):
+        return cls
+    if counterpart(cls) is cls and not _wrapped(module):
+        return "is a subclass of fastnorm's class"
+    return _reason_against(module) or counterpart(cls)
+
+
+def _wrapped(module):
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+
+
+def _reason_against(module):
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    if _wrapped(module):
+        return "is wrapped by fully_shard, which comes after the conversion"
+    if isinstance(module, LazyModuleMixin):
+        return "is lazy: convert after the first call"
+    return None
+
+
+def _subclass(cls):
+    """The class made of `cls` and ours, or the reason why there is none."""
+    torch_class = next((base for base in cls.__mro__ if base in OURS), None)
+    if torch_class is None:
+        return "fastnorm has no such norm"
+    if cls.forward is not torch_class.forward and not known.knows(cls.forward):
+        return "has a forward of its own"
+    if type(cls) not in (type, abc.ABCMeta) or any("__init_subclass__" in vars(base) for base in cls.__mro__[:-1]):
+        return "its class takes notice of subclasses, and converting makes one"
+    return _made_of(cls, OURS[torch_class])
+
+
+@functools.cache
+def _made_of(cls, ours):
+    """A subclass that goes by the name of `cls`, under which pickle would find only `cls`: so it is made anew when loaded."""
+
+    def __reduce_ex__(self, protocol):
+        make, arguments, *rest = super(made, self).__reduce_ex__(max(protocol, 2))
+        return (_new, (cls, *arguments[1:]), *rest) if make is copyreg.__newobj__ else (make, arguments, *rest)
+
+    members = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    members |= {"_stands_for": cls, "__reduce_ex__": __reduce_ex__}
+    if forward := known.replacement(cls.forward):
+        members["forward"] = forward
+    made = type(cls)(cls.__name__, (cls, ours), members)
+    return made
+
+
+def _new(cls, *arguments):
+    made = _subclass(cls)
+    return cls.__new__(made if isinstance(made, type) else cls, *arguments)
+
+
+def _label(cls):
+    return f"torch.nn.{cls.__name__}" if cls.__module__.startswith("torch.nn.modules.") else known.name_of(cls)

@@ -1,0 +1,53 @@
+"""What tracers make of our modules: the same as of torch.nn's, which they know by the name of the Python module.
+
+`torch.fx` records a module of `torch.nn` as one node and traces through every other one, and `torch.jit.script` compiles the
+source of `forward`, which has to be TorchScript. Both are answered with the class of torch.nn that a module of ours stands for.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from torch.fx.proxy import TraceError
+
+
+def counterpart(cls):
+    """The class that `cls` stands for: torch.nn's for ours, the original for a converted one, any other class for itself."""
+    if cls.__module__.startswith("fastnorm."):
+        return next(base for base in cls.__mro__ if base.__module__.startswith("torch.nn."))
+    return vars(cls).get("_stands_for", cls)
+
+
+def twin(module):
+    """The module as an instance of its counterpart; parameters, buffers and hooks are shared."""
+    twin = copy.copy(module)
+    twin.__class__ = counterpart(type(module))
+    return twin
+
+
+def leaf(module, proxy):
+    """The call_module node of torch.fx for `module(proxy)`, or None where torch.nn's module would be traced through as well.
+
+    Raises:
+        TraceError: the module has forward hooks. They have run by now and would run again with the node.
+    """
+    tracer = proxy.tracer
+    if module is tracer.root or not type(module).__module__.startswith("fastnorm."):
+        return None
+    path = tracer.path_of_module(module)
+    if not tracer.is_leaf_module(twin(module), path):
+        return None
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise TraceError(f"{path} has forward hooks, which torch.fx cannot see past: trace after fastnorm.revert(model)")
+    return tracer.create_proxy("call_module", path, (proxy,), {})
+
+
+class Scriptable:
+    """torch.jit.script compiles torch.nn's forward instead of ours.
+
+    The hook is torch's, and torch also puts what it returns into the model that is scripted: its norms are torch.nn's
+    afterwards, with the same parameters, until `fastnorm.convert(model)` is called again.
+    """
+
+    def __prepare_scriptable__(self):
+        return self if counterpart(type(self)) is type(self) else twin(self)
