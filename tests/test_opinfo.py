@@ -266,10 +266,11 @@ def test_module_memory_format(name, training, served):
 def test_module_errors(name, training, served):
     """Those of our own are in features/modules.py."""
     info = module_info(name)
-    assert (info.module_error_inputs_func is None) == (name == "LayerNorm"), "ModuleInfo has other error inputs by now"
-    if info.module_error_inputs_func is None:
-        return
-    for error in info.module_error_inputs_func(info, device=served[1], dtype=F32, requires_grad=True, training=training):
+    errors = []
+    if info.module_error_inputs_func is not None:
+        errors = info.module_error_inputs_func(info, device=served[1], dtype=F32, requires_grad=True, training=training)
+    assert bool(errors) == (name != "LayerNorm") or torch.__version__ < (2, 13), "ModuleInfo has other error inputs by now"
+    for error in errors:
         sample = error.module_error_input
         ours, theirs = twins(name, sample, training, device=served[1])
         (x,) = sample.forward_input.args

@@ -416,7 +416,7 @@ def one_graph_many_threads(m, x):
         return [f.result() for f in [pool.submit(gradients, m, x, y, None, retain_graph=True) for _ in range(4)]]
 
 
-@feature()
+@feature(heavy=True)
 def compiled_autograd(m, x):
     """The captured graph as it is; that Dynamo can trace it too is a test of its own, which takes a second a cell."""
     y = m(x)

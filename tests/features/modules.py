@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from . import BF16, F16, F32, F64, always, any_column, batch_norm, beyond, cotangent, feature, gradients, updates
+from . import BF16, F16, F32, F64, always, any_column, batch_norm, beyond, cotangent, feature, gradients, updates, with_a_twin
 
 # ---------------------------------------------------------------- dtypes
 
@@ -189,7 +189,7 @@ def state_dicts(m, x):
         try:
             m.load_state_dict(bad)
         except RuntimeError as e:
-            results.append(str(e))
+            results.append(str(e).replace(type(m).__name__, "the module"))
     m.load_state_dict({name: t + 1 for name, t in m.state_dict().items()}, assign=True)
     return results, m(x)
 
@@ -292,17 +292,13 @@ BAD_INPUTS = {
 }
 
 
-def _named(column):
-    return column.name.split("-")[0] != "SyncBatchNorm"
-
-
 def _bad_input(what, m, x):
     m(BAD_INPUTS[what](x))
 
 
 for _what in BAD_INPUTS:
     # torch.nn.SyncBatchNorm has its own words for the number of dimensions: not those of its twin.
-    feature(name=f"input is {_what}", refused=always, columns=_named if "dimension" in _what else any_column)(
+    feature(name=f"input is {_what}", refused=always, columns=with_a_twin if "dimension" in _what else any_column)(
         partial(_bad_input, _what)
     )
 

@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from . import BF16, always, cotangent, feature, gradients
+from . import BF16, always, cotangent, feature, gradients, with_a_twin
 
 
 def training_step(m, x):
@@ -44,7 +44,7 @@ def jit_traced(m, x):
     return [node.kind() for node in traced.inlined_graph.nodes()], training_step(traced, x)
 
 
-@feature(heavy=True)
+@feature(heavy=True, columns=with_a_twin)
 def jit_scripted(m, x):
     scripted = torch.jit.script(m)
     return [node.kind() for node in scripted.inlined_graph.nodes()], training_step(scripted, x)
@@ -172,7 +172,7 @@ def wrapped_parameters(m, x):
     return type(y).__name__, y.detach().inner
 
 
-@feature()
+@feature(columns=with_a_twin)
 def nested_tensors(m, x):
     """Layer norm serves them, jagged and strided; batch norm raises."""
     results, m = [], m.eval()
