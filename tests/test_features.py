@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import SERVED
-from features import cells, derivatives, modules, tracing, transforms  # noqa: F401 (each registers its features)
+from features import cells, derivatives, hooks, modules, tracing, transforms  # noqa: F401 (each registers its features)
 from torch.testing import assert_close
 from torch.utils._pytree import tree_flatten
 
