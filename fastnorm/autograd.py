@@ -14,6 +14,7 @@ from torch.nn.parameter import Parameter
 from . import composite, native
 
 PLAIN = (torch.Tensor, Parameter)
+_is_compiling = torch.compiler.is_compiling
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
@@ -23,9 +24,16 @@ def traced() -> bool:
     return _functorch_active() or _dispatch_modes() or forward_ad._current_level >= 0 or torch._C._is_tracing()
 
 
+def elsewhere(t) -> bool:
+    """Its memory does not hold its values: a negative view (`x.conj().imag`), zeros without any memory, a nested tensor."""
+    return t.is_neg() or t._is_zerotensor() or t.is_nested
+
+
 def _differentiable(dy) -> bool:
-    """Whether backward has to be made of torch's operators; `is_grads_batched` hides what dy is from all but the last test."""
-    return torch.is_grad_enabled() or traced() or type(dy) not in PLAIN or is_legacy_batchedtensor(dy)
+    """Whether backward has to be made of torch's operators; `is_grads_batched` hides what dy is from all but that test."""
+    if _is_compiling():  # compiled autograd traces this backward
+        return True
+    return torch.is_grad_enabled() or traced() or type(dy) not in PLAIN or is_legacy_batchedtensor(dy) or elsewhere(dy)
 
 
 def _dtype(p):

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import autograd, ops
-from .autograd import PLAIN, traced
+from .autograd import PLAIN, elsewhere, traced
 from .dispatch import DEVICES, DTYPES, direct, select
 from .reference import accumulate_dtype, update_running
 from .settings import config
@@ -31,12 +31,14 @@ _TRACED = (FakeTensor, FunctionalTensor)
 
 def _covers(x, *parameters) -> bool:
     """Plain strided tensors of one device, in dtypes that the kernels read."""
-    if type(x) not in PLAIN or x.layout is not torch.strided or x.dtype not in DTYPES:
+    if type(x) not in PLAIN or x.layout is not torch.strided or x.dtype not in DTYPES or elsewhere(x):
         return False
     for p in parameters:
         if p is None:
             continue
         if type(p) not in PLAIN or p.dtype not in DTYPES or p.device != x.device or p.layout is not x.layout:
+            return False
+        if elsewhere(p):
             return False
     return x.device.type != "meta" and x.numel() > 0
 
@@ -230,14 +232,14 @@ def _channels_fit(x, running_mean, running_var, weight, bias, training, momentum
 def cumulative_batch_norm(input, running_mean, running_var, weight, bias, num_batches_tracked, eps):
     """Training with ``momentum=None``: the running statistics become the average over all batches, of which this is one more.
 
-    Equivalent to: ``batch_norm(..., training=True, momentum=1 / (num_batches_tracked + 1))``, with the counter read on its
-    device: no synchronisation, no graph break, and CUDA graphs capture it. The counter itself is left to the caller.
+    Equivalent to: ``batch_norm(..., training=True, momentum=1 / num_batches_tracked)``, with the counter read on its
+    device: no synchronisation, no graph break, and CUDA graphs capture it. The counter has counted this batch already.
     """
     batch = [None if b is None else torch.zeros_like(b) for b in (running_mean, running_var)]
     y = batch_norm(input, *batch, weight, bias, True, 1.0, eps)
     if running_mean is not None and input.numel() > 0:
         acc = accumulate_dtype(running_mean.dtype)
-        momentum = 1 / (num_batches_tracked.to(acc) + 1)
+        momentum = 1 / num_batches_tracked.to(acc)
         update_running(running_mean, batch[0].to(acc), momentum)
         update_running(running_var, batch[1].to(acc), momentum)
     return y

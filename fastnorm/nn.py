@@ -55,15 +55,18 @@ class _BatchNorm(Scriptable):
             tracked = None
         elif not self.track_running_stats:
             mean = var = tracked = None
-        if tracked is not None and self.momentum is None:
-            y = functional.cumulative_batch_norm(input, mean, var, weight, bias, tracked, self.eps)
-        else:
+        if tracked is not None:
+            tracked.add_(1)  # before the norm, as torch.nn does: functorch and checkpoints that stop early see the order
+        try:
+            if tracked is not None and self.momentum is None:
+                return functional.cumulative_batch_norm(input, mean, var, weight, bias, tracked, self.eps)
             momentum = 0.0 if self.momentum is None else self.momentum
             own_statistics = training or (mean is None and var is None)
-            y = functional.batch_norm(input, mean, var, weight, bias, own_statistics, momentum, self.eps)
-        if tracked is not None:
-            tracked.add_(1)
-        return y
+            return functional.batch_norm(input, mean, var, weight, bias, own_statistics, momentum, self.eps)
+        except (RuntimeError, TypeError, ValueError):
+            if tracked is not None:
+                tracked.sub_(1)
+            raise
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):

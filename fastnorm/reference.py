@@ -73,7 +73,7 @@ def moments(x, dims):
     low = centred.mean(dims, keepdim=True, dtype=torch.float64)
     big = centred.detach().abs().amax(dims, keepdim=True) > BIG
     scale = torch.where(big, BIG_SCALE, 1.0).to(torch.float64)
-    low = low.to(x.dtype)
+    low = torch.where(high.isfinite(), low.to(x.dtype), 0)  # the mean of an infinite row is infinite, as torch's
     m2 = ((centred - low) * scale.to(x.dtype)).square().sum(dims, keepdim=True, dtype=torch.float64)
     return n, torch.stack((high, low)), m2, scale
 

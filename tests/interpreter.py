@@ -4,8 +4,11 @@
 2. A sum over the first axis is numpy's running sum; a GPU adds in a tree, whose error does not grow with the length.
 3. triton 3.6 with numpy >= 2.4: range(tensor) raises "only 0-dimensional arrays can be converted".
 
-bfloat16 -> float32 is right in the interpreter, but slow.
+Two things are right in the interpreter, but slow: bfloat16 -> float32, and that it patches triton.language anew for every
+function that a kernel calls, though the kernel's own launch has patched it already.
 """
+
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -18,6 +21,7 @@ def install():
         return
     interpreter._fastnorm_repaired = True
     convert_float, patch_tensor = interpreter._convert_float, interpreter._patch_lang_tensor
+    patch_lang, unpatched = interpreter._patch_lang, SimpleNamespace(restore=lambda: None)
     builder = interpreter.InterpreterBuilder
     cast = builder.cast_impl
 
@@ -44,7 +48,11 @@ def install():
     def tree_sum(self, x):
         return self.to_tensor(_tree_sum(x.handle.data, self.axis, self.keep_dims), x.dtype)
 
-    interpreter._convert_float, interpreter._patch_lang_tensor = convert, patch
+    def patch_once(fn):
+        modules = [m for m in fn.__globals__.values() if m is tl or m is tl.core]
+        return patch_lang(fn) if any(tl.core.is_builtin(m.load) for m in modules) else unpatched
+
+    interpreter._convert_float, interpreter._patch_lang_tensor, interpreter._patch_lang = convert, patch, patch_once
     builder.cast_impl = cast_impl
     interpreter.ReduceOps.sum = tree_sum
 
