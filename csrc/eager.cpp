@@ -129,6 +129,7 @@ Grads call_formula(PyObject* formula, Args&&... args) {
 Tensor shaped(const Maybe& d, at::IntArrayRef shape) { return !d ? Tensor() : shape.size() == 1 ? *d : d->view(shape); }
 
 struct FastnormLayerNorm : torch::autograd::Function<FastnormLayerNorm> {
+  static constexpr bool is_traceable = true;  // compiled autograd: all that backward reads is saved, the formula is torch's
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Maybe& weight, const Maybe& bias, double eps, int64_t N) {
     auto [y, mean, rstd] = row_fwd(x, weight, bias, eps, N);
     remember(ctx, x, weight, bias, mean, rstd, eps);
@@ -157,6 +158,7 @@ struct BatchOptions {
 };
 
 struct FastnormBatchNorm : torch::autograd::Function<FastnormBatchNorm> {
+  static constexpr bool is_traceable = true;
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Maybe& weight, const Maybe& bias, const BatchOptions& o) {
     auto [y, mean, rstd] = channel_fwd(x, weight, bias, o.running_mean, o.running_var, o.training, o.momentum, o.eps);
     remember(ctx, x, weight, bias, mean, rstd, o.eps);

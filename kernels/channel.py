@@ -13,7 +13,7 @@ from torch._prims_common import suggest_memory_format
 from .. import heuristics
 from ..geometry import Channels
 from .launch import accumulate_dtype, dense, float_pair, launch, sm_count, vector
-from .math import BIG_SCALE, any_inf, centre, grad_input, normalize, pair_of, rstd_of, shifted_moments, sum2
+from .math import BIG_SCALE, any_inf, centre, grad_input, if_finite, normalize, pair_of, rstd_of, shifted_moments, sum2
 from .partial import finalise_sums
 
 # Which dimension of a tensor has stride 1.
@@ -111,6 +111,7 @@ def _channel_stats_kernel(x_ptr, partial_ptr, x_strides, B, S_v, C_v, tiles, P, 
     at = _at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C)
     x = tl.load(at, mask=exists & (inside[2] < C - c0), other=0.0).to(ACC)
     shift = tl.sum(x, axis=0) / tl.sum(exists.to(ACC), axis=0)
+    shift = if_finite(shift, shift)
     scale = tl.full((BLOCK_C,), 1.0, ACC)
     s1, s2, n = _shifted_sums(x_ptr, x_strides, c0, inside, shift[None, :], scale[None, :], first, last, B, S, C,
                               X_FASTEST, VEC_S, VEC_C, BLOCK_B, BLOCK_S)  # fmt: skip
@@ -167,13 +168,14 @@ def _channel_merge_kernel(partial_ptr, mean_ptr, std_ptr, rstd_ptr, running_mean
     mask = cols < C
     total = tl.cast(count, ACC)
     shift = tl.load(partial_ptr + cols, mask=mask, other=0.0)
+    shift = if_finite(shift, shift)
     delta = tl.zeros((BLOCK_P, BLOCK_C), ACC)
     for first in range(0, P, BLOCK_P):
         part_high, part_low, _, n = _load_partial(partial_ptr, first, cols, P, C, BLOCK_P)
         delta += (n / total) * ((part_high - shift[None, :]) + part_low)
     delta = tl.sum(delta, axis=0)
     high = shift + delta
-    low = (shift - high) + delta
+    low = if_finite((shift - high) + delta, high)
     scale = tl.full((BLOCK_C,), 1.0, ACC)
     m2 = _merged_m2(partial_ptr, high, low, scale, cols, P, C, BLOCK_P)
     if any_inf(m2):

@@ -53,6 +53,12 @@ def pair_of(high, low, ACC: tl.constexpr):
 
 
 @triton.jit
+def if_finite(v, of):
+    """v where `of` is finite, else 0: the mean of an infinite channel is infinite, and inf - inf is not a number."""
+    return tl.where(tl.abs(of) < float("inf"), v, 0.0)
+
+
+@triton.jit
 def moments(x, mask, n):
     """high, low, m2 and scale of every row, shape [rows]; two passes over the registers; x is 0 where `mask` is not set."""
     high = tl.sum(x, axis=1) / n
@@ -79,5 +85,5 @@ def shifted_moments(shift, s1, s2, n, scale):
     m2 = s2 - s1 * delta
     delta = delta / scale
     high = shift + delta
-    low = (shift - high) + delta
+    low = if_finite((shift - high) + delta, high)
     return high, low, tl.where(m2 < 0, 0.0, m2)

@@ -190,6 +190,15 @@ void grad(Channels g, const T* dy, const T* x, const Acc<T>* mean, const Acc<T>*
   });
 }
 
+// In evaluation mean and rstd are constants, and x is not read: what is not finite in it stays out of dx.
+template <class T>
+void grad_of_constants(Channels g, const T* dy, const Acc<T>* rstd, const Acc<T>* weight, T* dx) {
+  using V = Vec<T>;
+  for_elements<V, 2>(g, {rstd, weight}, [&](int64_t p, int64_t count, const std::array<V, 2>& k) {
+    store(dx + p, load(dy + p, count) * k[1] * k[0], count);
+  });
+}
+
 template <class A>
 void set_pair(A* mean, int64_t C, int64_t c, double value) {
   const Pair<A> pair(value);
@@ -248,9 +257,10 @@ void channel_grad(Channels g, ConstArray dy, ConstArray x, const void* mean, con
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;
     const Widened<A> w(weight, g.C, 1);
-    const std::vector<A> zero(c1 ? 0 : g.C, A(0));
-    grad<T>(g, as<T>(dy.data), as<T>(x.data), as<A>(mean), as<A>(rstd), w, c1 ? as<A>(c1) : zero.data(),
-            c1 ? as<A>(c2) : zero.data(), as<T>(dx.data));
+    if (c1)
+      grad<T>(g, as<T>(dy.data), as<T>(x.data), as<A>(mean), as<A>(rstd), w, as<A>(c1), as<A>(c2), as<T>(dx.data));
+    else
+      grad_of_constants<T>(g, as<T>(dy.data), as<A>(rstd), w, as<T>(dx.data));
   });
 }
 
@@ -279,7 +289,7 @@ void channel_bwd(Channels g, ConstArray dy, ConstArray x, ConstArray weight, con
   with_type(x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;
-    std::vector<A> c1(g.C, A(0)), c2(g.C, A(0));
+    std::vector<A> c1(g.C), c2(g.C);
     const Widened<A> w(weight, g.C, 1);
     if ((training && dx.data) || dweight.data || dbias.data) {
       const auto s = sums<T>(g, as<T>(dy.data), as<T>(x.data), as<A>(mean), as<A>(rstd));
@@ -292,7 +302,7 @@ void channel_bwd(Channels g, ConstArray dy, ConstArray x, ConstArray weight, con
         }
       }
     }
-    if (dx.data) grad<T>(g, as<T>(dy.data), as<T>(x.data), as<A>(mean), as<A>(rstd), w, c1.data(), c2.data(), as<T>(dx.data));
+    if (dx.data) channel_grad(g, dy, x, mean, rstd, weight, training ? c1.data() : nullptr, training ? c2.data() : nullptr, dx);
   });
 }
 

@@ -147,12 +147,13 @@ struct Sum {
     lost = lost + ((value - (s - t)) + (v - t));
     value = s;
   }
-  // One double per lane.
+  // One double per lane. What an infinite sum lost is not a number.
   void store(double* out) const {
     typename V::value_type v[lanes<V>], l[lanes<V>];
     value.store(v);
     lost.store(l);
-    for (int64_t k = 0; k < lanes<V>; ++k) out[k] = static_cast<double>(v[k]) + static_cast<double>(l[k]);
+    for (int64_t k = 0; k < lanes<V>; ++k)
+      out[k] = static_cast<double>(v[k]) + (std::isfinite(v[k]) ? static_cast<double>(l[k]) : 0.0);
   }
   // All lanes, in double: a float tree over the lanes would round more than all additions before it.
   double total() const {
