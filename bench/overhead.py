@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 from pathlib import Path
 from statistics import median
 
 import torch
-from run import machine, number
-from table import aligned
+from run import disagreement, machine, number, publish
 from timing import in_turn, ratio, spread
 
 import fastnorm
@@ -36,13 +34,7 @@ def results(module, x, dy):
 
 def mismatch(ours, theirs, x, dy) -> str | None:
     truth = results(copy.deepcopy(theirs).double(), x.double(), dy.double())
-    triples = zip(("y", "dx", "dweight", "dbias"), results(ours, x, dy), results(theirs, x, dy), truth, strict=True)
-    for name, a, b, t in triples:
-        error, allowed = ((r.double() - t).abs().max().item() for r in (a, b))
-        allowed = 2 * allowed + torch.finfo(a.dtype).eps * t.abs().max().item()
-        if not error <= allowed:
-            return f"{name} is off by {error:.2g}, {allowed:.2g} is allowed"
-    return None
+    return disagreement(results(ours, x, dy), results(theirs, x, dy), truth)
 
 
 def call(module, mode, x, dy):
@@ -100,12 +92,7 @@ def main(argv=None) -> int:
     about = machine(args)
     every = [(name, shape, mode) for shape in SHAPES for name in NAMES for mode in MODES]
     rows = [measure(*job, args) for job in every if job[::2] != ("LayerNorm", "evaluation")]  # it is the same as no_grad
-    print(", ".join(f"{name} {value}" for name, value in about.items()), end="\n\n")
-    print(aligned([HEAD, *map(line, rows)]))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
-    return 1 if any("refused" in row for row in rows) else 0
+    return publish(about, [HEAD, *map(line, rows)], rows, args.json)
 
 
 if __name__ == "__main__":

@@ -90,8 +90,11 @@ def truth_of(job, x, dy, weight, bias):
 
 def mismatch(job, inputs) -> str | None:
     """What differs from the oracle by more than twice torch.nn's own error and one unit in the last place; None if nothing."""
-    truth = truth_of(job, *inputs)
-    ours, torchs = (gradients(functional, job, *inputs) for functional in (fastnorm, F))
+    return disagreement(*(gradients(functional, job, *inputs) for functional in (fastnorm, F)), truth_of(job, *inputs))
+
+
+def disagreement(ours, torchs, truth) -> str | None:
+    """The same for y, dx, dweight, dbias of each."""
     for name, a, b, t in zip(("y", "dx", "dweight", "dbias"), ours, torchs, truth, strict=True):
         error, allowed = ((r.double() - t).abs().max().item() for r in (a, b))
         allowed = 2 * allowed + torch.finfo(a.dtype).eps * t.abs().max().item()
@@ -222,11 +225,16 @@ def main(argv=None) -> int:
     except (RuntimeError, AssertionError) as e:  # AssertionError: torch without CUDA
         p.error(str(e).splitlines()[0])
     rows = [measure(job, args) for job in tqdm(jobs, unit="row", disable=args.quiet)]
+    return publish(about, [HEAD, *map(line, rows)], rows, args.json)
+
+
+def publish(about: dict, lines: list[list[str]], rows: list[dict], path: Path | None) -> int:
+    """Print the table, write the JSON if a path is given; the exit status: 1 where a row was refused."""
     print(", ".join(f"{name} {value}" for name, value in about.items()), end="\n\n")
-    print(aligned([HEAD, *map(line, rows)]))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+    print(aligned(lines))
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
     return 1 if any("refused" in row for row in rows) else 0
 
 

@@ -52,7 +52,7 @@ def test_layer_norm_is_covered_and_equal_to_the_general_path(name, direct):
     x, shape, weight, bias, eps = LAYER_NORMS[name]()
     backend, N = dispatch.select("cpu"), torch.Size(shape).numel()
     general = lambda x, w, b: LayerNormFunction.apply(x, w, b, eps, N, backend, None)
-    compare(lambda x, w, b: direct.layer_norm(x, shape, w, b, eps), general, x, weight, bias)
+    assert_same(lambda x, w, b: direct.layer_norm(x, shape, w, b, eps), general, x, weight, bias)
 
 
 @pytest.mark.parametrize("name", BATCH_NORMS)
@@ -61,12 +61,12 @@ def test_batch_norm_is_covered_and_equal_to_the_general_path(name, direct):
     backend = dispatch.select("cpu")
     twin = [None if t is None else t.clone() for t in (mean, var)]
     general = lambda x, w, b: BatchNormFunction.apply(x, w, b, *twin, training, momentum, eps, backend)
-    compare(lambda x, w, b: direct.batch_norm(x, mean, var, w, b, training, momentum, eps), general, x, weight, bias)
+    assert_same(lambda x, w, b: direct.batch_norm(x, mean, var, w, b, training, momentum, eps), general, x, weight, bias)
     for a, b in zip((mean, var), twin, strict=True):
         assert a is b or torch.equal(a, b)
 
 
-def compare(ours, general, x, weight, bias):
+def assert_same(ours, general, x, weight, bias):
     """The same bits, with and without a graph, and first and second derivatives."""
     results = []
     for function in (ours, general):
