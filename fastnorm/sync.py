@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import collective, reference
 from .dispatch import DTYPES, select
-from .nn import _BatchNorm
+from .nn import _BatchNorm, _counted
 from .tracing import Scriptable, leaf
 
 TorchBatchNorm = torch.nn.modules.batchnorm._BatchNorm
@@ -63,11 +63,8 @@ class SyncBatchNorm(_BatchNorm, torch.nn.SyncBatchNorm):
         momentum = self.momentum
         if momentum is None:  # cumulative average, without reading the counter on the host
             momentum = 0.0 if tracked is None else (tracked.double() + 1).reciprocal()
-        backend = select(input.device.type) if collective.fused(*tensors) else None
-        y = collective.sync_batch_norm(*tensors, momentum, self.eps, group, backend or reference)
-        if tracked is not None:
-            tracked.add_(1)
-        return y
+        backend = (select(input.device.type) if collective.fused(*tensors) else None) or reference
+        return _counted(tracked, collective.sync_batch_norm, *tensors, momentum, self.eps, group, backend)
 
     def _synchronised_group(self):
         """The process group to synchronise with; None where there is nobody to synchronise with, and in evaluation."""
