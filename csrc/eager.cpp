@@ -133,21 +133,22 @@ struct FastnormLayerNorm : torch::autograd::Function<FastnormLayerNorm> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Maybe& weight, const Maybe& bias, double eps, int64_t N) {
     auto [y, mean, rstd] = row_fwd(x, weight, bias, eps, N);
     remember(ctx, x, weight, bias, mean, rstd, eps);
-    if (bias && bias->dim() > 1) ctx->saved_data["shape"] = bias->sizes().vec();
+    ctx->saved_data["N"] = N;  // compiled autograd asks again with symbols in the place of sizes
+    const Maybe& parameter = weight ? weight : bias;
+    if (parameter && parameter->dim() > 1) ctx->saved_data["shape"] = parameter->sizes().vec();
     return y;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& dy) {
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &weight = saved[1], &rstd = saved[3];
     const Need need = needed(ctx, weight);
-    const int64_t N = x.numel() / rstd.numel();
+    const int64_t N = ctx->saved_data["N"].toInt();
     const auto [dx, dweight, dbias] = differentiable(dy[0]) ? call_formula(layer_norm_formula, dy[0], x, given(weight), N,
                                                                            ctx->saved_data["eps"].toDouble(), need)
                                                             : row_bwd(dy[0], x, given(weight), saved[2], rstd, need);
     const auto shape = ctx->saved_data.find("shape");
     const auto sizes = shape == ctx->saved_data.end() ? std::vector<int64_t>{N} : shape->second.toIntVector();
-    const auto weight_sizes = weight.defined() ? weight.sizes() : at::IntArrayRef(sizes);
-    return {dx.value_or(Tensor()), shaped(dweight, weight_sizes), shaped(dbias, sizes), {}, {}};
+    return {dx.value_or(Tensor()), shaped(dweight, sizes), shaped(dbias, sizes), {}, {}};
   }
 };
 
