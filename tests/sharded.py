@@ -1,5 +1,7 @@
 """What each of two processes of test_compile.py runs: a module of its own, for they import no more than it needs."""
 
+from datetime import timedelta
+
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor, init_device_mesh
 
@@ -7,7 +9,9 @@ import fastnorm
 
 
 def rows_in_two_processes(rank, file):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    """Raises where one of them sees another result than one process does."""
+    options = {"init_method": f"file://{file}", "rank": rank, "world_size": 2, "timeout": timedelta(seconds=90)}
+    torch.distributed.init_process_group("gloo", **options)
     torch.manual_seed(0)
     mesh = init_device_mesh("cpu", (2,))
     x, dy, w, b = torch.randn(4, 6, 8), torch.randn(4, 6, 8), torch.randn(8), torch.randn(8)
