@@ -2,6 +2,10 @@
 #include "contract.h"
 
 #include <ATen/ops/empty_cpu_dispatch.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 #include "checks.h"
 
@@ -13,7 +17,21 @@ Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype, at::MemoryFormat forma
   return at::cpu::empty(sizes, at::TensorOptions().dtype(dtype), format);
 }
 
-Tensor like_rows(const Tensor& x) { return empty(x.sizes(), x.scalar_type()); }
+// y or dx. The first write to a fresh mapping costs more than the norm itself, page by page: ask for huge pages. From 32 MB on
+// the C library maps every tensor anew; smaller ones come from memory that is used again.
+Tensor empty_result(const Tensor& x, at::MemoryFormat format = at::MemoryFormat::Contiguous) {
+  Tensor t = empty(x.sizes(), x.scalar_type(), format);
+#if defined(MADV_HUGEPAGE)
+  constexpr size_t LARGE = size_t{32} << 20;
+  if (t.nbytes() >= LARGE) {
+    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const auto start = reinterpret_cast<uintptr_t>(t.data_ptr()), first = (start + page - 1) / page * page;
+    const uintptr_t bytes = (start + t.nbytes() - first) / page * page;
+    madvise(reinterpret_cast<void*>(first), bytes, MADV_HUGEPAGE);  // where it is refused, pages stay small
+  }
+#endif
+  return t;
+}
 
 // dy may come in another dtype, for example from a wider sum.
 Tensor as(const Tensor& dy, at::ScalarType dtype) { return dy.scalar_type() == dtype ? dy : dy.to(dtype); }
@@ -30,26 +48,68 @@ ConstArray parameter(const Maybe& t, const char* name, int64_t n, Tensor& keep) 
   return input(keep, name);
 }
 
-// x as the kernels read it, dense in its own memory format (a copy where it is not), and its geometry.
-struct Dense {
-  Tensor x;
+// The dimensions of t from `begin` on to `end` as one walk.
+bool push(Walk& walk, const Tensor& t, int64_t begin, int64_t end) {
+  for (int64_t d = begin; d < end; ++d)
+    if (!walk.push(t.size(d), t.stride(d))) return false;
+  return true;
+}
+
+// t as rows of N elements, read in place; `keep` owns a dense copy where it has too many dimensions for that, or no
+// dimension where the rows begin.
+RowsInput rows_input(const Tensor& t, const char* name, int64_t N, Tensor& keep) {
+  const auto place = [&](const Tensor& from, RowsInput& in) {
+    int64_t d = from.dim(), n = 1;
+    while (d > 0 && n < N) n *= from.size(--d);
+    static_cast<ConstArray&>(in) = input(from, name);
+    return n == N && push(in.rows, from, 0, d) && push(in.columns, from, d, from.dim());
+  };
+  RowsInput in;
+  if (place(t, in)) return in;
+  keep = t.contiguous().view({-1, N});
+  in = {};
+  place(keep, in);
+  return in;
+}
+
+ChannelsInput channels_input(const Tensor& t, const char* name, Tensor& keep) {
+  const auto place = [&](const Tensor& from, ChannelsInput& in) {
+    static_cast<ConstArray&>(in) = input(from, name);
+    in.sample = from.stride(0);
+    in.channel = from.stride(1);
+    return push(in.space, from, 2, from.dim()) && push(in.positions, from, 0, 1) && push(in.positions, from, 2, from.dim());
+  };
+  ChannelsInput in;
+  if (place(t, in)) return in;
+  keep = t.contiguous();
+  in = {};
+  place(keep, in);
+  return in;
+}
+
+// x, its geometry, and the memory format of what is made of it.
+struct Shaped {
+  Tensor x, keep, keep_dy;
   Channels g;
   at::MemoryFormat format;
-  explicit Dense(const Tensor& t) {
+  ChannelsInput in;
+  explicit Shaped(const Tensor& t) : x(t) {
     check_cpu(t, "x");
     TORCH_CHECK(t.dim() >= 2 && t.numel() > 0, "x should have two or more dimensions and an element, got ", t.sizes());
     format = t.suggest_memory_format();
-    x = t.contiguous(format);
     g = {x.size(0), x.size(1), x.numel() / (x.size(0) * x.size(1)), false};
     g.last = format != at::MemoryFormat::Contiguous || g.S == 1;
+    in = channels_input(x, "x", keep);
   }
-  Tensor like(const Tensor& dy) const {
+  ChannelsInput gradient(const Tensor& dy) {
     check_cpu(dy, "dy");
     TORCH_CHECK(dy.sizes() == x.sizes(), "dy should have x's shape ", x.sizes(), ", got ", dy.sizes());
-    return as(dy, x.scalar_type()).contiguous(format);
+    const Tensor same = as(dy, x.scalar_type());
+    auto out = channels_input(same, "dy", keep_dy);
+    if (!keep_dy.defined()) keep_dy = same;
+    return out;
   }
-  Tensor empty_like() const { return empty(x.sizes(), x.scalar_type(), format); }
-  ConstArray array() const { return input(x, "x"); }
+  Tensor empty_like() const { return empty_result(x, format); }
   at::ScalarType acc() const { return accumulate_type(x); }
 };
 
@@ -76,66 +136,65 @@ std::tuple<Tensor, Tensor, Tensor> row_fwd(const Tensor& x_, const Maybe& weight
   check_cpu(x_, "x");
   TORCH_CHECK(N > 0 && x_.numel() > 0 && x_.numel() % N == 0, "x with ", x_.numel(), " elements is not rows of ", N);
   // No CPU autocast wants a dtype, so the kernels have none: a copy of x will do.
-  const Tensor x = as(x_, dtype.value_or(x_.scalar_type())).contiguous();
-  Tensor w, b, y = like_rows(x);
+  const Tensor x = as(x_, dtype.value_or(x_.scalar_type()));
+  Tensor keep, w, b, y = empty_result(x);
   const Rows g{x.numel() / N, N};
   Tensor mean = empty({2, g.M}, accumulate_type(x)), rstd = empty({g.M}, accumulate_type(x));
-  cpu::row_fwd(g, input(x, "x"), parameter(weight, "weight", N, w), parameter(bias, "bias", N, b), eps, output(y),
+  cpu::row_fwd(g, rows_input(x, "x", N, keep), parameter(weight, "weight", N, w), parameter(bias, "bias", N, b), eps, output(y),
                mean.mutable_data_ptr(), rstd.mutable_data_ptr());
   return {y, mean, rstd};
 }
 
-Grads row_bwd(const Tensor& dy_, const Tensor& x_, const Maybe& weight, const Tensor& mean, const Tensor& rstd,
-              const Need& need) {
-  check_cpu(x_, "x");
-  if (dy_.scalar_type() == at::kFloat && at::isReducedFloatingType(x_.scalar_type())) {
-    auto [dx, dweight, dbias] = row_bwd(dy_, x_.to(at::kFloat), weight, mean, rstd, need);
-    return {dx ? Maybe(dx->to(x_.scalar_type())) : dx, dweight, dbias};
+Grads row_bwd(const Tensor& dy_, const Tensor& x, const Maybe& weight, const Tensor& mean, const Tensor& rstd, const Need& need) {
+  check_cpu(x, "x");
+  if (dy_.scalar_type() == at::kFloat && at::isReducedFloatingType(x.scalar_type())) {
+    auto [dx, dweight, dbias] = row_bwd(dy_, x.to(at::kFloat), weight, mean, rstd, need);
+    return {dx ? Maybe(dx->to(x.scalar_type())) : dx, dweight, dbias};
   }
-  const Tensor x = x_.contiguous(), dy = as(dy_, x.scalar_type()).contiguous();
+  const Tensor dy = as(dy_, x.scalar_type());
   const int64_t M = rstd.numel();
   TORCH_CHECK(M > 0 && x.numel() > 0 && x.numel() % M == 0, "x with ", x.numel(), " elements is not ", M, " rows");
   check_numel(dy, "dy", x.numel());
   const Rows g{M, x.numel() / M};
-  Tensor w;
-  const Maybe dx = std::get<0>(need) ? Maybe(like_rows(x)) : std::nullopt;
+  Tensor keep, keep_dy, w;
+  const Maybe dx = std::get<0>(need) ? Maybe(empty_result(x)) : std::nullopt;
   const Maybe dweight = empty_grad(std::get<1>(need), g.N), dbias = empty_grad(std::get<2>(need), g.N);
-  cpu::row_bwd(g, input(dy, "dy"), input(x, "x"), parameter(weight, "weight", g.N, w), statistic(mean, "mean", x, 2 * M),
-               statistic(rstd, "rstd", x, M), maybe(dx), maybe(dweight), maybe(dbias));
+  cpu::row_bwd(g, rows_input(dy, "dy", g.N, keep_dy), rows_input(x, "x", g.N, keep), parameter(weight, "weight", g.N, w),
+               statistic(mean, "mean", x, 2 * M), statistic(rstd, "rstd", x, M), maybe(dx), maybe(dweight), maybe(dbias));
   return {dx, dweight, dbias};
 }
 
 std::tuple<int64_t, Tensor, Tensor> channel_stats(const Tensor& x) {
-  const Dense d(x);
+  const Shaped d(x);
   Tensor mean = empty({2, d.g.C}, d.acc()), deviation = empty({d.g.C}, d.acc());
-  cpu::channel_stats(d.g, d.array(), mean.mutable_data_ptr(), deviation.mutable_data_ptr());
+  cpu::channel_stats(d.g, d.in, mean.mutable_data_ptr(), deviation.mutable_data_ptr());
   return {d.g.count(), mean, deviation};
 }
 
 Tensor channel_apply(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Maybe& weight, const Maybe& bias) {
-  const Dense d(x);
+  const Shaped d(x);
   Tensor w, b, y = d.empty_like();
-  cpu::channel_apply(d.g, d.array(), statistic(mean, "mean", x, 2 * d.g.C), statistic(rstd, "rstd", x, d.g.C),
+  cpu::channel_apply(d.g, d.in, statistic(mean, "mean", x, 2 * d.g.C), statistic(rstd, "rstd", x, d.g.C),
                      parameter(weight, "weight", d.g.C, w), parameter(bias, "bias", d.g.C, b), output(y));
   return y;
 }
 
-std::tuple<Tensor, Tensor> channel_sums(const Tensor& dy_, const Tensor& x, const Tensor& mean, const Tensor& rstd) {
-  const Dense d(x);
-  const Tensor dy = d.like(dy_);
+std::tuple<Tensor, Tensor> channel_sums(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd) {
+  Shaped d(x);
+  const ChannelsInput dz = d.gradient(dy);
   Tensor sum_dz = empty({d.g.C}, d.acc()), sum_dz_x_hat = empty({d.g.C}, d.acc());
-  cpu::channel_sums(d.g, input(dy, "dy"), d.array(), statistic(mean, "mean", x, 2 * d.g.C), statistic(rstd, "rstd", x, d.g.C),
+  cpu::channel_sums(d.g, dz, d.in, statistic(mean, "mean", x, 2 * d.g.C), statistic(rstd, "rstd", x, d.g.C),
                     sum_dz.mutable_data_ptr(), sum_dz_x_hat.mutable_data_ptr());
   return {sum_dz, sum_dz_x_hat};
 }
 
-Tensor channel_grad(const Tensor& dy_, const Tensor& x, const Tensor& mean, const Tensor& rstd, const Maybe& weight,
+Tensor channel_grad(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd, const Maybe& weight,
                     const Maybe& c1, const Maybe& c2) {
-  const Dense d(x);
-  const Tensor dy = d.like(dy_);
+  Shaped d(x);
+  const ChannelsInput dz = d.gradient(dy);
   TORCH_CHECK(c1.has_value() == c2.has_value(), "c1 and c2 are given together or not at all");
   Tensor w, dx = d.empty_like();
-  cpu::channel_grad(d.g, input(dy, "dy"), d.array(), statistic(mean, "mean", x, 2 * d.g.C), statistic(rstd, "rstd", x, d.g.C),
+  cpu::channel_grad(d.g, dz, d.in, statistic(mean, "mean", x, 2 * d.g.C), statistic(rstd, "rstd", x, d.g.C),
                     parameter(weight, "weight", d.g.C, w), c1 ? statistic(*c1, "c1", x, d.g.C) : nullptr,
                     c2 ? statistic(*c2, "c2", x, d.g.C) : nullptr, output(dx));
   return dx;
@@ -144,28 +203,27 @@ Tensor channel_grad(const Tensor& dy_, const Tensor& x, const Tensor& mean, cons
 std::tuple<Tensor, Tensor, Tensor> channel_fwd(const Tensor& x, const Maybe& weight, const Maybe& bias,
                                                const Maybe& running_mean, const Maybe& running_var, bool training,
                                                double momentum, double eps) {
-  const Dense d(x);
+  const Shaped d(x);
   TORCH_CHECK(running_mean.has_value() == running_var.has_value() && (training || running_mean),
               "running_mean and running_var are given together, and always in evaluation");
   const Running m(running_mean, "running_mean", d.g.C), v(running_var, "running_var", d.g.C);
   Tensor w, b, y = d.empty_like(), mean = empty({2, d.g.C}, d.acc()), rstd = empty({d.g.C}, d.acc());
   const ConstArray weights = parameter(weight, "weight", d.g.C, w), biases = parameter(bias, "bias", d.g.C, b);
-  cpu::channel_fwd(d.g, d.array(), weights, biases, m.array(), v.array(), training, momentum, eps, output(y),
-                   mean.mutable_data_ptr(), rstd.mutable_data_ptr());
+  cpu::channel_fwd(d.g, d.in, weights, biases, m.array(), v.array(), training, momentum, eps, output(y), mean.mutable_data_ptr(),
+                   rstd.mutable_data_ptr());
   if (training) m.write_back(), v.write_back();
   return {y, mean, rstd};
 }
 
-Grads channel_bwd(const Tensor& dy_, const Tensor& x, const Maybe& weight, const Tensor& mean, const Tensor& rstd,
-                  bool training, const Need& need) {
-  const Dense d(x);
-  const Tensor dy = d.like(dy_);
+Grads channel_bwd(const Tensor& dy, const Tensor& x, const Maybe& weight, const Tensor& mean, const Tensor& rstd, bool training,
+                  const Need& need) {
+  Shaped d(x);
+  const ChannelsInput dz = d.gradient(dy);
   Tensor w;
   const Maybe dx = std::get<0>(need) ? Maybe(d.empty_like()) : std::nullopt;
   const Maybe dweight = empty_grad(std::get<1>(need), d.g.C), dbias = empty_grad(std::get<2>(need), d.g.C);
-  cpu::channel_bwd(d.g, input(dy, "dy"), d.array(), parameter(weight, "weight", d.g.C, w),
-                   statistic(mean, "mean", x, 2 * d.g.C), statistic(rstd, "rstd", x, d.g.C), training, maybe(dx),
-                   maybe(dweight), maybe(dbias));
+  cpu::channel_bwd(d.g, dz, d.in, parameter(weight, "weight", d.g.C, w), statistic(mean, "mean", x, 2 * d.g.C),
+                   statistic(rstd, "rstd", x, d.g.C), training, maybe(dx), maybe(dweight), maybe(dbias));
   return {dx, dweight, dbias};
 }
 

@@ -29,6 +29,7 @@ ISAS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw"],
 }
+ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16"]  # rounds to bfloat16 in one instruction instead of eight
 
 
 class BuildError(RuntimeError):
@@ -50,6 +51,8 @@ def machine_isa() -> str:
     import torch
 
     name = torch.backends.cpu.get_cpu_capability().lower()
+    if name == "avx512" and torch.cpu._is_avx512_bf16_supported():
+        name = "avx512_bf16"
     return name if _X86 and name in ISAS else "default"
 
 
@@ -102,21 +105,23 @@ def extension(name: str = "fastnorm._C"):
     from torch.utils.cpp_extension import CppExtension
 
     isa = target_isa()
-    capability = f"CPU_CAPABILITY_{isa.upper()}"
+    capability = isa.upper().removesuffix("_BF16")  # what at::vec has vectors for
     flags = [
         "-O3",
         "-g0",
+        "-fno-math-errno",  # a square root is an instruction, not a call
         "-fvisibility=hidden",
         "-Wno-unknown-pragmas",
         "-Wno-maybe-uninitialized",
         *ISAS[isa],
-        f"-DCPU_CAPABILITY={isa.upper()}",
+        f"-DCPU_CAPABILITY={capability}",
+        f"-DCPU_CAPABILITY_{capability}",
     ]
     root = csrc().parent
     return CppExtension(
         name,
         [os.path.relpath(p, root) if root == Path.cwd() else str(p) for p in sources()],
-        extra_compile_args=[*flags, f"-D{capability}", f"-DFASTNORM_BUILD_KEY={key(isa)}"],
+        extra_compile_args=[*flags, f"-DFASTNORM_BUILD_KEY={key(isa)}"],
         optional=True,  # an install goes on without it, and first use tries again and says what went wrong
     )
 

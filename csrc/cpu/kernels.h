@@ -1,6 +1,7 @@
-// The backend contract on plain memory: what bindings.cpp calls, what cpu/*.cpp implement. fastnorm/reference.py says what each
-// function means. `mean` is two arrays one after the other, high and low; mean, rstd, deviation, sums, c1 and c2 are in the
-// accumulate dtype: double for double inputs, else float. An absent array has a null pointer.
+// The backend contract on plain memory: what contract.cpp calls, what cpu/*.cpp implement. fastnorm/reference.py says what each
+// function means. Inputs have any strides; y, dx and vectors of parameters are dense. `mean` is two arrays one after the other,
+// high and low; mean, rstd, deviation, sums, c1 and c2 are in the accumulate dtype: double for double inputs, else float. An
+// absent array has a null pointer.
 #pragma once
 
 #include <cstdint>
@@ -22,33 +23,77 @@ struct ConstArray {
   ConstArray(Array a) : data(a.data), dtype(a.dtype) {}
 };
 
+// The way of one index over several dimensions, the last one fastest, folded where the strides allow it.
+struct Walk {
+  static constexpr int MAX = 8;
+  int rank = 0;
+  int64_t size[MAX], stride[MAX];
+
+  // One more dimension, faster than those before it; false where there is no room for it.
+  bool push(int64_t n, int64_t step) {
+    if (n == 1) return true;
+    if (rank > 0 && stride[rank - 1] == n * step) {
+      size[rank - 1] *= n;
+      stride[rank - 1] = step;
+      return true;
+    }
+    if (rank == MAX) return false;
+    size[rank] = n;
+    stride[rank++] = step;
+    return true;
+  }
+  int64_t offset(int64_t i) const {
+    if (rank == 1) return i * stride[0];
+    int64_t sum = 0;
+    for (int d = rank - 1; d > 0; --d) {
+      sum += i % size[d] * stride[d];
+      i /= size[d];
+    }
+    return rank == 0 ? 0 : sum + i * stride[0];
+  }
+  bool dense() const { return rank == 0 || (rank == 1 && stride[0] == 1); }
+  // Steps along the fastest dimension, and how many of them are left from index i on.
+  int64_t step() const { return rank == 0 ? 1 : stride[rank - 1]; }
+  int64_t left(int64_t i) const { return rank == 0 ? 1 : size[rank - 1] - i % size[rank - 1]; }
+};
+
 struct Rows {
   int64_t M, N;
 };
 
-// Dense (B, C, S), or dense (B, S, C) when `last`.
+struct RowsInput : ConstArray {
+  Walk rows, columns;
+};
+
+// (B, C, S); outputs are dense, or dense (B, S, C) when `last`.
 struct Channels {
   int64_t B, C, S;
   bool last;
   int64_t count() const { return B * S; }
 };
 
+struct ChannelsInput : ConstArray {
+  int64_t sample = 0, channel = 0;  // strides of B and C
+  Walk space, positions;            // over S, over B and S
+};
+
 namespace cpu {
 
-void row_fwd(Rows g, ConstArray x, ConstArray weight, ConstArray bias, double eps, Array y, void* mean, void* rstd);
-void row_bwd(Rows g, ConstArray dy, ConstArray x, ConstArray weight, const void* mean, const void* rstd, Array dx,
+void row_fwd(Rows g, const RowsInput& x, ConstArray weight, ConstArray bias, double eps, Array y, void* mean, void* rstd);
+void row_bwd(Rows g, const RowsInput& dy, const RowsInput& x, ConstArray weight, const void* mean, const void* rstd, Array dx,
              Array dweight, Array dbias);
 
-void channel_stats(Channels g, ConstArray x, void* mean, void* deviation);
-void channel_apply(Channels g, ConstArray x, const void* mean, const void* rstd, ConstArray weight, ConstArray bias, Array y);
-void channel_sums(Channels g, ConstArray dy, ConstArray x, const void* mean, const void* rstd, void* sum_dz,
+void channel_stats(Channels g, const ChannelsInput& x, void* mean, void* deviation);
+void channel_apply(Channels g, const ChannelsInput& x, const void* mean, const void* rstd, ConstArray weight, ConstArray bias,
+                   Array y);
+void channel_sums(Channels g, const ChannelsInput& dy, const ChannelsInput& x, const void* mean, const void* rstd, void* sum_dz,
                   void* sum_dz_x_hat);
-void channel_grad(Channels g, ConstArray dy, ConstArray x, const void* mean, const void* rstd, ConstArray weight,
-                  const void* c1, const void* c2, Array dx);
-void channel_fwd(Channels g, ConstArray x, ConstArray weight, ConstArray bias, Array running_mean, Array running_var,
+void channel_grad(Channels g, const ChannelsInput& dy, const ChannelsInput& x, const void* mean, const void* rstd,
+                  ConstArray weight, const void* c1, const void* c2, Array dx);
+void channel_fwd(Channels g, const ChannelsInput& x, ConstArray weight, ConstArray bias, Array running_mean, Array running_var,
                  bool training, double momentum, double eps, Array y, void* mean, void* rstd);
-void channel_bwd(Channels g, ConstArray dy, ConstArray x, ConstArray weight, const void* mean, const void* rstd, bool training,
-                 Array dx, Array dweight, Array dbias);
+void channel_bwd(Channels g, const ChannelsInput& dy, const ChannelsInput& x, ConstArray weight, const void* mean,
+                 const void* rstd, bool training, Array dx, Array dweight, Array dbias);
 
 }  // namespace cpu
 }  // namespace fastnorm

@@ -1,0 +1,328 @@
+// Channels side by side: a grid whose rows are positions and whose columns are channels, (B * S, C), or, for short runs of
+// neighbouring channels, samples by channels and positions, (B, C * S), where a channel has S columns.
+//
+// Four rows at a time, so that a column's sums and constants are touched once for all four. Sums are taken over pieces of rows
+// of a fixed size, in their order, whoever takes them: the result does not depend on the number of threads. Inputs and outputs
+// that do not lie so are read and written through tiles that are turned round in cache.
+#pragma once
+
+#include "channel_ops.h"
+
+namespace fastnorm::cpu {
+
+// to[j][i] = from[i][j]
+template <class T>
+void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
+  if constexpr (std::is_same_v<T, Half>) {
+    transpose(reinterpret_cast<const BFloat16*>(from), from_stride, rows, columns, reinterpret_cast<BFloat16*>(to), to_stride);
+  } else {
+#if defined(CPU_CAPABILITY_AVX512)
+    constexpr int64_t BLOCK = sizeof(T) == 2 ? 32 : 16;
+#else
+    constexpr int64_t BLOCK = 16;
+#endif
+    for (int64_t i = 0; i < rows; i += BLOCK)
+      for (int64_t j = 0; j < columns; j += BLOCK)
+        at::vec::transpose_mxn<T>(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride,
+                                  static_cast<int>(std::min(BLOCK, rows - i)), static_cast<int>(std::min(BLOCK, columns - j)));
+  }
+}
+
+constexpr int64_t TILE_ROWS = 16;      // are added plainly, by fours, before their sum goes to double
+constexpr int64_t SMALL = 32768;       // elements that one thread is faster with, and that every four rows' sum goes to double of
+constexpr int64_t MAX_COLUMNS = 1024;  // whose sums and constants are at hand in the first-level cache
+constexpr int64_t TURNED_COLUMNS = 128;
+
+template <class T, size_t P>
+class GridSweep {
+ public:
+  using A = Acc<T>;
+  using V = Vec<T>;
+
+  GridSweep(Channels g, const Inputs<P>& in) : g_(g), in_(in), flat_(flat(g, in)) {
+    fold_ = flat_ ? g.S : 1;
+    rows_ = flat_ ? g.B : g.count();
+    columns_ = g.C * fold_;
+    for (size_t p = 0; p < P; ++p) direct_[p] = flat_ || in[p]->channel == 1 || g.C == 1;
+    direct_out_ = flat_ || g.last || g.C == 1;
+    const bool direct = direct_out_ && std::all_of(direct_.begin(), direct_.end(), [](bool d) { return d; });
+    const int64_t widest = direct ? MAX_COLUMNS : TURNED_COLUMNS;
+    // Rows of neighbouring samples are far apart, so a block is as wide as lets it stay in cache.
+    const int64_t fitting = flat_ ? CACHE / static_cast<int64_t>(rows_ * sizeof(T) * P) : widest;
+    width_ = std::max<int64_t>(1, std::min(widest, fitting) / fold_) * fold_;
+    width_ = std::min(width_, columns_);
+    blocks_ = ceil_div(columns_, width_);
+    piece_ = std::clamp<int64_t>(65536 / width_ / TILE_ROWS * TILE_ROWS, 4 * TILE_ROWS, 1024);
+    pieces_ = ceil_div(rows_, piece_);
+    summed_rows_ = rows_ * columns_ <= SMALL ? 4 : TILE_ROWS;
+  }
+
+  template <class Terms, class Settle>
+  void sum(A* shift, const Settle& settle) const {
+    const int64_t width = ceil_div(columns_, 16) * 16;
+    const Buffer<double> partial(pieces_ * 2 * width);
+    std::vector<char> settled(g_.C, 0);
+    if constexpr (Terms::GUESS)
+      for (int64_t k = 0; k < blocks_; ++k) guess(block(k), shift);
+    for (bool open = true; open;) {
+      parallel_for(pieces_ * blocks_, piece_ * width_, [&](int64_t begin, int64_t end) {
+        const Tiles tiles(*this);
+        for (int64_t item = begin; item < end; ++item) {
+          const Block b = block(item % blocks_);
+          double* s = partial + item / blocks_ * 2 * width + b.column;
+          Expanded<1> constant(*this, b, {shift});
+          piece_sums<Terms>(tiles, item / blocks_, b, constant[0], s, s + width);
+        }
+      });
+      std::vector<double> sums(2 * width, 0.0);
+      for (int64_t k = 0; k < pieces_; ++k)
+        for (int64_t i = 0; i < 2 * width; ++i) sums[i] += partial[k * 2 * width + i];
+      open = !settle_all(0, g_.C, sums.data(), sums.data() + width, settled, settle);
+    }
+  }
+
+  template <class Value>
+  void apply(const Constants<A, Value::K>& constants, T* out) const {
+    parallel_for(pieces_ * blocks_, piece_ * width_, [&](int64_t begin, int64_t end) {
+      const Tiles tiles(*this);
+      for (int64_t item = end - 1; item >= begin; --item)  // what was read last is in cache
+        apply_piece<Value>(tiles, item / blocks_, block(item % blocks_), constants, out);
+    });
+  }
+
+  template <class Terms, class Value, class Settle>
+  void both(A* shift, const Settle& settle, const Constants<A, Value::K>& constants, T* out) const {
+    const int64_t bytes = rows_ * width_ * static_cast<int64_t>(sizeof(T) * P);
+    const bool small = rows_ * columns_ <= SMALL;
+    if (!small && (bytes > CACHE || blocks_ < 2 * threads())) {
+      sum<Terms>(shift, settle);
+      return apply<Value>(constants, out);
+    }
+    parallel_for(blocks_, rows_ * width_, [&](int64_t begin, int64_t end) {
+      const Tiles tiles(*this);
+      for (int64_t k = begin; k < end; ++k) {
+        sum_block<Terms>(tiles, block(k), shift, settle);
+        for (int64_t piece = pieces_ - 1; piece >= 0; --piece) apply_piece<Value>(tiles, piece, block(k), constants, out);
+      }
+    });
+  }
+
+ private:
+  struct Block {
+    int64_t column, columns, channel, channels;
+  };
+  Block block(int64_t k) const {
+    const int64_t column = k * width_, columns = std::min(width_, columns_ - column);
+    return {column, columns, column / fold_, columns / fold_};
+  }
+
+  static bool flat(Channels g, const Inputs<P>& in) {
+    return !g.last && g.B >= 16 && std::all_of(in.begin(), in.end(), [&](const auto* x) {
+      return x->space.dense() && x->channel == g.S;
+    });
+  }
+
+  // ------------------------------------------------------------ rows and tiles
+
+  // A thread's tiles: one for each input, and the last for the output; empty where they are not needed.
+  struct Tiles {
+    std::array<Buffer<T>, P + 1> tile;
+    explicit Tiles(const GridSweep& s) : tile(make(s, std::make_index_sequence<P + 1>{})) {}
+    template <size_t... I>
+    static std::array<Buffer<T>, P + 1> make(const GridSweep& s, std::index_sequence<I...>) {
+      return {Buffer<T>((I < P ? s.direct_[std::min(I, P - 1)] : s.direct_out_) ? 0 : TILE_ROWS * TURNED_COLUMNS)...};
+    }
+  };
+
+  const T* row(size_t p, int64_t r, int64_t column) const {
+    return data<T>(*in_[p]) + (flat_ ? r * in_[p]->sample : in_[p]->positions.offset(r)) + column;
+  }
+
+  // f(row of the tile, b, s, how many) for the runs of rows that lie in one sample.
+  template <class F>
+  void for_samples(int64_t row, int64_t rows, const F& f) const {
+    for (int64_t i = 0; i < rows;) {
+      const int64_t b = (row + i) / g_.S, s = (row + i) % g_.S, n = std::min(rows - i, g_.S - s);
+      f(i, b, s, n);
+      i += n;
+    }
+  }
+
+  void fetch(size_t p, int64_t row, int64_t rows, const Block& k, T* tile) const {
+    const ChannelsInput& in = *in_[p];
+    for_samples(row, rows, [&](int64_t i, int64_t b, int64_t s, int64_t n) {
+      const T* from = data<T>(in) + b * in.sample + k.column * in.channel;
+      T* to = tile + i * TURNED_COLUMNS;
+      if (in.space.dense()) return transpose(from + s, in.channel, k.columns, n, to, TURNED_COLUMNS);
+      for (int64_t j = 0; j < n; ++j) {
+        const T* at = from + in.space.offset(s + j);
+        for (int64_t c = 0; c < k.columns; ++c) to[j * TURNED_COLUMNS + c] = at[c * in.channel];
+      }
+    });
+  }
+
+  void put(const T* tile, int64_t row, int64_t rows, const Block& k, T* out) const {
+    for_samples(row, rows, [&](int64_t i, int64_t b, int64_t s, int64_t n) {
+      transpose(tile + i * TURNED_COLUMNS, TURNED_COLUMNS, n, k.columns, out + (b * g_.C + k.column) * g_.S + s, g_.S);
+    });
+  }
+
+  // f(std::integral_constant<size_t, R>, i, at) for the rows [row, row + rows) of a tile, R at a time; at[r][p] is the p-th input.
+  template <class F>
+  void for_rows(const Tiles& tiles, int64_t row, int64_t rows, const Block& k, const F& f) const {
+    for (size_t p = 0; p < P; ++p)
+      if (!direct_[p]) fetch(p, row, rows, k, tiles.tile[p]);
+    const auto at = [&](size_t p, int64_t i) {
+      return direct_[p] ? this->row(p, row + i, k.column) : tiles.tile[p] + i * TURNED_COLUMNS;
+    };
+    const auto some = [&](auto R, int64_t i) {
+      std::array<std::array<const T*, P>, R> places;
+      for (size_t r = 0; r < R; ++r)
+        for (size_t p = 0; p < P; ++p) places[r][p] = at(p, i + r);
+      f(R, i, places);
+    };
+    int64_t i = 0;
+    for (; i + 4 <= rows; i += 4) some(std::integral_constant<size_t, 4>{}, i);
+    for (; i < rows; ++i) some(std::integral_constant<size_t, 1>{}, i);
+  }
+
+  // ------------------------------------------------------------ sums
+
+  // Constants of the channels as constants of the columns: themselves, or each S times.
+  template <size_t K>
+  class Expanded {
+   public:
+    Expanded(const GridSweep& s, const Block& k, const std::array<const A*, K>& of) : own_(s.fold_ > 1 ? K * MAX_COLUMNS * 2 : 0) {
+      for (size_t i = 0; i < K; ++i) {
+        at_[i] = of[i] + k.channel;
+        if (s.fold_ == 1) continue;
+        const int64_t padded = ceil_div(k.columns, 16) * 16;
+        A* to = own_ + static_cast<int64_t>(i) * padded;
+        for (int64_t c = 0; c < k.channels; ++c) std::fill_n(to + c * s.fold_, s.fold_, at_[i][c]);
+        at_[i] = to;
+      }
+    }
+    const A* operator[](size_t i) const { return at_[i]; }
+
+   private:
+    Buffer<A> own_;
+    std::array<const A*, K> at_;
+  };
+
+  template <class Terms, bool FIRST, size_t R>
+  static void add_rows(const std::array<std::array<const T*, P>, R>& at, int64_t n, const A* constant, A* s, A* q) {
+    for_vectors<V>(n, [&](int64_t i, int64_t count) FN_LAMBDA {
+      const V c = load(constant + i, count);
+      std::array<V, 2> sum[R];
+      repeat<R>([&](auto r) FN_LAMBDA { sum[r] = Terms::terms(load_inputs<T, P>(at[r], i, count), c, count); });
+      if constexpr (R == 4)
+        repeat<2>([&](auto k) FN_LAMBDA { sum[0][k] = (sum[0][k] + sum[1][k]) + (sum[2][k] + sum[3][k]); });
+      store(s + i, FIRST ? sum[0][0] : load(s + i) + sum[0][0]);
+      store(q + i, FIRST ? sum[0][1] : load(q + i) + sum[0][1]);
+    });
+  }
+
+  // The sums of one piece of rows, in s and q.
+  template <class Terms>
+  void piece_sums(const Tiles& tiles, int64_t piece, const Block& k, const A* constant, double* s, double* q) const {
+    const int64_t first = piece * piece_, last = std::min(rows_, first + piece_), n = k.columns;
+    alignas(64) A tile[2][MAX_COLUMNS];  // whole vectors
+    for (int64_t row = first; row < last; row += summed_rows_) {
+      for_rows(tiles, row, std::min(summed_rows_, last - row), k, [&](auto R, int64_t i, const auto& at) {
+        if (i == 0)
+          add_rows<Terms, true, R>(at, n, constant, tile[0], tile[1]);
+        else
+          add_rows<Terms, false, R>(at, n, constant, tile[0], tile[1]);
+      });
+      if (row == first)
+        for (int64_t i = 0; i < n; ++i) s[i] = tile[0][i], q[i] = tile[1][i];
+      else
+        for (int64_t i = 0; i < n; ++i) s[i] += tile[0][i], q[i] += tile[1][i];
+    }
+  }
+
+  // Settles channels [begin, begin + n) from the sums of their columns; false where some are still open.
+  template <class Settle>
+  bool settle_all(int64_t begin, int64_t n, const double* s, const double* q, std::vector<char>& settled,
+                  const Settle& settle) const {
+    bool all = true;
+    for (int64_t c = 0; c < n; ++c) {
+      if (settled[c]) continue;
+      std::array<double, 2> sums{};
+      for (int64_t i = c * fold_; i < (c + 1) * fold_; ++i) sums[0] += s[i], sums[1] += q[i];
+      settled[c] = settle(begin + c, sums);
+      all = all && settled[c];
+    }
+    return all;
+  }
+
+  template <class Terms, class Settle>
+  void sum_block(const Tiles& tiles, const Block& k, A* shift, const Settle& settle) const {
+    std::vector<char> settled(k.channels, 0);
+    std::vector<double> sums(2 * k.columns);
+    alignas(64) double partial[2][MAX_COLUMNS];
+    if constexpr (Terms::GUESS) guess(k, shift);
+    for (bool open = true; open;) {
+      std::fill(sums.begin(), sums.end(), 0.0);
+      const Expanded<1> constant(*this, k, {shift});
+      for (int64_t piece = 0; piece < pieces_; ++piece) {
+        piece_sums<Terms>(tiles, piece, k, constant[0], partial[0], partial[1]);
+        for (int q = 0; q < 2; ++q)
+          for (int64_t i = 0; i < k.columns; ++i) sums[q * k.columns + i] += partial[q][i];
+      }
+      open = !settle_all(k.channel, k.channels, sums.data(), sums.data() + k.columns, settled, settle);
+    }
+  }
+
+  // The first elements' mean: a number near the channel's.
+  void guess(const Block& k, A* shift) const {
+    const int64_t n = std::min<int64_t>(4, flat_ ? g_.S : rows_);
+    const ChannelsInput& in = *in_[0];
+    for (int64_t c = k.channel; c < k.channel + k.channels; ++c) {
+      A sum = 0;
+      const T* at = data<T>(in) + c * in.channel;
+      for (int64_t i = 0; i < n; ++i) sum += static_cast<A>(at[flat_ ? i : in.positions.offset(i)]);
+      shift[c] = sum / static_cast<A>(n);
+    }
+  }
+
+  // ------------------------------------------------------------ elements
+
+  template <class Value, size_t R>
+  static void apply_rows(const std::array<std::array<const T*, P>, R>& at, int64_t n, const std::array<const A*, Value::K>& constants,
+                         const std::array<T*, R>& out) {
+    for_vectors<V>(n, [&](int64_t i, int64_t count) FN_LAMBDA {
+      std::array<V, Value::K> constant;
+      repeat<Value::K>([&](auto k) FN_LAMBDA { constant[k] = load(constants[k] + i, count); });
+      repeat<R>([&](auto r) FN_LAMBDA { store(out[r] + i, Value::value(load_inputs<T, P>(at[r], i, count), constant), count); });
+    });
+  }
+
+  template <class Value>
+  void apply_piece(const Tiles& tiles, int64_t piece, const Block& k, const Constants<A, Value::K>& constants, T* out) const {
+    const int64_t first = piece * piece_, last = std::min(rows_, first + piece_);
+    std::array<const A*, Value::K> of, at_columns;
+    for (size_t i = 0; i < Value::K; ++i) of[i] = constants[i];
+    const Expanded<Value::K> expanded(*this, k, of);
+    for (size_t i = 0; i < Value::K; ++i) at_columns[i] = expanded[i];
+    for (int64_t row = first; row < last; row += TILE_ROWS) {
+      const int64_t rows = std::min(TILE_ROWS, last - row);
+      T* tile = tiles.tile[P];
+      for_rows(tiles, row, rows, k, [&](auto R, int64_t i, const auto& at) {
+        std::array<T*, R> to;
+        for (size_t r = 0; r < R; ++r)
+          to[r] = direct_out_ ? out + (row + i + r) * columns_ + k.column : tile + (i + r) * TURNED_COLUMNS;
+        apply_rows<Value, R>(at, k.columns, at_columns, to);
+      });
+      if (!direct_out_) put(tile, row, rows, k, out);
+    }
+  }
+
+  Channels g_;
+  Inputs<P> in_;
+  bool flat_, direct_out_;
+  std::array<bool, P> direct_;
+  int64_t fold_, rows_, columns_, width_, blocks_, piece_, pieces_, summed_rows_;
+};
+
+}  // namespace fastnorm::cpu

@@ -1,0 +1,83 @@
+// What is added up over a channel, and what is done to each of its elements: the two passes of every norm over channels.
+#pragma once
+
+#include "loops.h"
+
+namespace fastnorm::cpu {
+
+// Sums over a channel: two terms for each element, from P inputs and a constant of the channel.
+template <class T>
+struct StatisticsTerms {  // d and d * d, with d = x - shift
+  static constexpr size_t P = 1;
+  static constexpr bool GUESS = true;  // the shift is any number near the mean, still to be found
+  using V = Vec<T>;
+  static std::array<V, 2> terms(const std::array<V, 1>& v, V shift, int64_t count) {
+    const V d = only(v[0] - shift, count);
+    return {d, d * d};
+  }
+};
+template <class T>
+struct GradientTerms {  // dz and dz * (x - high); lanes that do not exist have dz = 0
+  static constexpr size_t P = 2;
+  static constexpr bool GUESS = false;
+  using V = Vec<T>;
+  static std::array<V, 2> terms(const std::array<V, 2>& v, V high, int64_t) { return {v[0], v[0] * (v[1] - high)}; }
+};
+
+// Element by element: a value from P inputs and K constants of the channel. Where a channel's constants meet, they are
+// multiplied beforehand, in `Constants`; the low part of the mean is in the last of them.
+template <class T>
+struct Standardize {  // high, rstd * weight, bias - low * rstd * weight
+  static constexpr size_t P = 1, K = 3;
+  using V = Vec<T>;
+  static V value(const std::array<V, 1>& x, const std::array<V, 3>& c) { return affine(x[0] - c[0], c[1], c[2]); }
+};
+template <class T>
+struct Gradient {  // high, rstd * weight, mean(dz * x_hat) * rstd, mean(dz) - low * mean(dz * x_hat) * rstd
+  static constexpr size_t P = 2, K = 4;
+  using V = Vec<T>;
+  static V value(const std::array<V, 2>& v, const std::array<V, 4>& c) {
+    return grad_input(v[0], v[1] - c[0], c[1], c[2], c[3]);
+  }
+};
+template <class T>
+struct WeightedGradient {  // the same with g = dz * weight: high, rstd, c1 * rstd, c2 - low * c1 * rstd, weight
+  static constexpr size_t P = 2, K = 5;
+  using V = Vec<T>;
+  static V value(const std::array<V, 2>& v, const std::array<V, 5>& c) {
+    return grad_input(v[0] * c[4], v[1] - c[0], c[1], c[2], c[3]);
+  }
+};
+template <class T>
+struct Scale {  // rstd * weight: in evaluation x is not read, so what is not finite in it stays out of dx
+  static constexpr size_t P = 1, K = 1;
+  using V = Vec<T>;
+  static V value(const std::array<V, 1>& dz, const std::array<V, 1>& c) { return dz[0] * c[0]; }
+};
+
+// K arrays over the channels.
+template <class A, size_t K>
+class Constants {
+ public:
+  explicit Constants(int64_t C) : width_(ceil_div(C, 16) * 16), all_(width_ * K) {}
+  A* operator[](size_t k) const { return all_ + width_ * static_cast<int64_t>(k); }
+  int64_t width() const { return width_; }
+
+ private:
+  int64_t width_;
+  Buffer<A> all_;
+};
+
+template <size_t P>
+using Inputs = std::array<const ChannelsInput*, P>;
+
+template <class T>
+const T* data(const ChannelsInput& in) {
+  return static_cast<const T*>(in.data);
+}
+
+// Inputs of a thread's part of the work that stay in its second-level cache between two passes; a size that all processors of
+// the last ten years have.
+constexpr int64_t CACHE = 1 << 19;
+
+}  // namespace fastnorm::cpu

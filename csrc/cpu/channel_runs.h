@@ -1,0 +1,146 @@
+// Channels whose positions lie side by side, (B, C, S) with long S: runs of S elements, each of one channel.
+//
+// A channel's sums are taken over pieces of a fixed size, in their order, whoever takes them: the result does not depend on the
+// number of threads. Where a channel stays in cache and there are enough of them, both passes over it follow each other.
+#pragma once
+
+#include "channel_ops.h"
+
+namespace fastnorm::cpu {
+
+template <class T, size_t P>
+class RunSweep {
+ public:
+  using A = Acc<T>;
+  using V = Vec<T>;
+  using Pair2 = std::array<double, 2>;
+
+  RunSweep(Channels g, const Inputs<P>& in) : g_(g), in_(in) {
+    positions_ = std::min(g.S, PIECE);
+    samples_ = std::clamp<int64_t>(PIECE / g.S, 1, g.B);
+    position_pieces_ = ceil_div(g.S, positions_);
+    pieces_ = position_pieces_ * ceil_div(g.B, samples_);
+  }
+
+  static bool serves(Channels g, const Inputs<P>& in) {
+    return !g.last && g.S >= 16 && std::all_of(in.begin(), in.end(), [](const auto* x) { return x->space.dense(); });
+  }
+
+  template <class Terms, class Settle>
+  void sum(A* shift, const Settle& settle) const {
+    std::vector<Pair2> partial(g_.C * pieces_);
+    for (int64_t c = 0; Terms::GUESS && c < g_.C; ++c) shift[c] = guess(c);
+    parallel_for(g_.C * pieces_, samples_ * positions_, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item)
+        partial[item] = piece_sums<Terms>(item / pieces_, item % pieces_, shift[item / pieces_]);
+    });
+    for (int64_t c = 0; c < g_.C; ++c) {
+      Pair2 sums{};
+      for (int64_t k = 0; k < pieces_; ++k) add(sums, partial[c * pieces_ + k]);
+      while (!settle(c, sums)) sums = channel_sums<Terms>(c, shift[c]);
+    }
+  }
+
+  template <class Value>
+  void apply(const Constants<A, Value::K>& constants, T* out) const {
+    parallel_for(g_.C * pieces_, samples_ * positions_, [&](int64_t begin, int64_t end) {
+      for (int64_t item = end - 1; item >= begin; --item)  // what was read last is in cache
+        apply_piece<Value>(item / pieces_, item % pieces_, constants, out);
+    });
+  }
+
+  template <class Terms, class Value, class Settle>
+  void both(A* shift, const Settle& settle, const Constants<A, Value::K>& constants, T* out) const {
+    const int64_t bytes = g_.B * g_.S * static_cast<int64_t>(sizeof(T) * P);
+    if (bytes > CACHE || g_.C < 4 * threads()) {
+      sum<Terms>(shift, settle);
+      return apply<Value>(constants, out);
+    }
+    parallel_for(g_.C, g_.B * g_.S, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        if (Terms::GUESS) shift[c] = guess(c);
+        while (!settle(c, channel_sums<Terms>(c, shift[c]))) continue;
+        for (int64_t k = pieces_ - 1; k >= 0; --k) apply_piece<Value>(c, k, constants, out);
+      }
+    });
+  }
+
+ private:
+  static constexpr int64_t PIECE = 16384;
+
+  static void add(Pair2& sums, const Pair2& more) {
+    for (int q = 0; q < 2; ++q) sums[q] += more[q];
+  }
+
+  // The first elements' mean: a number near the channel's.
+  A guess(int64_t c) const {
+    return near(data<T>(*in_[0]) + c * in_[0]->channel, g_.S);
+  }
+
+  struct Part {
+    int64_t b, samples, s, positions;
+  };
+  Part part(int64_t piece) const {
+    const int64_t b = piece / position_pieces_ * samples_, s = piece % position_pieces_ * positions_;
+    return {b, std::min(samples_, g_.B - b), s, std::min(positions_, g_.S - s)};
+  }
+
+  std::array<const T*, P> place(int64_t c, int64_t b, int64_t s) const {
+    std::array<const T*, P> at;
+    for (size_t p = 0; p < P; ++p) at[p] = data<T>(*in_[p]) + b * in_[p]->sample + c * in_[p]->channel + s;
+    return at;
+  }
+
+  template <class Terms>
+  Pair2 piece_sums(int64_t c, int64_t piece, A shift) const {
+    const Part w = part(piece);
+    const V constant(shift);
+    const auto terms = [&](auto, int64_t, int64_t count, const std::array<V, P>& v)
+                           FN_LAMBDA { return Terms::terms(v, constant, count); };
+    constexpr size_t CHAINS = 4;
+    Chains<V, 1, 2, CHAINS> chains;
+    std::array<Sum<V>, 2> sums;
+    int64_t added = 0;
+    for (int64_t b = w.b; b < w.b + w.samples; ++b) {
+      const std::array<std::array<const T*, P>, 1> at{place(c, b, w.s)};
+      for (int64_t i = 0; i < w.positions;) {
+        const int64_t end = std::min(w.positions, i + GROUP<T, CHAINS> - added);
+        add_up<false>(chains, at, i, end, terms);
+        added += ceil_div(end - i, CHAINS * lanes<V>) * CHAINS * lanes<V>;
+        i = end;
+        if (added < GROUP<T, CHAINS>) continue;
+        for (int q = 0; q < 2; ++q) sums[q].add(chains.whole(0, q));
+        chains.clear();
+        added = 0;
+      }
+    }
+    for (int q = 0; q < 2; ++q) sums[q].add(chains.whole(0, q));
+    return {sums[0].total(), sums[1].total()};
+  }
+
+  template <class Terms>
+  Pair2 channel_sums(int64_t c, A shift) const {
+    Pair2 sums{};
+    for (int64_t k = 0; k < pieces_; ++k) add(sums, piece_sums<Terms>(c, k, shift));
+    return sums;
+  }
+
+  template <class Value>
+  void apply_piece(int64_t c, int64_t piece, const Constants<A, Value::K>& constants, T* out) const {
+    const Part w = part(piece);
+    std::array<V, Value::K> constant;
+    repeat<Value::K>([&](auto k) FN_LAMBDA { constant[k] = V(constants[k][c]); });
+    for (int64_t b = w.b; b < w.b + w.samples; ++b) {
+      const auto at = place(c, b, w.s);
+      T* to = out + (b * g_.C + c) * g_.S + w.s;
+      for_vectors<V>(w.positions, [&](int64_t i, int64_t count)
+                                      FN_LAMBDA { store(to + i, Value::value(load_inputs<T, P>(at, i, count), constant), count); });
+    }
+  }
+
+  Channels g_;
+  Inputs<P> in_;
+  int64_t positions_, samples_, position_pieces_, pieces_;
+};
+
+}  // namespace fastnorm::cpu
