@@ -45,8 +45,8 @@ class GridSweep {
     columns_ = g.C * fold_;
     for (size_t p = 0; p < P; ++p) direct_[p] = flat_ || in[p]->channel == 1 || g.C == 1;
     direct_out_ = flat_ || g.last || g.C == 1;
-    const bool direct = direct_out_ && std::all_of(direct_.begin(), direct_.end(), [](bool d) { return d; });
-    const int64_t widest = direct ? MAX_COLUMNS : TURNED_COLUMNS;
+    in_place_ = direct_out_ && std::all_of(direct_.begin(), direct_.end(), [](bool d) { return d; });
+    const int64_t widest = in_place_ ? MAX_COLUMNS : TURNED_COLUMNS;
     // Rows of neighbouring samples are far apart, so a block is as wide as lets it stay in cache.
     const int64_t fitting = flat_ ? CACHE / static_cast<int64_t>(rows_ * sizeof(T) * P) : widest;
     width_ = std::max<int64_t>(1, std::min(widest, fitting) / fold_) * fold_;
@@ -167,18 +167,42 @@ class GridSweep {
     });
   }
 
-  // f(std::integral_constant<size_t, R>, i, at) for the rows [row, row + rows) of a tile, R at a time; at[r][p] is the p-th input.
+  // The rows of a piece in the order in which they are taken. Rows that are read in place come from the four quarters of the
+  // piece in turn: the four that are taken together are four streams, each of them one after the other in memory.
+  struct Order {
+    int64_t first, quarter;
+    int64_t operator()(int64_t i) const { return first + (i < 4 * quarter ? i % 4 * quarter + i / 4 : i); }
+  };
+  Order order(int64_t piece) const {
+    const int64_t first = piece * piece_, rows = std::min(piece_, rows_ - first);
+    return {first, in_place_ ? quarter(rows) : 0};
+  }
+  // A quarter of so many rows, or a little less: streams that lie whole pages apart would meet in the same sets of a cache.
+  int64_t quarter(int64_t rows) const {
+    constexpr int64_t PAGE = 4096;
+    const int64_t bytes = columns_ * static_cast<int64_t>(sizeof(T));
+    int64_t best = rows / 4, best_apart = -1;
+    for (int64_t q = rows / 4; q > rows / 8 && q > rows / 4 - 8; --q) {
+      const auto apart = [&](int64_t off) { return std::min(off % PAGE, PAGE - off % PAGE); };
+      const int64_t a = std::min(apart(q * bytes), int64_t{1024}) + std::min(apart(2 * q * bytes), int64_t{1024});
+      if (a > best_apart) best = q, best_apart = a;
+    }
+    return best;
+  }
+
+  // f(std::integral_constant<size_t, R>, i, at) for the rows [begin, begin + rows) of the order, a tile, R at a time; at[r][p] is
+  // the p-th input of row i + r of the tile.
   template <class F>
-  void for_rows(const Tiles& tiles, int64_t row, int64_t rows, const Block& k, const F& f) const {
+  void for_rows(const Tiles& tiles, Order order, int64_t begin, int64_t rows, const Block& k, const F& f) const {
     for (size_t p = 0; p < P; ++p)
-      if (!direct_[p]) fetch(p, row, rows, k, tiles.tile[p]);
+      if (!direct_[p]) fetch(p, order.first + begin, rows, k, tiles.tile[p]);
     const auto at = [&](size_t p, int64_t i) {
-      return direct_[p] ? this->row(p, row + i, k.column) : tiles.tile[p] + i * TURNED_COLUMNS;
+      return direct_[p] ? this->row(p, order(begin + i), k.column) : tiles.tile[p] + i * TURNED_COLUMNS;
     };
     const auto some = [&](auto R, int64_t i) {
       std::array<std::array<const T*, P>, R> places;
       for (size_t r = 0; r < R; ++r)
-        for (size_t p = 0; p < P; ++p) places[r][p] = at(p, i + r);
+        for (size_t p = 0; p < P; ++p) places[r][p] = at(p, i + static_cast<int64_t>(r));
       f(R, i, places);
     };
     int64_t i = 0;
@@ -225,16 +249,16 @@ class GridSweep {
   // The sums of one piece of rows, in s and q.
   template <class Terms>
   void piece_sums(const Tiles& tiles, int64_t piece, const Block& k, const A* constant, double* s, double* q) const {
-    const int64_t first = piece * piece_, last = std::min(rows_, first + piece_), n = k.columns;
+    const int64_t rows = std::min(piece_, rows_ - piece * piece_), n = k.columns;
     alignas(64) A tile[2][MAX_COLUMNS];  // whole vectors
-    for (int64_t row = first; row < last; row += summed_rows_) {
-      for_rows(tiles, row, std::min(summed_rows_, last - row), k, [&](auto R, int64_t i, const auto& at) {
+    for (int64_t begin = 0; begin < rows; begin += summed_rows_) {
+      for_rows(tiles, order(piece), begin, std::min(summed_rows_, rows - begin), k, [&](auto R, int64_t i, const auto& at) {
         if (i == 0)
           add_rows<Terms, true, R>(at, n, constant, tile[0], tile[1]);
         else
           add_rows<Terms, false, R>(at, n, constant, tile[0], tile[1]);
       });
-      if (row == first)
+      if (begin == 0)
         for (int64_t i = 0; i < n; ++i) s[i] = tile[0][i], q[i] = tile[1][i];
       else
         for (int64_t i = 0; i < n; ++i) s[i] += tile[0][i], q[i] += tile[1][i];
@@ -300,27 +324,30 @@ class GridSweep {
 
   template <class Value>
   void apply_piece(const Tiles& tiles, int64_t piece, const Block& k, const Constants<A, Value::K>& constants, T* out) const {
-    const int64_t first = piece * piece_, last = std::min(rows_, first + piece_);
+    const int64_t all = std::min(piece_, rows_ - piece * piece_);
+    const Order ordered = order(piece);
     std::array<const A*, Value::K> of, at_columns;
     for (size_t i = 0; i < Value::K; ++i) of[i] = constants[i];
     const Expanded<Value::K> expanded(*this, k, of);
     for (size_t i = 0; i < Value::K; ++i) at_columns[i] = expanded[i];
-    for (int64_t row = first; row < last; row += TILE_ROWS) {
-      const int64_t rows = std::min(TILE_ROWS, last - row);
+    for (int64_t begin = 0; begin < all; begin += TILE_ROWS) {
+      const int64_t rows = std::min(TILE_ROWS, all - begin);
       T* tile = tiles.tile[P];
-      for_rows(tiles, row, rows, k, [&](auto R, int64_t i, const auto& at) {
+      for_rows(tiles, ordered, begin, rows, k, [&](auto R, int64_t i, const auto& at) {
         std::array<T*, R> to;
-        for (size_t r = 0; r < R; ++r)
-          to[r] = direct_out_ ? out + (row + i + r) * columns_ + k.column : tile + (i + r) * TURNED_COLUMNS;
+        for (size_t r = 0; r < R; ++r) {
+          const int64_t index = i + static_cast<int64_t>(r);
+          to[r] = direct_out_ ? out + ordered(begin + index) * columns_ + k.column : tile + index * TURNED_COLUMNS;
+        }
         apply_rows<Value, R>(at, k.columns, at_columns, to);
       });
-      if (!direct_out_) put(tile, row, rows, k, out);
+      if (!direct_out_) put(tile, ordered.first + begin, rows, k, out);
     }
   }
 
   Channels g_;
   Inputs<P> in_;
-  bool flat_, direct_out_;
+  bool flat_, direct_out_, in_place_;
   std::array<bool, P> direct_;
   int64_t fold_, rows_, columns_, width_, blocks_, piece_, pieces_, summed_rows_;
 };
