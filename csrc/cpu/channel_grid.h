@@ -10,28 +10,72 @@
 
 namespace fastnorm::cpu {
 
+#if defined(CPU_CAPABILITY_AVX512)
+// Sixteen elements of two or four bytes as sixteen words, and back.
+template <class T>
+FN_INLINE __m512 load_words(const T* p) {
+  if constexpr (sizeof(T) == 4) return _mm512_loadu_ps(p);
+  return _mm512_castsi512_ps(_mm512_cvtepu16_epi32(load_bits(p)));
+}
+template <class T>
+FN_INLINE void store_words(T* p, __m512 v) {
+  if constexpr (sizeof(T) == 4)
+    _mm512_storeu_ps(p, v);
+  else
+    store_bits(p, _mm512_cvtepi32_epi16(_mm512_castps_si512(v)));
+}
+
+// A block of 16 by 16. at::vec's does the same, and clears four kilobytes on each call.
+template <class T>
+void transpose_block(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+  __m512 a[16], b[16];
+  repeat<16>([&](auto k) FN_LAMBDA { a[k] = load_words(from + k * from_stride); });
+  repeat<8>([&](auto k) FN_LAMBDA {  // pairs of rows
+    b[2 * k] = _mm512_unpacklo_ps(a[2 * k], a[2 * k + 1]);
+    b[2 * k + 1] = _mm512_unpackhi_ps(a[2 * k], a[2 * k + 1]);
+  });
+  repeat<8>([&](auto k) FN_LAMBDA {  // fours of rows: a[4q + c] has columns c, c + 4, c + 8, c + 12 of rows 4q to 4q + 3
+    constexpr size_t q = k / 2 * 4, h = k % 2;
+    const __m512d x = _mm512_castps_pd(b[q + h]), y = _mm512_castps_pd(b[q + h + 2]);
+    a[q + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+    a[q + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+  });
+  repeat<4>([&](auto c) FN_LAMBDA {
+    const __m512 low = _mm512_shuffle_f32x4(a[c], a[c + 4], 0x88), high = _mm512_shuffle_f32x4(a[c], a[c + 4], 0xdd);
+    const __m512 low2 = _mm512_shuffle_f32x4(a[c + 8], a[c + 12], 0x88), high2 = _mm512_shuffle_f32x4(a[c + 8], a[c + 12], 0xdd);
+    store_words(to + c * to_stride, _mm512_shuffle_f32x4(low, low2, 0x88));
+    store_words(to + (c + 4) * to_stride, _mm512_shuffle_f32x4(high, high2, 0x88));
+    store_words(to + (c + 8) * to_stride, _mm512_shuffle_f32x4(low, low2, 0xdd));
+    store_words(to + (c + 12) * to_stride, _mm512_shuffle_f32x4(high, high2, 0xdd));
+  });
+}
+#endif
+
 // to[j][i] = from[i][j]
 template <class T>
 void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
-  if constexpr (std::is_same_v<T, Half>) {
-    transpose(reinterpret_cast<const BFloat16*>(from), from_stride, rows, columns, reinterpret_cast<BFloat16*>(to), to_stride);
-  } else {
+  constexpr int64_t BLOCK = 16;
+  for (int64_t i = 0; i < rows; i += BLOCK)
+    for (int64_t j = 0; j < columns; j += BLOCK) {
+      const int64_t m = std::min(BLOCK, rows - i), n = std::min(BLOCK, columns - j);
+      const T* block = from + i * from_stride + j;
+      T* turned = to + j * to_stride + i;
 #if defined(CPU_CAPABILITY_AVX512)
-    constexpr int64_t BLOCK = sizeof(T) == 2 ? 32 : 16;
-#else
-    constexpr int64_t BLOCK = 16;
+      if constexpr (sizeof(T) <= 4)
+        if (m == BLOCK && n == BLOCK) {
+          transpose_block(block, from_stride, turned, to_stride);
+          continue;
+        }
 #endif
-    for (int64_t i = 0; i < rows; i += BLOCK)
-      for (int64_t j = 0; j < columns; j += BLOCK)
-        at::vec::transpose_mxn<T>(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride,
-                                  static_cast<int>(std::min(BLOCK, rows - i)), static_cast<int>(std::min(BLOCK, columns - j)));
-  }
+      for (int64_t r = 0; r < m; ++r)
+        for (int64_t c = 0; c < n; ++c) turned[c * to_stride + r] = block[r * from_stride + c];
+    }
 }
 
 constexpr int64_t TILE_ROWS = 16;      // are added plainly, by fours, before their sum goes to double
 constexpr int64_t SMALL = 32768;       // elements that one thread is faster with, and that every four rows' sum goes to double of
 constexpr int64_t MAX_COLUMNS = 1024;  // whose sums and constants are at hand in the first-level cache
-constexpr int64_t TURNED_COLUMNS = 128;
+constexpr int64_t TURNED_ROWS = 64, TURNED_COLUMNS = 128;
 
 template <class T, size_t P>
 class GridSweep {
@@ -45,8 +89,8 @@ class GridSweep {
     columns_ = g.C * fold_;
     for (size_t p = 0; p < P; ++p) direct_[p] = flat_ || in[p]->channel == 1 || g.C == 1;
     direct_out_ = flat_ || g.last || g.C == 1;
-    in_place_ = direct_out_ && std::all_of(direct_.begin(), direct_.end(), [](bool d) { return d; });
-    const int64_t widest = in_place_ ? MAX_COLUMNS : TURNED_COLUMNS;
+    read_in_place_ = std::all_of(direct_.begin(), direct_.end(), [](bool d) { return d; });
+    const int64_t widest = read_in_place_ && direct_out_ ? MAX_COLUMNS : TURNED_COLUMNS;
     // Rows of neighbouring samples are far apart, so a block is as wide as lets it stay in cache.
     const int64_t fitting = flat_ ? CACHE / static_cast<int64_t>(rows_ * sizeof(T) * P) : widest;
     width_ = std::max<int64_t>(1, std::min(widest, fitting) / fold_) * fold_;
@@ -130,7 +174,7 @@ class GridSweep {
     explicit Tiles(const GridSweep& s) : tile(make(s, std::make_index_sequence<P + 1>{})) {}
     template <size_t... I>
     static std::array<Buffer<T>, P + 1> make(const GridSweep& s, std::index_sequence<I...>) {
-      return {Buffer<T>((I < P ? s.direct_[std::min(I, P - 1)] : s.direct_out_) ? 0 : TILE_ROWS * TURNED_COLUMNS)...};
+      return {Buffer<T>((I < P ? s.direct_[std::min(I, P - 1)] : s.direct_out_) ? 0 : TURNED_ROWS * TURNED_COLUMNS)...};
     }
   };
 
@@ -173,9 +217,9 @@ class GridSweep {
     int64_t first, quarter;
     int64_t operator()(int64_t i) const { return first + (i < 4 * quarter ? i % 4 * quarter + i / 4 : i); }
   };
-  Order order(int64_t piece) const {
+  Order order(int64_t piece, bool in_place) const {
     const int64_t first = piece * piece_, rows = std::min(piece_, rows_ - first);
-    return {first, in_place_ ? quarter(rows) : 0};
+    return {first, in_place ? quarter(rows) : 0};
   }
   // A quarter of so many rows, or a little less: streams that lie whole pages apart would meet in the same sets of a cache.
   int64_t quarter(int64_t rows) const {
@@ -250,9 +294,10 @@ class GridSweep {
   template <class Terms>
   void piece_sums(const Tiles& tiles, int64_t piece, const Block& k, const A* constant, double* s, double* q) const {
     const int64_t rows = std::min(piece_, rows_ - piece * piece_), n = k.columns;
+    const Order ordered = order(piece, read_in_place_);
     alignas(64) A tile[2][MAX_COLUMNS];  // whole vectors
     for (int64_t begin = 0; begin < rows; begin += summed_rows_) {
-      for_rows(tiles, order(piece), begin, std::min(summed_rows_, rows - begin), k, [&](auto R, int64_t i, const auto& at) {
+      for_rows(tiles, ordered, begin, std::min(summed_rows_, rows - begin), k, [&](auto R, int64_t i, const auto& at) {
         if (i == 0)
           add_rows<Terms, true, R>(at, n, constant, tile[0], tile[1]);
         else
@@ -325,13 +370,13 @@ class GridSweep {
   template <class Value>
   void apply_piece(const Tiles& tiles, int64_t piece, const Block& k, const Constants<A, Value::K>& constants, T* out) const {
     const int64_t all = std::min(piece_, rows_ - piece * piece_);
-    const Order ordered = order(piece);
+    const Order ordered = order(piece, read_in_place_ && direct_out_);
     std::array<const A*, Value::K> of, at_columns;
     for (size_t i = 0; i < Value::K; ++i) of[i] = constants[i];
     const Expanded<Value::K> expanded(*this, k, of);
     for (size_t i = 0; i < Value::K; ++i) at_columns[i] = expanded[i];
-    for (int64_t begin = 0; begin < all; begin += TILE_ROWS) {
-      const int64_t rows = std::min(TILE_ROWS, all - begin);
+    for (int64_t begin = 0; begin < all; begin += TURNED_ROWS) {
+      const int64_t rows = std::min(TURNED_ROWS, all - begin);
       T* tile = tiles.tile[P];
       for_rows(tiles, ordered, begin, rows, k, [&](auto R, int64_t i, const auto& at) {
         std::array<T*, R> to;
@@ -347,7 +392,7 @@ class GridSweep {
 
   Channels g_;
   Inputs<P> in_;
-  bool flat_, direct_out_, in_place_;
+  bool flat_, direct_out_, read_in_place_;
   std::array<bool, P> direct_;
   int64_t fold_, rows_, columns_, width_, blocks_, piece_, pieces_, summed_rows_;
 };
