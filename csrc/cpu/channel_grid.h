@@ -109,7 +109,7 @@ class GridSweep {
     if constexpr (Terms::GUESS)
       for (int64_t k = 0; k < blocks_; ++k) guess(block(k), shift);
     for (bool open = true; open;) {
-      parallel_for(pieces_ * blocks_, piece_ * width_, [&](int64_t begin, int64_t end) {
+      parallel_for(pieces_ * blocks_, elements(piece_ * width_), [&](int64_t begin, int64_t end) {
         const Tiles tiles(*this);
         for (int64_t item = begin; item < end; ++item) {
           const Block b = block(item % blocks_);
@@ -127,7 +127,7 @@ class GridSweep {
 
   template <class Value>
   void apply(const Constants<A, Value::K>& constants, T* out) const {
-    parallel_for(pieces_ * blocks_, piece_ * width_, [&](int64_t begin, int64_t end) {
+    parallel_for(pieces_ * blocks_, elements(piece_ * width_), [&](int64_t begin, int64_t end) {
       const Tiles tiles(*this);
       for (int64_t item = end - 1; item >= begin; --item)  // what was read last is in cache
         apply_piece<Value>(tiles, item / blocks_, block(item % blocks_), constants, out);
@@ -142,7 +142,7 @@ class GridSweep {
       sum<Terms>(shift, settle);
       return apply<Value>(constants, out);
     }
-    parallel_for(blocks_, rows_ * width_, [&](int64_t begin, int64_t end) {
+    parallel_for(blocks_, elements(rows_ * width_), [&](int64_t begin, int64_t end) {
       const Tiles tiles(*this);
       for (int64_t k = begin; k < end; ++k) {
         sum_block<Terms>(tiles, block(k), shift, settle);
@@ -152,6 +152,8 @@ class GridSweep {
   }
 
  private:
+  static int64_t elements(int64_t each) { return each * static_cast<int64_t>(P); }
+
   struct Block {
     int64_t column, columns, channel, channels;
   };

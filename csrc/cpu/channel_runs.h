@@ -30,7 +30,7 @@ class RunSweep {
   void sum(A* shift, const Settle& settle) const {
     std::vector<Pair2> partial(g_.C * pieces_);
     for (int64_t c = 0; Terms::GUESS && c < g_.C; ++c) shift[c] = guess(c);
-    parallel_for(g_.C * pieces_, samples_ * positions_, [&](int64_t begin, int64_t end) {
+    parallel_for(g_.C * pieces_, elements(samples_ * positions_), [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item)
         partial[item] = piece_sums<Terms>(item / pieces_, item % pieces_, shift[item / pieces_]);
     });
@@ -43,7 +43,7 @@ class RunSweep {
 
   template <class Value>
   void apply(const Constants<A, Value::K>& constants, T* out) const {
-    parallel_for(g_.C * pieces_, samples_ * positions_, [&](int64_t begin, int64_t end) {
+    parallel_for(g_.C * pieces_, elements(samples_ * positions_), [&](int64_t begin, int64_t end) {
       for (int64_t item = end - 1; item >= begin; --item)  // what was read last is in cache
         apply_piece<Value>(item / pieces_, item % pieces_, constants, out);
     });
@@ -56,7 +56,7 @@ class RunSweep {
       sum<Terms>(shift, settle);
       return apply<Value>(constants, out);
     }
-    parallel_for(g_.C, g_.B * g_.S, [&](int64_t begin, int64_t end) {
+    parallel_for(g_.C, elements(g_.B * g_.S), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         if (Terms::GUESS) shift[c] = guess(c);
         while (!settle(c, channel_sums<Terms>(c, shift[c]))) continue;
@@ -67,6 +67,7 @@ class RunSweep {
 
  private:
   static constexpr int64_t PIECE = 16384;
+  static int64_t elements(int64_t each) { return each * static_cast<int64_t>(P); }
 
   static void add(Pair2& sums, const Pair2& more) {
     for (int q = 0; q < 2; ++q) sums[q] += more[q];

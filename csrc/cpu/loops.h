@@ -15,10 +15,11 @@ namespace fastnorm {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// f(begin, end) on torch's own threads. The split of the work must not show in the result: callers give items of fixed size.
+// f(begin, end) on torch's own threads. The split of the work must not show in the result: callers give items of fixed size, and
+// their work in elements that are read.
 template <class F>
 void parallel_for(int64_t items, int64_t elements_per_item, const F& f) {
-  constexpr int64_t GRAIN = 32768;  // elements below which a second thread costs more than it brings
+  constexpr int64_t GRAIN = 65536;  // elements below which a second thread costs more than it brings
   const int64_t grain = std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, elements_per_item));
   if (items <= grain) return f(0, items);
   const AOTITorchError failed = torch_parallel_for(

@@ -327,7 +327,7 @@ struct Backward {
     const int64_t pieces = ceil_div(g.N, PIECE);
     std::vector<double> sum_gd(g.M * pieces, 0.0), sum_g(g.M * pieces, 0.0);
     if (dx)
-      parallel_for(g.M * pieces, PIECE, [&](int64_t begin, int64_t end) {
+      parallel_for(g.M * pieces, 2 * PIECE, [&](int64_t begin, int64_t end) {
         const Reader<T> read_dy(dy, 1, PIECE), read_x(x, 1, PIECE);
         for (int64_t item = begin; item < end; ++item) {
           const int64_t m = item / pieces, i = item % pieces * PIECE, n = std::min(PIECE, g.N - i);
@@ -343,7 +343,7 @@ struct Backward {
     }
     std::vector<A> c1(g.M), c2(g.M);
     means(0, g.M, sum_gd.data(), sum_g.data(), c1.data(), c2.data());
-    parallel_for(pieces, g.M * PIECE, [&](int64_t begin, int64_t end) {
+    parallel_for(pieces, 2 * g.M * PIECE, [&](int64_t begin, int64_t end) {
       const Reader<T> read_dy(dy, g.M, PIECE), read_x(x, g.M, PIECE);
       const Buffer<A> partial(2 * PIECE);
       A *dw = dweight.data ? partial + 0 : nullptr, *db = dbias.data ? partial + PIECE : nullptr;
@@ -372,7 +372,7 @@ struct Backward {
     const bool sums = dweight.data || dbias.data;
     const Buffer<A> partial(sums ? segments * 2 * width : 0);
     const Widened<A> w(weight, g.N);
-    parallel_for(segments, rows_each * g.N, [&](int64_t begin, int64_t end) {
+    parallel_for(segments, 2 * rows_each * g.N, [&](int64_t begin, int64_t end) {
       const Reader<T> read_dy(dy, block_each, g.N), read_x(x, block_each, g.N);
       for (int64_t k = begin; k < end; ++k) {
         A* dw = sums ? partial + 2 * width * k : nullptr;
