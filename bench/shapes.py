@@ -29,6 +29,7 @@ MODELS = (
     Model("per-head 64", "rows", (65536, 64)),
     Model("tabular 200000 x 10", "rows", (200000, 10)),
     Model("long rows 4 x 1M", "rows", (4, 1000000)),
+    Model("GPT-2 medium 8 x 1024", "rows", (8192, 1024)),
     Model("tutorial 8 x 64", "channels", (8, 64), tiny=True),
     Model("tutorial 32 x 10", "channels", (32, 10), tiny=True),
     Model("MLP 64 x 64", "channels", (64, 64), tiny=True),
@@ -44,4 +45,5 @@ MODELS = (
     Model("sequence 16 x 1000 x 128", "channels", (16, 128, 1000), "mT"),
     Model("image 2 x 3 x 480 x 640", "channels", (2, 3, 480, 640)),
     Model("video 2 x 32 x 8 x 40 x 40", "channels", (2, 32, 8, 40, 40)),
+    Model("U-Net 32 x 64 x 64 x 64", "channels", (32, 64, 64, 64)),
 )

@@ -30,6 +30,18 @@ ISAS = {
     "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw"],
 }
 ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16"]  # rounds to bfloat16 in one instruction instead of eight
+RELEASE = ["-O3", "-g0"]
+# Not linked with the sanitizers' runtime: it has to be preloaded (make sanitize), and where it is not, loading names a symbol
+# that is missing instead of ending the process. A float divided by zero is not undefined here, but the infinity of IEEE.
+SANITIZE = [
+    "-O1",  # -O2 takes ten minutes
+    "-fexpensive-optimizations",  # products are fused into sums, as in a release: the same roundings
+    "-g1",
+    "-fsanitize=address,undefined,float-cast-overflow",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+    "-D_GLIBCXX_ASSERTIONS",
+]
 
 
 class BuildError(RuntimeError):
@@ -66,6 +78,26 @@ def target_isa() -> str:
     return isa
 
 
+def sanitized() -> bool:
+    """FASTNORM_SANITIZE=1: what is compiled and loaded stops at reads and writes out of bounds and at undefined behaviour."""
+    return os.environ.get("FASTNORM_SANITIZE") == "1"
+
+
+def flags(isa: str) -> list[str]:
+    """The compiler's; a library of other flags has another key."""
+    capability = isa.upper().removesuffix("_BF16")  # what at::vec has vectors for
+    return [
+        *(SANITIZE if sanitized() else RELEASE),
+        "-fno-math-errno",  # a square root is an instruction, not a call
+        "-fvisibility=hidden",
+        "-Wno-unknown-pragmas",
+        "-Wno-maybe-uninitialized",
+        *ISAS[isa],
+        f"-DCPU_CAPABILITY={capability}",
+        f"-DCPU_CAPABILITY_{capability}",
+    ]
+
+
 def key(isa: str) -> str:
     """What a library must have been built from and for, to be loaded here."""
     digest = hashlib.sha256()
@@ -73,7 +105,7 @@ def key(isa: str) -> str:
         if path.is_file():
             digest.update(path.relative_to(csrc()).as_posix().encode() + b"\0" + path.read_bytes())
     version = importlib.metadata.version("torch")
-    digest.update(f"{version} {sysconfig.get_config_var('SOABI')} {platform.machine()} {ISAS[isa]}".encode())
+    digest.update(f"{version} {sysconfig.get_config_var('SOABI')} {platform.machine()} {flags(isa)}".encode())
     return f"fastnorm-{isa}-{digest.hexdigest()[:16]}"
 
 
@@ -105,23 +137,11 @@ def extension(name: str = "fastnorm._C"):
     from torch.utils.cpp_extension import CppExtension
 
     isa = target_isa()
-    capability = isa.upper().removesuffix("_BF16")  # what at::vec has vectors for
-    flags = [
-        "-O3",
-        "-g0",
-        "-fno-math-errno",  # a square root is an instruction, not a call
-        "-fvisibility=hidden",
-        "-Wno-unknown-pragmas",
-        "-Wno-maybe-uninitialized",
-        *ISAS[isa],
-        f"-DCPU_CAPABILITY={capability}",
-        f"-DCPU_CAPABILITY_{capability}",
-    ]
     root = csrc().parent
     return CppExtension(
         name,
         [os.path.relpath(p, root) if root == Path.cwd() else str(p) for p in sources()],
-        extra_compile_args=[*flags, f"-DFASTNORM_BUILD_KEY={key(isa)}"],
+        extra_compile_args=[*flags(isa), f"-DFASTNORM_BUILD_KEY={key(isa)}"],
         optional=True,  # an install goes on without it, and first use tries again and says what went wrong
     )
 

@@ -106,3 +106,15 @@ def test_a_wrong_module_is_not_timed(monkeypatch, capsys):
     monkeypatch.setattr(fastnorm, "LayerNorm", Off)
     assert overhead.main(["--device", "cpu", "--rounds", "1", "--seconds", "0.0001"]) == 1
     assert capsys.readouterr().out.count("refused: y is off by") == 2 * 3
+
+
+def test_errors_beside_torch_s(monkeypatch, capsys):
+    import errors
+
+    args = ["--device", "cpu", "--filter", "8 x 64", "--dtype", "fp32", "bf16"]
+    assert errors.main(args) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 1 + 2 * 2 * 4
+    real = fastnorm.layer_norm
+    monkeypatch.setattr(fastnorm, "layer_norm", lambda *a: real(*a) * 1.001)
+    assert errors.main(args) == 1
+    assert "LARGER" in capsys.readouterr().out

@@ -1,0 +1,243 @@
+"""What only the C++ kernels on the CPU have: bits that do not depend on threads, layouts read in place, memory."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from cases import BF16, F16, F32, F64, LAYOUTS, Case
+from oracle import batch_norm, error, layer_norm
+
+import fastnorm
+from fastnorm import dispatch
+
+pytestmark = pytest.mark.skipif(
+    dispatch.forced() not in (None, "native") or dispatch.BACKENDS[1].why_not("cpu") is not None,
+    reason="these are tests of the native backend, which is not the one in force, or cannot run here",
+)
+
+
+@pytest.fixture(autouse=True)
+def _native():
+    with fastnorm.use_backend("native"):
+        yield
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def everything(norm, x, dy, weight, bias):
+    """y, dx, dweight, dbias"""
+    x, weight, bias = (t.detach().requires_grad_() for t in (x, weight, bias))
+    y = norm(x, weight, bias)
+    return y.detach(), *torch.autograd.grad(y, (x, weight, bias), dy)
+
+
+def rows_of(x, w, b):
+    return fastnorm.layer_norm(x, x.shape[-1:], w, b)
+
+
+def channels_of(x, w, b):
+    return fastnorm.batch_norm(x, None, None, w, b, True)
+
+
+def run(case, norm):
+    inputs = case.make_rows() if norm is rows_of else case.make_channels()
+    return everything(norm, *inputs)
+
+
+# Enough elements for several threads, and for each way through them: blocks of rows, long rows, short rows; runs in one region
+# and in pieces, grids in one region (few threads) and in two (many), blocks of a grid, tiles that are turned round.
+MANY = [
+    *((rows_of, shape, "dense") for shape in [(3000, 10), (2000, 96), (700, 768), (40, 9000), (66, 33000), (3, 70000)]),
+    *((rows_of, shape, layout) for shape in [(600, 520)] for layout in ("row_strided", "transposed")),
+    *((channels_of, shape, "dense") for shape in [(16, 24, 30, 30), (2, 3, 300, 300), (64, 96, 7, 7), (40, 200, 9)]),
+    *((channels_of, shape, "dense") for shape in [(3000, 70), (100, 2500), (128, 1030), (5, 40, 5000)]),
+    *((channels_of, shape, "channels_last") for shape in [(8, 24, 40, 40), (16, 300, 9, 9)]),
+    *((channels_of, (4, 150, 500), layout) for layout in ("mT", "transposed", "column_strided")),
+]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("norm", "shape", "layout"), MANY, ids=lambda p: getattr(p, "__name__", str(p)))
+def test_the_number_of_threads_does_not_show(norm, shape, layout, dtype, threads):
+    case = Case(shape, dtype=dtype, weight=dtype, bias=dtype, layout=layout)
+    results = []
+    for n in (1, 2, 4, 7):
+        threads(n)
+        results.append(run(case, norm))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("shape", [(64, 768), (333, 100), (70, 5000)])
+def test_a_row_does_not_depend_on_its_batch(shape, dtype):
+    """Alone, in another place, among others: the same bits of y and dx, where four rows are summed together and where not."""
+    x, dy, weight, bias = Case(shape, dtype=dtype, weight=dtype, bias=dtype).make_rows()
+    y, dx, _, _ = everything(rows_of, x, dy, weight, bias)
+    for rows in (slice(0, 1), slice(5, 6), slice(3, 47), slice(shape[0] - 2, shape[0])):
+        part = everything(rows_of, x[rows], dy[rows], weight, bias)
+        assert torch.equal(part[0], y[rows])
+        assert torch.equal(part[1], dx[rows])
+
+
+CHANNEL_LAYOUTS = ("dense", "channels_last", "row_strided", "column_strided", "transposed", "mT", "every_second", "expanded")
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16])
+@pytest.mark.parametrize("x_layout", CHANNEL_LAYOUTS)
+@pytest.mark.parametrize("dy_layout", ["dense", "channels_last", "transposed", "mT"])
+def test_channels_in_every_pair_of_layouts(x_layout, dy_layout, dtype):
+    """Sizes that tiles and blocks of 16 by 16 do not divide: the numbers are those of dense copies, to rounding."""
+    case = Case((3, 150, 5, 7), dtype=dtype, weight=dtype, bias=dtype)
+    x, dy, weight, bias = case.make_channels()
+    x, dy = LAYOUTS[x_layout](x), LAYOUTS[dy_layout](dy)
+    truth = batch_norm(x, weight, bias, dy=dy)
+    eps = torch.finfo(dtype).eps
+    for name, t in zip(("y", "dx", "dweight", "dbias"), everything(channels_of, x, dy, weight, bias), strict=True):
+        expected = getattr(truth, name)
+        bound = 4 * eps * abs(expected).max() + 40 * torch.finfo(F32 if dtype != F64 else F64).eps
+        assert error(t, expected) <= bound, name
+
+
+@pytest.mark.parametrize("layout", ["dense", "row_strided", "column_strided", "transposed", "every_second"])
+@pytest.mark.parametrize("shape", [(9, 700), (3, 40000), (64, 33000)])
+def test_rows_in_every_layout(layout, shape):
+    x, dy, weight, bias = Case(shape).make_rows()
+    expected = everything(rows_of, x, dy, weight, bias)
+    x, dy = LAYOUTS[layout](x), LAYOUTS[layout](dy)
+    for a, b in zip(everything(rows_of, x, dy, weight, bias), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_more_dimensions_than_a_walk_has():
+    x = torch.randn([2, 3] + [2] * 10)
+    strided = x.permute(0, 1, *range(11, 1, -1)).contiguous().permute(0, 1, *range(11, 1, -1))
+    strided = torch.stack((strided, strided), -1)[..., 0]
+    weight, bias, dy = torch.randn(3), torch.randn(3), torch.randn(x.shape)
+    for a, b in zip(*(everything(channels_of, t, dy, weight, bias) for t in (x, strided)), strict=True):
+        torch.testing.assert_close(a, b)
+    shape = (2,) * 5
+    norm = lambda t, w, b: fastnorm.layer_norm(t, shape, w, b)
+    weight, bias = torch.randn(shape), torch.randn(shape)
+    for a, b in zip(*(everything(norm, t, dy, weight, bias) for t in (x, strided)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("first", [1e3, -1e5, 0.0])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize(
+    ("norm", "shape", "layout"),
+    [
+        *((rows_of, (5, N), "dense") for N in (10, 100, 700, 9000, 40000)),
+        *((channels_of, shape, "dense") for shape in [(40, 6), (4, 6, 900), (20, 6, 30), (2, 3, 40000)]),
+        *((channels_of, (4, 6, 20, 30), layout) for layout in ("channels_last", "transposed", "mT")),
+    ],
+)
+def test_first_elements_that_are_like_no_other(norm, shape, layout, offset, first):
+    """The sums are taken about the first elements' mean: where that is far off the mean, they are taken again."""
+    x, dy, _, _ = Case(shape, offset=offset).make_rows()
+    beginning = (slice(None), slice(0, 4)) if norm is rows_of else (slice(0, 1), slice(None), *[slice(0, 4)] * (x.dim() - 2))
+    x[beginning] += first
+    x = LAYOUTS[layout](x)
+    if norm is rows_of:
+        truth, size = layer_norm(x, shape[-1:], dy=dy), shape[1]
+        ours = fastnorm.layer_norm(x, shape[-1:])
+    else:
+        truth, size = batch_norm(x, dy=dy), x.numel() // shape[1]
+        ours = fastnorm.batch_norm(x, None, None, training=True)
+    # An outlier is as many deviations off as the root of the elements beside it.
+    assert error(ours, truth.y) <= 1e-5 + 4e-7 * np.sqrt(size)
+
+
+def test_python_threads_and_forks_compute_the_same():
+    x = torch.randn(300, 200)
+    expected = rows_of(x, None, None), channels_of(x, None, None)
+    with ThreadPoolExecutor(4) as pool:
+        for results in pool.map(lambda _: (rows_of(x, None, None), channels_of(x, None, None)), range(40)):
+            assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    child = os.fork()
+    if child == 0:
+        same = torch.equal(rows_of(x, None, None), expected[0]) and torch.equal(channels_of(x, None, None), expected[1])
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+class NormedRows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        x = torch.arange(70000.0).sin().view(100, 700) + i
+        return fastnorm.layer_norm(x, (700,)), fastnorm.batch_norm(x, None, None, training=True)
+
+
+def test_workers_of_a_data_loader():
+    data = NormedRows()
+    loader = torch.utils.data.DataLoader(data, batch_size=2, num_workers=2)
+    for i, (rows, channels) in enumerate(loader):
+        assert torch.equal(rows[0], data[2 * i][0])
+        assert torch.equal(channels[1], data[2 * i + 1][1])
+
+
+MEMORY = """
+import sys, torch, fastnorm
+kind, layout, backward = sys.argv[1:]
+rows = lambda x: fastnorm.layer_norm(x, x.shape[-1:])
+channels = lambda x: fastnorm.batch_norm(x, None, None, training=True)
+layouts = {
+    "dense": lambda b, c, s: torch.randn(b, c, s),
+    "mT": lambda b, c, s: torch.randn(b, s, c).mT,
+    "transposed": lambda b, c, s: torch.randn(c, b, s).transpose(0, 1),
+    "strided": lambda b, c, s: torch.randn(b, c, s, 2)[..., 0],
+}
+norm = rows if kind == "rows" else channels
+warm = layouts[layout](2, 3, 40).requires_grad_()
+torch.autograd.grad(norm(warm), warm, torch.ones_like(warm))
+x, dy = (layouts[layout](40, 500, 1000) for _ in range(2))
+if backward == "backward":
+    y = norm(x.requires_grad_())
+def status(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1024
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the peak is of now
+out = torch.autograd.grad(y, x, dy) if backward == "backward" else norm(x)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux tells the peak of a moment")
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(("kind", "layout"), [("rows", "strided"), ("channels", "mT"), ("channels", "strided")])
+def test_no_temporary_of_the_input_s_size(kind, layout, direction):
+    """An input of 76 MB grows the process by its result alone, whatever its strides."""
+    environment = {**os.environ, "FASTNORM_BACKEND": "native", "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", MEMORY, kind, layout, direction]
+    grown = float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    assert 70 < grown < 76.3 + 16
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="only Linux tells what a mapping was advised")
+@pytest.mark.parametrize(("numel", "advised"), [(9 << 20, True), (4 << 20, False)])
+def test_large_results_ask_for_huge_pages(numel, advised):
+    if not os.path.exists("/sys/kernel/mm/transparent_hugepage"):
+        pytest.skip("this kernel has no huge pages to ask for")
+    y = fastnorm.layer_norm(torch.randn(numel // 1024, 1024), (1024,))
+    middle = y.data_ptr() + y.nbytes // 2
+    flags, inside = "", False
+    with open("/proc/self/smaps") as lines:
+        for line in lines:
+            bounds = line.split(" ", 1)[0].split("-")
+            if len(bounds) == 2:
+                inside = int(bounds[0], 16) <= middle < int(bounds[1], 16)
+            elif inside and line.startswith("VmFlags"):
+                flags = line
+    assert (" hg" in flags) == advised, flags
