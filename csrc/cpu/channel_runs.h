@@ -115,8 +115,10 @@ class RunSweep {
         added = 0;
       }
     }
-    for (int q = 0; q < 2; ++q) sums[q].add(chains.whole(0, q));
-    return {sums[0].total(), sums[1].total()};
+    Pair2 out{sums[0].total(), sums[1].total()};
+    for (size_t chain = 0; chain < CHAINS; ++chain)  // in double, because a small channel's sums are all here
+      for (int q = 0; q < 2; ++q) out[q] += total(chains.s[chain][0][q]);
+    return out;
   }
 
   template <class Terms>
