@@ -145,7 +145,8 @@ std::tuple<Tensor, Tensor, Tensor> row_fwd(const Tensor& x_, const Maybe& weight
   return {y, mean, rstd};
 }
 
-Grads row_bwd(const Tensor& dy_, const Tensor& x, const Maybe& weight, const Tensor& mean, const Tensor& rstd, const Need& need) {
+Grads row_bwd(const Tensor& dy_, const Tensor& x, const Maybe& weight, const Tensor& mean, const Tensor& rstd,
+              const Need& need) {
   check_cpu(x, "x");
   if (dy_.scalar_type() == at::kFloat && at::isReducedFloatingType(x.scalar_type())) {
     auto [dx, dweight, dbias] = row_bwd(dy_, x.to(at::kFloat), weight, mean, rstd, need);
@@ -209,8 +210,8 @@ std::tuple<Tensor, Tensor, Tensor> channel_fwd(const Tensor& x, const Maybe& wei
   const Running m(running_mean, "running_mean", d.g.C), v(running_var, "running_var", d.g.C);
   Tensor w, b, y = d.empty_like(), mean = empty({2, d.g.C}, d.acc()), rstd = empty({d.g.C}, d.acc());
   const ConstArray weights = parameter(weight, "weight", d.g.C, w), biases = parameter(bias, "bias", d.g.C, b);
-  cpu::channel_fwd(d.g, d.in, weights, biases, m.array(), v.array(), training, momentum, eps, output(y), mean.mutable_data_ptr(),
-                   rstd.mutable_data_ptr());
+  cpu::channel_fwd(d.g, d.in, weights, biases, m.array(), v.array(), training, momentum, eps, output(y),
+                   mean.mutable_data_ptr(), rstd.mutable_data_ptr());
   if (training) m.write_back(), v.write_back();
   return {y, mean, rstd};
 }

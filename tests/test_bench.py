@@ -118,3 +118,6 @@ def test_errors_beside_torch_s(monkeypatch, capsys):
     monkeypatch.setattr(fastnorm, "layer_norm", lambda *a: real(*a) * 1.001)
     assert errors.main(args) == 1
     assert "LARGER" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        errors.main(["--filter", "nothing"])
+    assert "no norm has 'nothing' in its description" in capsys.readouterr().err

@@ -304,3 +304,4 @@ def test_selective_checkpointing_sees_the_norm(setting):
 def test_rows_sharded_as_dtensors(tmp_path):
     """Over any leading dimension: y, dx, dweight and dbias of two processes are those of one."""
     torch.multiprocessing.spawn(sharded.rows_in_two_processes, (tmp_path / "init",), 2)
+    assert {path.name for path in tmp_path.glob("agreed-*")} == {"agreed-0", "agreed-1"}

@@ -8,19 +8,13 @@ namespace {
 
 constexpr int64_t SHORT = 256;  // runs below this length are better read as rows of a grid, where they lie side by side
 
-template <class T>
-T* as(const void* p) {
-  return static_cast<T*>(const_cast<void*>(p));
-}
-
 // f(sweep) with the way to go through these inputs.
 template <class T, size_t P, class F>
 void with_sweep(Channels g, const Inputs<P>& in, const F& f) {
   using Runs = RunSweep<T, P>;
-  if (!Runs::serves(g, in)) return f(GridSweep<T, P>(g, in));
-  const bool side_by_side = g.B >= 16 && std::all_of(in.begin(), in.end(), [&](const auto* x) { return x->channel == g.S; });
-  if (side_by_side && g.S < SHORT) return f(GridSweep<T, P>(g, in));
-  f(Runs(g, in));
+  using Grid = GridSweep<T, P>;
+  if (Runs::serves(g, in) && !(Grid::side_by_side(g, in) && g.S < SHORT)) return f(Runs(g, in));
+  f(Grid(g, in));
 }
 
 // The statistics of channels, from sums of d = x - shift and d * d.

@@ -42,7 +42,8 @@ void transpose_block(const T* from, int64_t from_stride, T* to, int64_t to_strid
   });
   repeat<4>([&](auto c) FN_LAMBDA {
     const __m512 low = _mm512_shuffle_f32x4(a[c], a[c + 4], 0x88), high = _mm512_shuffle_f32x4(a[c], a[c + 4], 0xdd);
-    const __m512 low2 = _mm512_shuffle_f32x4(a[c + 8], a[c + 12], 0x88), high2 = _mm512_shuffle_f32x4(a[c + 8], a[c + 12], 0xdd);
+    const __m512 low2 = _mm512_shuffle_f32x4(a[c + 8], a[c + 12], 0x88),
+                 high2 = _mm512_shuffle_f32x4(a[c + 8], a[c + 12], 0xdd);
     store_words(to + c * to_stride, _mm512_shuffle_f32x4(low, low2, 0x88));
     store_words(to + (c + 4) * to_stride, _mm512_shuffle_f32x4(high, high2, 0x88));
     store_words(to + (c + 8) * to_stride, _mm512_shuffle_f32x4(low, low2, 0xdd));
@@ -72,8 +73,8 @@ void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns
     }
 }
 
-constexpr int64_t TILE_ROWS = 16;      // are added plainly, by fours, before their sum goes to double
-constexpr int64_t SMALL = 32768;       // elements that one thread is faster with, and that every four rows' sum goes to double of
+constexpr int64_t TILE_ROWS = 16;  // are added plainly, by fours, before their sum goes to double
+constexpr int64_t SMALL = 32768;   // elements that one thread is faster with, and that every four rows' sum goes to double of
 constexpr int64_t MAX_COLUMNS = 1024;  // whose sums and constants are at hand in the first-level cache
 constexpr int64_t TURNED_ROWS = 64, TURNED_COLUMNS = 128;
 
@@ -83,7 +84,7 @@ class GridSweep {
   using A = Acc<T>;
   using V = Vec<T>;
 
-  GridSweep(Channels g, const Inputs<P>& in) : g_(g), in_(in), flat_(flat(g, in)) {
+  GridSweep(Channels g, const Inputs<P>& in) : g_(g), in_(in), flat_(side_by_side(g, in)) {
     fold_ = flat_ ? g.S : 1;
     rows_ = flat_ ? g.B : g.count();
     columns_ = g.C * fold_;
@@ -99,6 +100,12 @@ class GridSweep {
     piece_ = std::clamp<int64_t>(65536 / width_ / TILE_ROWS * TILE_ROWS, 4 * TILE_ROWS, 1024);
     pieces_ = ceil_div(rows_, piece_);
     summed_rows_ = rows_ * columns_ <= SMALL ? 4 : TILE_ROWS;
+  }
+
+  // Whether enough samples have their channels one after the other, so that they are rows of C * S columns.
+  static bool side_by_side(Channels g, const Inputs<P>& in) {
+    const auto dense = [&](const auto* x) { return x->space.dense() && x->channel == g.S; };
+    return !g.last && g.B >= 16 && std::all_of(in.begin(), in.end(), dense);
   }
 
   template <class Terms, class Settle>
@@ -160,12 +167,6 @@ class GridSweep {
   Block block(int64_t k) const {
     const int64_t column = k * width_, columns = std::min(width_, columns_ - column);
     return {column, columns, column / fold_, columns / fold_};
-  }
-
-  static bool flat(Channels g, const Inputs<P>& in) {
-    return !g.last && g.B >= 16 && std::all_of(in.begin(), in.end(), [&](const auto* x) {
-      return x->space.dense() && x->channel == g.S;
-    });
   }
 
   // ------------------------------------------------------------ rows and tiles
@@ -236,8 +237,8 @@ class GridSweep {
     return best;
   }
 
-  // f(std::integral_constant<size_t, R>, i, at) for the rows [begin, begin + rows) of the order, a tile, R at a time; at[r][p] is
-  // the p-th input of row i + r of the tile.
+  // f(std::integral_constant<size_t, R>, i, at) for the rows [begin, begin + rows) of the order, a tile, R at a time; at[r][p]
+  // is the p-th input of row i + r of the tile.
   template <class F>
   void for_rows(const Tiles& tiles, Order order, int64_t begin, int64_t rows, const Block& k, const F& f) const {
     for (size_t p = 0; p < P; ++p)
@@ -262,12 +263,12 @@ class GridSweep {
   template <size_t K>
   class Expanded {
    public:
-    Expanded(const GridSweep& s, const Block& k, const std::array<const A*, K>& of) : own_(s.fold_ > 1 ? K * MAX_COLUMNS * 2 : 0) {
+    Expanded(const GridSweep& s, const Block& k, const std::array<const A*, K>& of)
+        : own_(s.fold_ > 1 ? static_cast<int64_t>(K) * lined_up(k.columns) : 0) {
       for (size_t i = 0; i < K; ++i) {
         at_[i] = of[i] + k.channel;
         if (s.fold_ == 1) continue;
-        const int64_t padded = ceil_div(k.columns, 16) * 16;
-        A* to = own_ + static_cast<int64_t>(i) * padded;
+        A* to = own_ + static_cast<int64_t>(i) * lined_up(k.columns);
         for (int64_t c = 0; c < k.channels; ++c) std::fill_n(to + c * s.fold_, s.fold_, at_[i][c]);
         at_[i] = to;
       }
@@ -275,6 +276,8 @@ class GridSweep {
     const A* operator[](size_t i) const { return at_[i]; }
 
    private:
+    static int64_t lined_up(int64_t n) { return ceil_div(n, 16) * 16; }  // whole cache lines
+
     Buffer<A> own_;
     std::array<const A*, K> at_;
   };
@@ -285,8 +288,7 @@ class GridSweep {
       const V c = load(constant + i, count);
       std::array<V, 2> sum[R];
       repeat<R>([&](auto r) FN_LAMBDA { sum[r] = Terms::terms(load_inputs<T, P>(at[r], i, count), c, count); });
-      if constexpr (R == 4)
-        repeat<2>([&](auto k) FN_LAMBDA { sum[0][k] = (sum[0][k] + sum[1][k]) + (sum[2][k] + sum[3][k]); });
+      if constexpr (R == 4) repeat<2>([&](auto k) FN_LAMBDA { sum[0][k] = (sum[0][k] + sum[1][k]) + (sum[2][k] + sum[3][k]); });
       store(s + i, FIRST ? sum[0][0] : load(s + i) + sum[0][0]);
       store(q + i, FIRST ? sum[0][1] : load(q + i) + sum[0][1]);
     });
@@ -345,27 +347,24 @@ class GridSweep {
     }
   }
 
-  // The first elements' mean: a number near the channel's.
   void guess(const Block& k, A* shift) const {
-    const int64_t n = std::min<int64_t>(4, flat_ ? g_.S : rows_);
     const ChannelsInput& in = *in_[0];
     for (int64_t c = k.channel; c < k.channel + k.channels; ++c) {
-      A sum = 0;
       const T* at = data<T>(in) + c * in.channel;
-      for (int64_t i = 0; i < n; ++i) sum += static_cast<A>(at[flat_ ? i : in.positions.offset(i)]);
-      shift[c] = sum / static_cast<A>(n);
+      shift[c] = near<A>(g_.count(), [&](int64_t i) { return at[in.positions.offset(i)]; });
     }
   }
 
   // ------------------------------------------------------------ elements
 
   template <class Value, size_t R>
-  static void apply_rows(const std::array<std::array<const T*, P>, R>& at, int64_t n, const std::array<const A*, Value::K>& constants,
-                         const std::array<T*, R>& out) {
+  static void apply_rows(const std::array<std::array<const T*, P>, R>& at, int64_t n,
+                         const std::array<const A*, Value::K>& constants, const std::array<T*, R>& out) {
     for_vectors<V>(n, [&](int64_t i, int64_t count) FN_LAMBDA {
       std::array<V, Value::K> constant;
       repeat<Value::K>([&](auto k) FN_LAMBDA { constant[k] = load(constants[k] + i, count); });
-      repeat<R>([&](auto r) FN_LAMBDA { store(out[r] + i, Value::value(load_inputs<T, P>(at[r], i, count), constant), count); });
+      repeat<R>([&](auto r)
+                    FN_LAMBDA { store(out[r] + i, Value::value(load_inputs<T, P>(at[r], i, count), constant), count); });
     });
   }
 

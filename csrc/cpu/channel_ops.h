@@ -61,7 +61,6 @@ class Constants {
  public:
   explicit Constants(int64_t C) : width_(ceil_div(C, 16) * 16), all_(width_ * K) {}
   A* operator[](size_t k) const { return all_ + width_ * static_cast<int64_t>(k); }
-  int64_t width() const { return width_; }
 
  private:
   int64_t width_;

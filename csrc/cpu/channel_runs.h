@@ -73,9 +73,8 @@ class RunSweep {
     for (int q = 0; q < 2; ++q) sums[q] += more[q];
   }
 
-  // The first elements' mean: a number near the channel's.
   A guess(int64_t c) const {
-    return near(data<T>(*in_[0]) + c * in_[0]->channel, g_.S);
+    return near<A>(g_.S, [at = data<T>(*in_[0]) + c * in_[0]->channel](int64_t i) { return at[i]; });
   }
 
   struct Part {
@@ -136,8 +135,9 @@ class RunSweep {
     for (int64_t b = w.b; b < w.b + w.samples; ++b) {
       const auto at = place(c, b, w.s);
       T* to = out + (b * g_.C + c) * g_.S + w.s;
-      for_vectors<V>(w.positions, [&](int64_t i, int64_t count)
-                                      FN_LAMBDA { store(to + i, Value::value(load_inputs<T, P>(at, i, count), constant), count); });
+      for_vectors<V>(w.positions, [&](int64_t i, int64_t count) FN_LAMBDA {
+        store(to + i, Value::value(load_inputs<T, P>(at, i, count), constant), count);
+      });
     }
   }
 

@@ -1,8 +1,10 @@
 // What every CPU kernel is made of beside vectors: threads, memory, statistics, small arrays, and elements read in any layout.
 #pragma once
 
+#include <pthread.h>
 #include <torch/csrc/stable/c/shim.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -15,13 +17,29 @@ namespace fastnorm {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// f(begin, end) on torch's own threads. The split of the work must not show in the result: callers give items of fixed size, and
-// their work in elements that are read.
+template <class T>
+T* as(const void* p) {
+  return static_cast<T*>(const_cast<void*>(p));
+}
+
+// The threads of a process do not follow it into a fork, and torch's pool would wait for them: a child of a process that had
+// asked for them computes alone.
+struct Pool {
+  std::atomic<bool> asked{false}, lost{false};
+  Pool() { pthread_atfork(nullptr, nullptr, lose); }
+  static void lose();
+};
+inline Pool pool;
+inline void Pool::lose() { pool.lost = pool.asked.load(); }
+
+// f(begin, end) on torch's own threads. The split of the work must not show in the result: callers give items of fixed size,
+// and their work in elements that are read.
 template <class F>
 void parallel_for(int64_t items, int64_t elements_per_item, const F& f) {
   constexpr int64_t GRAIN = 65536;  // elements below which a second thread costs more than it brings
   const int64_t grain = std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, elements_per_item));
-  if (items <= grain) return f(0, items);
+  if (items <= grain || pool.lost) return f(0, items);
+  pool.asked = true;
   const AOTITorchError failed = torch_parallel_for(
       0, items, grain, [](int64_t begin, int64_t end, void* g) { (*static_cast<const F*>(g))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&f)));
@@ -69,9 +87,7 @@ FN_INLINE Moments<double> moments_about(double shift, double n, double sum_d, do
 }
 
 // Whether sums about this shift have lost too much to cancellation: the shift is more than four deviations off the mean.
-FN_INLINE bool too_far(double shift, const Moments<double>& m) {
-  return (m.mean - shift) * (m.mean - shift) * m.n > 16 * m.m2;
-}
+FN_INLINE bool too_far(double shift, const Moments<double>& m) { return (m.mean - shift) * (m.mean - shift) * m.n > 16 * m.m2; }
 
 // Two passes in double: where the squares overflow float (|x| > 1e19), and for what is not finite. at(i) is a double.
 template <class F>

@@ -16,11 +16,6 @@ constexpr int64_t FEW = 64;          // what few rows are
 constexpr int64_t SHORT = 512;       // up to here four rows are summed at once, beyond it four parts of one row
 constexpr int64_t MAX_BLOCK = 64;    // rows of a block
 
-template <class T>
-T* as(const void* p) {
-  return static_cast<T*>(const_cast<void*>(p));
-}
-
 // Rows of a block whose inputs take this many bytes, at least four.
 int64_t block_rows(int64_t bytes, int64_t row_bytes) { return std::clamp<int64_t>(bytes / row_bytes, 4, MAX_BLOCK); }
 
@@ -99,7 +94,11 @@ void moments_of(const std::array<const T*, R>& rows, int64_t n, Moments<double>*
   std::array<Acc<T>, R> near_mean;
   std::array<std::array<const T*, 1>, R> at;
   std::array<bool, R> open;
-  for (size_t r = 0; r < R; ++r) at[r] = {rows[r]}, near_mean[r] = near(rows[r], n), open[r] = true;
+  for (size_t r = 0; r < R; ++r) {
+    at[r] = {rows[r]};
+    near_mean[r] = near<Acc<T>>(n, [p = rows[r]](int64_t i) { return p[i]; });
+    open[r] = true;
+  }
   for (bool again = false;; again = true) {
     V shift[R];
     double sums[R][2];
@@ -241,13 +240,7 @@ struct Backward {
   T* dx;
   Array dweight, dbias;
 
-  // The sums of g * (x - high) and of g of the rows of a block, and the means c1 and c2 that come of them.
-  struct Means {
-    double sum_gd[MAX_BLOCK], sum_g[MAX_BLOCK];
-    A c1[MAX_BLOCK], c2[MAX_BLOCK];
-  };
-
-  // Adds one piece of R rows; w starts with the piece.
+  // Adds the sums of g * (x - high) and of g over one piece of R rows; w starts with the piece.
   template <size_t R, size_t CHAINS>
   void add_sums(const std::array<Place, R>& at, int64_t m, int64_t n, const A* w, double* sum_gd, double* sum_g) const {
     V high[R];
@@ -256,14 +249,17 @@ struct Backward {
     const auto terms = [&](V gi, V x, auto k) FN_LAMBDA { return std::array<V, 2>{gi * (x - high[k]), gi}; };
     if (w)
       sum_up<true, 2, CHAINS>(
-          at, n, [&](auto k, int64_t i, int64_t count, const std::array<V, 2>& v)
-                     FN_LAMBDA { return terms(v[0] * load(w + i, count), v[1], k); }, piece);
+          at, n,
+          [&](auto k, int64_t i, int64_t count, const std::array<V, 2>& v)
+              FN_LAMBDA { return terms(v[0] * load(w + i, count), v[1], k); },
+          piece);
     else
       sum_up<false, 2, CHAINS>(
           at, n, [&](auto k, int64_t, int64_t, const std::array<V, 2>& v) FN_LAMBDA { return terms(v[0], v[1], k); }, piece);
     for (size_t k = 0; k < R; ++k) sum_gd[k] += piece[k][0], sum_g[k] += piece[k][1];
   }
 
+  // c1 and c2 of rows [m, m + rows) from their sums.
   void means(int64_t m, int64_t rows, const double* sum_gd, const double* sum_g, A* c1, A* c2) const {
     const double one_by_N = 1.0 / static_cast<double>(g.N);
     const A *low = mean + g.M + m, *r = rstd + m;
@@ -275,8 +271,8 @@ struct Backward {
 
   // dx of elements [i0, i0 + n) of rows [m, m + rows), and their part of dw and db; w, dw and db start at i0.
   template <class Parameter>
-  void grad_block(const Place* at, int64_t m, int64_t rows, int64_t i0, int64_t n, const A* c1, const A* c2,
-                  const Parameter* w, A* dw, A* db) const {
+  void grad_block(const Place* at, int64_t m, int64_t rows, int64_t i0, int64_t n, const A* c1, const A* c2, const Parameter* w,
+                  A* dw, A* db) const {
     const A *high = mean + m, *low = high + g.M, *r = rstd + m;
     const int64_t N = g.N;
     for_columns<V>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
@@ -307,19 +303,20 @@ struct Backward {
 
   void block(const Reader<T>& dy, const Reader<T>& x, int64_t m, int64_t rows, const A* w, A* dw, A* db) const {
     Place at[MAX_BLOCK];
-    Means c;
+    double sum_gd[MAX_BLOCK], sum_g[MAX_BLOCK];
+    A c1[MAX_BLOCK], c2[MAX_BLOCK];
     for (int64_t k = 0; k < rows; ++k) at[k] = {dy(m + k, k, 0, g.N), x(m + k, k, 0, g.N)};
-    for (int64_t k = 0; k < rows; ++k) c.sum_gd[k] = c.sum_g[k] = 0;
+    for (int64_t k = 0; k < rows; ++k) sum_gd[k] = sum_g[k] = 0;
     if (dx)
       for_sums(g.N, rows, [&](auto R, auto CHAINS, int64_t k) {
         for (int64_t i = 0; i < g.N; i += PIECE) {
           std::array<Place, R> piece;
           for (size_t r = 0; r < R; ++r) piece[r] = {at[k + r][0] + i, at[k + r][1] + i};
-          this->template add_sums<R, CHAINS>(piece, m + k, std::min(PIECE, g.N - i), w ? w + i : w, c.sum_gd + k, c.sum_g + k);
+          this->template add_sums<R, CHAINS>(piece, m + k, std::min(PIECE, g.N - i), w ? w + i : w, sum_gd + k, sum_g + k);
         }
       });
-    means(m, rows, c.sum_gd, c.sum_g, c.c1, c.c2);
-    grad_block(at, m, rows, 0, g.N, c.c1, c.c2, w, dw, db);
+    means(m, rows, sum_gd, sum_g, c1, c2);
+    grad_block(at, m, rows, 0, g.N, c1, c2, w, dw, db);
   }
 
   // Few long rows: the sums of all of them piece by piece, then each piece of all rows, so that dweight is whole at once.
@@ -352,9 +349,8 @@ struct Backward {
         Place at[FEW];
         for (int64_t m = 0; m < g.M; ++m) at[m] = {read_dy(m, m, i, n), read_x(m, m, i, n)};
         std::fill_n(static_cast<A*>(partial), 2 * PIECE, A(0));
-        with_parameters<T>(weight, {}, i, n, [&](const auto* w, const auto*) {
-          grad_block(at, 0, g.M, i, n, c1.data(), c2.data(), w, dw, db);
-        });
+        with_parameters<T>(weight, {}, i, n,
+                           [&](const auto* w, const auto*) { grad_block(at, 0, g.M, i, n, c1.data(), c2.data(), w, dw, db); });
         if (dw) set_elements(dweight, i, n, dw);
         if (db) set_elements(dbias, i, n, db);
       }

@@ -81,8 +81,8 @@ FN_INLINE void store_bits(void* p, Bits16 v) { _mm_storeu_si128(static_cast<__m1
 // 16 bits of the type that the first argument points to, as floats, and back (round to nearest even).
 #if defined(CPU_CAPABILITY_AVX512)
 FN_INLINE Floats widen(const BFloat16*, Bits16 bits) {  // each word to the upper half of its lane, in one shuffle
-  const __m512i from = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0,
-                                        1, 0, 0, 0);
+  const __m512i from =
+      _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
   return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, from, _mm512_castsi256_si512(bits)));
 }
 #else
@@ -167,6 +167,7 @@ FN_INLINE Vec<T> load(const T* p, int64_t count) {
   else
     return widen(p, _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p));
 #else
+  if (count > W) __builtin_unreachable();  // gcc warns of it
   T v[W] = {};
   std::copy_n(p, count, v);
   return load(v);
@@ -187,11 +188,11 @@ FN_INLINE void store(T* p, Vec<T> v, int64_t count) {
 #endif
 }
 
-// A number near the mean of what starts with these elements: a shift that their variance is well computed about.
-template <class T>
-FN_INLINE Acc<T> near(const T* p, int64_t n) {
-  const auto at = [&](int64_t i) { return static_cast<Acc<T>>(p[i]); };
-  return n < 4 ? at(0) : (at(0) + at(1) + at(2) + at(3)) * Acc<T>(0.25);
+// The mean of the first of n elements at(i): a number near the mean of all, a shift that their variance is well computed about.
+template <class A, class F>
+FN_INLINE A near(int64_t n, const F& at) {
+  const auto element = [&](int64_t i) { return static_cast<A>(at(i)); };
+  return n < 4 ? element(0) : (element(0) + element(1) + element(2) + element(3)) * A(0.25);
 }
 
 // J neighbouring vectors, the last (and only) one of `count` lanes.
@@ -221,7 +222,8 @@ FN_INLINE void for_vectors(int64_t n, const F& f) {
 template <class T, size_t J>
 FN_INLINE void prefetch_for_write(const T* p) {
   constexpr size_t LINE = 64, BYTES = J * lanes<Vec<T>> * sizeof(T);
-  repeat<(BYTES + LINE - 1) / LINE>([&](auto k) FN_LAMBDA { __builtin_prefetch(reinterpret_cast<const char*>(p) + k * LINE, 1); });
+  repeat<(BYTES + LINE - 1) / LINE>([&](auto k)
+                                        FN_LAMBDA { __builtin_prefetch(reinterpret_cast<const char*>(p) + k * LINE, 1); });
 }
 
 // v with zeros in the lanes that do not exist.
@@ -283,7 +285,7 @@ FN_INLINE void totals(const V (&v)[8], double (&out)[8]) {
     const __m512 c = _mm512_add_ps(_mm512_shuffle_f32x4(b[0], b[1], 0x44), _mm512_shuffle_f32x4(b[0], b[1], 0xee));
     const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(c)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(c, 1));
     const __m512d even = _mm512_shuffle_f64x2(low, high, 0x44), odd = _mm512_shuffle_f64x2(low, high, 0xee);
-    _mm512_storeu_pd(out, _mm512_add_pd(_mm512_permutex_pd(even, 0xe4), odd));
+    _mm512_storeu_pd(out, _mm512_add_pd(even, odd));
     return;
   }
 #endif
