@@ -10,12 +10,12 @@
 #include "checks.h"
 
 namespace fastnorm {
-namespace {
 
-// Past the dispatcher, half a microsecond each.
-Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype, at::MemoryFormat format = at::MemoryFormat::Contiguous) {
+Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype, at::MemoryFormat format) {
   return at::cpu::empty(sizes, at::TensorOptions().dtype(dtype), format);
 }
+
+namespace {
 
 // y or dx. The first write to a fresh mapping costs more than the norm itself, page by page: ask for huge pages. From 32 MB on
 // the C library maps every tensor anew; smaller ones come from memory that is used again.
@@ -87,6 +87,12 @@ ChannelsInput channels_input(const Tensor& t, const char* name, Tensor& keep) {
   return in;
 }
 
+int64_t channels_of(const Tensor& x) {
+  check_cpu(x, "x");
+  TORCH_CHECK(x.dim() >= 2 && x.numel() > 0, "x should have two or more dimensions and an element, got ", x.sizes());
+  return x.size(1);
+}
+
 // x, its geometry, and the memory format of what is made of it.
 struct Shaped {
   Tensor x, keep, keep_dy;
@@ -94,10 +100,9 @@ struct Shaped {
   at::MemoryFormat format;
   ChannelsInput in;
   explicit Shaped(const Tensor& t) : x(t) {
-    check_cpu(t, "x");
-    TORCH_CHECK(t.dim() >= 2 && t.numel() > 0, "x should have two or more dimensions and an element, got ", t.sizes());
+    const int64_t C = channels_of(t);
     format = t.suggest_memory_format();
-    g = {x.size(0), x.size(1), x.numel() / (x.size(0) * x.size(1)), false};
+    g = {x.size(0), C, x.numel() / (x.size(0) * C), false};
     g.last = format != at::MemoryFormat::Contiguous || g.S == 1;
     in = channels_input(x, "x", keep);
   }
@@ -131,17 +136,22 @@ struct Running {
 
 }  // namespace
 
+Tensor row_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, double eps, int64_t N, Statistics s) {
+  Tensor keep, w, b, y = empty_result(x);
+  cpu::row_fwd({x.numel() / N, N}, rows_input(x, "x", N, keep), parameter(weight, "weight", N, w),
+               parameter(bias, "bias", N, b), eps, output(y), s.mean, s.rstd);
+  return y;
+}
+
 std::tuple<Tensor, Tensor, Tensor> row_fwd(const Tensor& x_, const Maybe& weight, const Maybe& bias, double eps, int64_t N,
                                            std::optional<at::ScalarType> dtype) {
   check_cpu(x_, "x");
   TORCH_CHECK(N > 0 && x_.numel() > 0 && x_.numel() % N == 0, "x with ", x_.numel(), " elements is not rows of ", N);
   // No CPU autocast wants a dtype, so the kernels have none: a copy of x will do.
   const Tensor x = as(x_, dtype.value_or(x_.scalar_type()));
-  Tensor keep, w, b, y = empty_result(x);
-  const Rows g{x.numel() / N, N};
-  Tensor mean = empty({2, g.M}, accumulate_type(x)), rstd = empty({g.M}, accumulate_type(x));
-  cpu::row_fwd(g, rows_input(x, "x", N, keep), parameter(weight, "weight", N, w), parameter(bias, "bias", N, b), eps, output(y),
-               mean.mutable_data_ptr(), rstd.mutable_data_ptr());
+  const int64_t M = x.numel() / N;
+  Tensor mean = empty({2, M}, accumulate_type(x)), rstd = empty({M}, accumulate_type(x));
+  Tensor y = row_forward(x, weight, bias, eps, N, {mean.mutable_data_ptr(), rstd.mutable_data_ptr()});
   return {y, mean, rstd};
 }
 
@@ -201,18 +211,25 @@ Tensor channel_grad(const Tensor& dy, const Tensor& x, const Tensor& mean, const
   return dx;
 }
 
+Tensor channel_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, const BatchOptions& o, Statistics s) {
+  const Shaped d(x);
+  const Running m(o.running_mean, "running_mean", d.g.C), v(o.running_var, "running_var", d.g.C);
+  Tensor w, b, y = d.empty_like();
+  cpu::channel_fwd(d.g, d.in, parameter(weight, "weight", d.g.C, w), parameter(bias, "bias", d.g.C, b), m.array(), v.array(),
+                   o.training, o.momentum, o.eps, output(y), s.mean, s.rstd);
+  if (o.training) m.write_back(), v.write_back();
+  return y;
+}
+
 std::tuple<Tensor, Tensor, Tensor> channel_fwd(const Tensor& x, const Maybe& weight, const Maybe& bias,
                                                const Maybe& running_mean, const Maybe& running_var, bool training,
                                                double momentum, double eps) {
-  const Shaped d(x);
   TORCH_CHECK(running_mean.has_value() == running_var.has_value() && (training || running_mean),
               "running_mean and running_var are given together, and always in evaluation");
-  const Running m(running_mean, "running_mean", d.g.C), v(running_var, "running_var", d.g.C);
-  Tensor w, b, y = d.empty_like(), mean = empty({2, d.g.C}, d.acc()), rstd = empty({d.g.C}, d.acc());
-  const ConstArray weights = parameter(weight, "weight", d.g.C, w), biases = parameter(bias, "bias", d.g.C, b);
-  cpu::channel_fwd(d.g, d.in, weights, biases, m.array(), v.array(), training, momentum, eps, output(y),
-                   mean.mutable_data_ptr(), rstd.mutable_data_ptr());
-  if (training) m.write_back(), v.write_back();
+  const int64_t C = channels_of(x);
+  Tensor mean = empty({2, C}, accumulate_type(x)), rstd = empty({C}, accumulate_type(x));
+  Tensor y = channel_forward(x, weight, bias, {running_mean, running_var, training, momentum, eps},
+                             {mean.mutable_data_ptr(), rstd.mutable_data_ptr()});
   return {y, mean, rstd};
 }
 

@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "checks.h"
 #include "contract.h"
 
 namespace fastnorm {
@@ -92,26 +93,57 @@ bool wants_grad(const Tensor& x, const Maybe& weight, const Maybe& bias) {
 
 Maybe given(const Tensor& t) { return t.defined() ? Maybe(t) : std::nullopt; }
 
-// What backward has to know beside the saved tensors. `bias` is its dtype, or -1.
-void remember(AutogradContext* ctx, const Tensor& x, const Maybe& weight, const Maybe& bias, const Tensor& mean,
-              const Tensor& rstd, double eps) {
-  ctx->save_for_backward({x, weight.value_or(Tensor()), mean, rstd});
+// mean and rstd of n rows or channels. Two tensors, as in autograd.py, for a checkpoint may run the one path and then the other
+// and counts what they save.
+struct SavedStatistics {
+  Tensor mean, rstd;
+  SavedStatistics(const Tensor& x, int64_t n) : mean(empty({2, n}, accumulate_type(x))), rstd(empty({n}, accumulate_type(x))) {}
+  operator Statistics() const { return {mean.mutable_data_ptr(), rstd.mutable_data_ptr()}; }
+};
+
+// The same for a call without a graph: forgotten at its end.
+class ScratchStatistics {
+ public:
+  ScratchStatistics(const Tensor& x, int64_t n) : each_(n * (x.scalar_type() == at::kDouble ? 8 : 4)), all_(3 * each_) {}
+  operator Statistics() { return {all_.data(), all_.data() + 2 * each_}; }
+
+ private:
+  int64_t each_;
+  c10::SmallVector<char, 256> all_;
+};
+
+// What backward has to know beside the saved tensors, in few entries, for each has its price; of bias, whose values it does not
+// need, the dtype, where that is not the weight's.
+void remember(AutogradContext* ctx, const Tensor& x, const Maybe& weight, const Maybe& bias, const SavedStatistics& s,
+              double eps) {
+  ctx->save_for_backward({x, weight.value_or(Tensor()), s.mean, s.rstd});
   ctx->saved_data["eps"] = eps;
-  ctx->saved_data["bias"] = bias ? static_cast<int64_t>(bias->scalar_type()) : int64_t{-1};
+  if (bias && bias->scalar_type() != (weight ? *weight : x).scalar_type())
+    ctx->saved_data["bias"] = static_cast<int64_t>(bias->scalar_type());
 }
 
-// Which gradients are wanted; absent parameters have no edge.
-Need needed(AutogradContext* ctx, const Tensor& weight) {
-  const int64_t bias = ctx->saved_data["bias"].toInt();
-  const size_t edge = weight.defined() ? 2 : 1;
+// Which gradients are wanted; absent parameters have an edge that leads nowhere.
+Need needed(AutogradContext* ctx, const Tensor& x, const Tensor& weight) {
   Need need{ctx->needs_input_grad(0), std::nullopt, std::nullopt};
-  if (weight.defined() && ctx->needs_input_grad(1)) std::get<1>(need) = weight.scalar_type();
-  if (bias >= 0 && ctx->needs_input_grad(edge)) std::get<2>(need) = static_cast<at::ScalarType>(bias);
+  if (ctx->needs_input_grad(1)) std::get<1>(need) = weight.scalar_type();
+  if (!ctx->needs_input_grad(2)) return need;
+  const auto other = ctx->saved_data.find("bias");
+  std::get<2>(need) = other != ctx->saved_data.end() ? static_cast<at::ScalarType>(other->second.toInt())
+                                                     : (weight.defined() ? weight : x).scalar_type();
   return need;
 }
 
 // Backward has to be made of torch's operators: it is itself differentiated, watched, or given no plain tensor.
 bool differentiable(const Tensor& dy) { return at::GradMode::is_enabled() || !unwatched() || !plain(dy); }
+
+// Some versions of torch count the owners of a node in it, others beside it.
+template <class T>
+auto make_node() {
+  if constexpr (std::is_convertible_v<c10::intrusive_ptr<T>, decltype(torch::autograd::Edge::function)>)
+    return c10::make_intrusive<T>();
+  else
+    return std::shared_ptr<T>(new T, [](auto* node) { deleteNode(node); });
+}
 
 template <typename... Args>
 Grads call_formula(PyObject* formula, Args&&... args) {
@@ -126,56 +158,71 @@ Grads call_formula(PyObject* formula, Args&&... args) {
   }
 }
 
+// T::apply(x, weight, bias, args...), for functions of one fresh result: without wrapping, views, dirty inputs and metadata of
+// the inputs, at a third of its cost.
+template <class T, class... Args>
+Tensor apply(const Tensor& x, const Maybe& weight, const Maybe& bias, const Args&... args) {
+  namespace autograd = torch::autograd;
+  const auto edge = [](const Maybe& t) { return t ? autograd::impl::gradient_edge(*t) : autograd::Edge(); };
+  const auto node = make_node<autograd::CppNode<T>>();
+  node->set_next_edges({edge(x), edge(weight), edge(bias)});
+  node->is_variable_input_.assign(3, true);
+  node->set_ctx_grad_fn(node);
+  Tensor y;
+  {
+    const at::AutoGradMode no_grad(false);
+    y = T::forward(&node->ctx_, x, weight, bias, args...);
+  }
+  autograd::impl::set_gradient_edge(y, {node, node->add_input_metadata(y)});
+  node->output_info_.emplace_back(y);
+  node->save_variables_to_ctx();
+  return y;
+}
+
 Tensor shaped(const Maybe& d, at::IntArrayRef shape) { return !d ? Tensor() : shape.size() == 1 ? *d : d->view(shape); }
 
 struct FastnormLayerNorm : torch::autograd::Function<FastnormLayerNorm> {
   static constexpr bool is_traceable = true;  // compiled autograd: all that backward reads is saved, the formula is torch's
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Maybe& weight, const Maybe& bias, double eps, int64_t N) {
-    auto [y, mean, rstd] = row_fwd(x, weight, bias, eps, N);
-    remember(ctx, x, weight, bias, mean, rstd, eps);
+    const SavedStatistics s(x, x.numel() / N);
+    remember(ctx, x, weight, bias, s, eps);
     ctx->saved_data["N"] = N;  // compiled autograd asks again with symbols in the place of sizes
     const Maybe& parameter = weight ? weight : bias;
     if (parameter && parameter->dim() > 1) ctx->saved_data["shape"] = parameter->sizes().vec();
-    return y;
+    return row_forward(x, weight, bias, eps, N, s);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& dy) {
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &weight = saved[1], &rstd = saved[3];
-    const Need need = needed(ctx, weight);
+    const Need need = needed(ctx, x, weight);
     const int64_t N = ctx->saved_data["N"].toInt();
     const auto [dx, dweight, dbias] = differentiable(dy[0]) ? call_formula(layer_norm_formula, dy[0], x, given(weight), N,
                                                                            ctx->saved_data["eps"].toDouble(), need)
                                                             : row_bwd(dy[0], x, given(weight), saved[2], rstd, need);
     const auto shape = ctx->saved_data.find("shape");
     const auto sizes = shape == ctx->saved_data.end() ? std::vector<int64_t>{N} : shape->second.toIntVector();
-    return {dx.value_or(Tensor()), shaped(dweight, sizes), shaped(dbias, sizes), {}, {}};
+    return {dx.value_or(Tensor()), shaped(dweight, sizes), shaped(dbias, sizes)};
   }
-};
-
-struct BatchOptions {
-  const Maybe &running_mean, &running_var;
-  bool training;
-  double momentum, eps;
 };
 
 struct FastnormBatchNorm : torch::autograd::Function<FastnormBatchNorm> {
   static constexpr bool is_traceable = true;
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Maybe& weight, const Maybe& bias, const BatchOptions& o) {
-    auto [y, mean, rstd] = channel_fwd(x, weight, bias, o.running_mean, o.running_var, o.training, o.momentum, o.eps);
-    remember(ctx, x, weight, bias, mean, rstd, o.eps);
+    const SavedStatistics s(x, x.size(1));
+    remember(ctx, x, weight, bias, s, o.eps);
     ctx->saved_data["training"] = o.training;
-    return y;
+    return channel_forward(x, weight, bias, o, s);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& dy) {
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &weight = saved[1], &mean = saved[2], &rstd = saved[3];
-    const Need need = needed(ctx, weight);
+    const Need need = needed(ctx, x, weight);
     const bool training = ctx->saved_data["training"].toBool();
     const auto [dx, dweight, dbias] = differentiable(dy[0])
                                           ? call_formula(batch_norm_formula, dy[0], x, given(weight), mean, rstd, training,
                                                          ctx->saved_data["eps"].toDouble(), need)
                                           : channel_bwd(dy[0], x, given(weight), mean, rstd, training, need);
-    return {dx.value_or(Tensor()), dweight.value_or(Tensor()), dbias.value_or(Tensor()), {}};
+    return {dx.value_or(Tensor()), dweight.value_or(Tensor()), dbias.value_or(Tensor())};
   }
 };
 
@@ -196,8 +243,8 @@ PyObject* layer_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Tensor y;
   {
     const py::gil_scoped_release no_gil;
-    y = wants_grad(x, weight, bias) ? FastnormLayerNorm::apply(x, weight, bias, eps, N)
-                                    : std::get<0>(row_fwd(x, weight, bias, eps, N));
+    y = wants_grad(x, weight, bias) ? apply<FastnormLayerNorm>(x, weight, bias, eps, N)
+                                    : row_forward(x, weight, bias, eps, N, ScratchStatistics(x, x.numel() / N));
   }
   return THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS
@@ -223,9 +270,8 @@ PyObject* batch_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Tensor y;
   {
     const py::gil_scoped_release no_gil;
-    y = wants_grad(x, weight, bias)
-            ? FastnormBatchNorm::apply(x, weight, bias, o)
-            : std::get<0>(channel_fwd(x, weight, bias, running_mean, running_var, o.training, o.momentum, o.eps));
+    y = wants_grad(x, weight, bias) ? apply<FastnormBatchNorm>(x, weight, bias, o)
+                                    : channel_forward(x, weight, bias, o, ScratchStatistics(x, C[0]));
   }
   return THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS
