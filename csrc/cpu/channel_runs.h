@@ -105,7 +105,7 @@ class RunSweep {
       const std::array<std::array<const T*, P>, 1> at{place(c, b, w.s)};
       for (int64_t i = 0; i < w.positions;) {
         const int64_t end = std::min(w.positions, i + GROUP<T, CHAINS> - added);
-        add_up<false>(chains, at, i, end, terms);
+        add_up(chains, at, i, end, terms);
         added += ceil_div(end - i, CHAINS * lanes<V>) * CHAINS * lanes<V>;
         i = end;
         if (added < GROUP<T, CHAINS>) continue;

@@ -86,8 +86,13 @@ FN_INLINE Moments<double> moments_about(double shift, double n, double sum_d, do
   return {n, shift + mean_d, std::max(sum_dd - sum_d * mean_d, 0.0)};
 }
 
-// Whether sums about this shift have lost too much to cancellation: the shift is more than four deviations off the mean.
-FN_INLINE bool too_far(double shift, const Moments<double>& m) { return (m.mean - shift) * (m.mean - shift) * m.n > 16 * m.m2; }
+// Whether sums about this shift have lost too much to cancellation: what they lose grows with the square of the shift's
+// distance from the mean in deviations, and is little beside the rounding of 16 bits.
+template <class T>
+FN_INLINE bool too_far(double shift, const Moments<double>& m) {
+  constexpr double DEVIATIONS = sizeof(T) == 2 ? 8 : 2;
+  return (m.mean - shift) * (m.mean - shift) * m.n > DEVIATIONS * DEVIATIONS * m.m2;
+}
 
 // Two passes in double: where the squares overflow float (|x| > 1e19), and for what is not finite. at(i) is a double.
 template <class F>
@@ -167,6 +172,21 @@ class Widened {
 
   Buffer<A> own_;
   const A* data_ = nullptr;
+};
+
+// The same in the order of T's lots.
+template <class T>
+class InLots {
+ public:
+  InLots(ConstArray a, int64_t n, int64_t begin = 0) : widened_(a, n, begin), own_(a.data && LOT<T> > 1 ? n : 0) {
+    if (a.data && LOT<T> > 1) in_lots<T>(static_cast<const Acc<T>*>(widened_), n, static_cast<Acc<T>*>(own_));
+  }
+  operator const Acc<T>*() const { return LOT<T> > 1 ? own_ : widened_; }
+  const Acc<T>* in_order() const { return widened_; }
+
+ private:
+  Widened<Acc<T>> widened_;
+  Buffer<Acc<T>> own_;
 };
 
 // f(weight, bias) with their elements [begin, begin + n): as they are where both are T, else in the accumulate dtype.

@@ -66,10 +66,12 @@ FN_INLINE void for_sums(int64_t N, int64_t rows, const F& f) {
 }
 
 // f(std::integral_constant<size_t, J>, i, count) for the columns of a block: J vectors at a time, the last of `count` lanes.
-template <class V, class F>
+template <class V, size_t MOST, class F>
 FN_INLINE void for_columns(int64_t n, const F& f) {
   constexpr int64_t W = lanes<V>;
   int64_t i = 0;
+  if constexpr (MOST == 8)
+    for (; i + 8 * W <= n; i += 8 * W) f(std::integral_constant<size_t, 8>{}, i, W);
   for (; i + 4 * W <= n; i += 4 * W) f(std::integral_constant<size_t, 4>{}, i, W);
   for (; i < n; i += W) f(std::integral_constant<size_t, 1>{}, i, std::min(W, n - i));
 }
@@ -87,42 +89,32 @@ bool split_rows(Rows g) { return g.N >= LONG && g.M < FEW; }
 
 // ---------------------------------------------------------------- forward
 
-// In one pass, from sums about a number near the mean; again where that turns out to be far off it.
+template <class T>
+Moments<double> moments_about_mean(const T* row, int64_t n, double mean) {
+  using V = Vec<T>;
+  const Acc<T> shift = static_cast<Acc<T>>(mean);
+  double sums[1][2];
+  const auto terms = [s = V(shift)](auto, int64_t, int64_t count, const std::array<V, 1>& x) FN_LAMBDA {
+    const V d = only(x[0] - s, count);
+    return std::array<V, 2>{d, d * d};
+  };
+  sum_up<2, 4>(std::array<std::array<const T*, 1>, 1>{{{row}}}, n, terms, sums);
+  return moments_about(static_cast<double>(shift), static_cast<double>(n), sums[0][0], sums[0][1]);
+}
+
+// In one pass, from plain sums of powers; in a second one, about the mean, where it is too far from zero for that.
 template <class T, size_t R, size_t CHAINS>
 void moments_of(const std::array<const T*, R>& rows, int64_t n, Moments<double>* out) {
-  using V = Vec<T>;
-  std::array<Acc<T>, R> near_mean;
   std::array<std::array<const T*, 1>, R> at;
-  std::array<bool, R> open;
+  repeat<R>([&](auto r) FN_LAMBDA { at[r] = {rows[r]}; });
+  double sums[R][2];
+  sum_up<2, CHAINS>(at, n, Powers<T>{}, sums);
   for (size_t r = 0; r < R; ++r) {
-    at[r] = {rows[r]};
-    near_mean[r] = near<Acc<T>>(n, [p = rows[r]](int64_t i) { return p[i]; });
-    open[r] = true;
-  }
-  for (bool again = false;; again = true) {
-    V shift[R];
-    double sums[R][2];
-    repeat<R>([&](auto r) FN_LAMBDA { shift[r] = V(near_mean[r]); });
-    const auto terms = [&](auto r, int64_t, int64_t count, const std::array<V, 1>& x) FN_LAMBDA {
-      const V d = only(x[0] - shift[r], count);
-      return std::array<V, 2>{d, d * d};
-    };
-    sum_up<false, 2, CHAINS>(at, n, terms, sums);
-    bool far = false;
-    for (size_t r = 0; r < R; ++r) {
-      if (!open[r]) continue;
-      const double k = static_cast<double>(near_mean[r]);
-      out[r] = moments_about(k, static_cast<double>(n), sums[r][0], sums[r][1]);
-      open[r] = !again && too_far(k, out[r]);
-      if (std::isfinite(sums[r][1])) {
-        if (open[r]) near_mean[r] = static_cast<Acc<T>>(out[r].mean);
-      } else {
-        out[r] = moments_in_double(n, [&](int64_t i) { return static_cast<double>(rows[r][i]); });
-        open[r] = false;
-      }
-      far = far || open[r];
-    }
-    if (!far) return;
+    out[r] = moments_about(0, static_cast<double>(n), sums[r][0], sums[r][1]);
+    if (!std::isfinite(sums[r][1]))
+      out[r] = moments_in_double(n, [&](int64_t i) { return static_cast<double>(rows[r][i]); });
+    else if (too_far<T>(0, out[r]))
+      out[r] = moments_about_mean(rows[r], n, out[r].mean);
   }
 }
 
@@ -149,7 +141,7 @@ struct Forward {
                        const Parameter* b) const {
     const A *high = mean + m, *low = high + g.M, *r = rstd + m;
     const int64_t N = g.N;
-    for_columns<V>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
+    for_columns<V, 8>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
       constexpr int64_t W = lanes<V>;
       V wi[J], bi[J];
       repeat<J>([&](auto j) FN_LAMBDA {
@@ -240,7 +232,7 @@ struct Backward {
   T* dx;
   Array dweight, dbias;
 
-  // Adds the sums of g * (x - high) and of g over one piece of R rows; w starts with the piece.
+  // Adds the sums of g * (x - high) and of g over one piece of R rows; w, in lots, starts with the piece.
   template <size_t R, size_t CHAINS>
   void add_sums(const std::array<Place, R>& at, int64_t m, int64_t n, const A* w, double* sum_gd, double* sum_g) const {
     V high[R];
@@ -248,24 +240,25 @@ struct Backward {
     repeat<R>([&](auto k) FN_LAMBDA { high[k] = V(mean[m + k]); });
     const auto terms = [&](V gi, V x, auto k) FN_LAMBDA { return std::array<V, 2>{gi * (x - high[k]), gi}; };
     if (w)
-      sum_up<true, 2, CHAINS>(
+      sum_up<2, CHAINS>(
           at, n,
           [&](auto k, int64_t i, int64_t count, const std::array<V, 2>& v)
               FN_LAMBDA { return terms(v[0] * load(w + i, count), v[1], k); },
           piece);
     else
-      sum_up<false, 2, CHAINS>(
+      sum_up<2, CHAINS>(
           at, n, [&](auto k, int64_t, int64_t, const std::array<V, 2>& v) FN_LAMBDA { return terms(v[0], v[1], k); }, piece);
     for (size_t k = 0; k < R; ++k) sum_gd[k] += piece[k][0], sum_g[k] += piece[k][1];
   }
 
-  // c1 and c2 of rows [m, m + rows) from their sums.
+  // c1 * rstd and c2 * rstd of rows [m, m + rows) from their sums.
   void means(int64_t m, int64_t rows, const double* sum_gd, const double* sum_g, A* c1, A* c2) const {
     const double one_by_N = 1.0 / static_cast<double>(g.N);
     const A *low = mean + g.M + m, *r = rstd + m;
     for (int64_t k = 0; k < rows; ++k) {
-      c1[k] = static_cast<A>((sum_gd[k] - static_cast<double>(low[k]) * sum_g[k]) * static_cast<double>(r[k]) * one_by_N);
-      c2[k] = static_cast<A>(sum_g[k] * one_by_N);
+      const double rstd_k = static_cast<double>(r[k]), by_N = rstd_k * one_by_N;
+      c1[k] = static_cast<A>((sum_gd[k] - static_cast<double>(low[k]) * sum_g[k]) * by_N * rstd_k);
+      c2[k] = static_cast<A>(sum_g[k] * by_N);
     }
   }
 
@@ -275,7 +268,7 @@ struct Backward {
                   A* dw, A* db) const {
     const A *high = mean + m, *low = high + g.M, *r = rstd + m;
     const int64_t N = g.N;
-    for_columns<V>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
+    for_columns<V, 4>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
       constexpr int64_t W = lanes<V>;
       V wi[J], dwi[J], dbi[J];
       repeat<J>([&](auto j) FN_LAMBDA { wi[j] = w ? load(w + i + j * W, count) : V(1), dwi[j] = V(0), dbi[j] = V(0); });
@@ -287,7 +280,7 @@ struct Backward {
         std::array<V, J> v;
         repeat<J>([&](auto j) FN_LAMBDA {
           const V dz = load(dy_k + j * W, count), h = x_hat(load(x_k + j * W, count));
-          v[j] = grad_input(dz * wi[j], h, rk, c1k, c2k);
+          v[j] = grad_input_scaled(dz * wi[j], h, rk, c1k, c2k);
           dwi[j] = dwi[j] + dz * h;
           dbi[j] = dbi[j] + dz;
         });
@@ -301,7 +294,8 @@ struct Backward {
     });
   }
 
-  void block(const Reader<T>& dy, const Reader<T>& x, int64_t m, int64_t rows, const A* w, A* dw, A* db) const {
+  void block(const Reader<T>& dy, const Reader<T>& x, int64_t m, int64_t rows, const InLots<T>& weights, A* dw, A* db) const {
+    const A* lots = weights;
     Place at[MAX_BLOCK];
     double sum_gd[MAX_BLOCK], sum_g[MAX_BLOCK];
     A c1[MAX_BLOCK], c2[MAX_BLOCK];
@@ -312,11 +306,12 @@ struct Backward {
         for (int64_t i = 0; i < g.N; i += PIECE) {
           std::array<Place, R> piece;
           for (size_t r = 0; r < R; ++r) piece[r] = {at[k + r][0] + i, at[k + r][1] + i};
-          this->template add_sums<R, CHAINS>(piece, m + k, std::min(PIECE, g.N - i), w ? w + i : w, sum_gd + k, sum_g + k);
+          this->template add_sums<R, CHAINS>(piece, m + k, std::min(PIECE, g.N - i), lots ? lots + i : lots, sum_gd + k,
+                                             sum_g + k);
         }
       });
     means(m, rows, sum_gd, sum_g, c1, c2);
-    grad_block(at, m, rows, 0, g.N, c1, c2, w, dw, db);
+    grad_block(at, m, rows, 0, g.N, c1, c2, weights.in_order(), dw, db);
   }
 
   // Few long rows: the sums of all of them piece by piece, then each piece of all rows, so that dweight is whole at once.
@@ -328,7 +323,7 @@ struct Backward {
         const Reader<T> read_dy(dy, 1, PIECE), read_x(x, 1, PIECE);
         for (int64_t item = begin; item < end; ++item) {
           const int64_t m = item / pieces, i = item % pieces * PIECE, n = std::min(PIECE, g.N - i);
-          this->template add_sums<1, 4>({Place{read_dy(m, 0, i, n), read_x(m, 0, i, n)}}, m, n, Widened<A>(weight, n, i),
+          this->template add_sums<1, 4>({Place{read_dy(m, 0, i, n), read_x(m, 0, i, n)}}, m, n, InLots<T>(weight, n, i),
                                         &sum_gd[item], &sum_g[item]);
         }
       });
@@ -367,7 +362,7 @@ struct Backward {
     const int64_t block_each = block_rows(g.N <= SHORT ? BYTES / 8 : BYTES, 2 * g.N * sizeof(T));
     const bool sums = dweight.data || dbias.data;
     const Buffer<A> partial(sums ? segments * 2 * width : 0);
-    const Widened<A> w(weight, g.N);
+    const InLots<T> w(weight, g.N);
     parallel_for(segments, 2 * rows_each * g.N, [&](int64_t begin, int64_t end) {
       const Reader<T> read_dy(dy, block_each, g.N), read_x(x, block_each, g.N);
       for (int64_t k = begin; k < end; ++k) {

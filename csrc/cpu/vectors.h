@@ -132,14 +132,14 @@ FN_INLINE void store(Half* p, Floats v) { store_each(p, v); }
 // LOT vectors that hold the elements from p on in an order of their own, for what is only added up: bfloat16 comes apart
 // into its even and odd elements without a shuffle.
 template <class T>
-constexpr int LOT = 1;
+constexpr int64_t LOT = 1;
 template <class T>
 FN_INLINE std::array<Vec<T>, 1> load_lot(const T* p) {
   return {load(p)};
 }
 #if defined(CPU_CAPABILITY_AVX512)
 template <>
-constexpr int LOT<BFloat16> = 2;
+constexpr int64_t LOT<BFloat16> = 2;
 FN_INLINE std::array<Floats, 2> load_lot(const BFloat16* p) {
   const __m512i pairs = _mm512_loadu_si512(p);
   return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
@@ -147,13 +147,25 @@ FN_INLINE std::array<Floats, 2> load_lot(const BFloat16* p) {
 }
 #elif defined(CPU_CAPABILITY_AVX2)
 template <>
-constexpr int LOT<BFloat16> = 2;
+constexpr int64_t LOT<BFloat16> = 2;
 FN_INLINE std::array<Floats, 2> load_lot(const BFloat16* p) {
   const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)),
           _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
 }
 #endif
+
+// Element by element the order of load_lot's vectors, for what belongs to them: whole lots, and the rest as it is.
+template <class T, class A>
+void in_lots(const A* __restrict from, int64_t n, A* __restrict to) {
+  constexpr int64_t W = lanes<Vec<T>>, L = LOT<T>;
+  int64_t i = 0;
+  for (; i + L * W <= n; i += L * W)
+    repeat<L>([&](auto l) FN_LAMBDA {
+      for (int64_t k = 0; k < W; ++k) to[i + static_cast<int64_t>(l) * W + k] = from[i + k * L + static_cast<int64_t>(l)];
+    });
+  std::copy(from + i, from + n, to + i);
+}
 
 // ---------------------------------------------------------------- tails
 
@@ -333,21 +345,47 @@ constexpr int64_t PLAIN = 16;
 template <class T, size_t CHAINS>
 constexpr int64_t GROUP = PLAIN * static_cast<int64_t>(CHAINS) * lanes<Vec<T>>;  // elements
 
-// Adds f(r, i, count, inputs) -> std::array<V, K> for the elements [i, n); `at[r]` points to the P inputs of row r. With
-// IN_ORDER the vectors start at element i, else only their union does. f makes zeros of the lanes that do not exist.
-template <bool IN_ORDER, class T, size_t R, size_t K, size_t CHAINS, size_t P, class F>
+// x and x * x. Where the processor has an instruction for it, bfloat16 is not even widened.
+template <class T>
+struct Powers {
+  using V = Vec<T>;
+  template <class R>
+  FN_INLINE std::array<V, 2> operator()(R, int64_t, int64_t, const std::array<V, 1>& x) const {
+    return {x[0], x[0] * x[0]};
+  }
+#if defined(__AVX512BF16__)
+  FN_INLINE void add_lot(const BFloat16* p, V (&s)[2]) const {
+    const auto x = reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)),
+               one = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
+    s[0] = _mm512_dpbf16_ps(s[0], x, one);
+    s[1] = _mm512_dpbf16_ps(s[1], x, x);
+  }
+#endif
+};
+// Whether F adds a lot by itself.
+template <class F>
+constexpr bool FUSED = false;
+#if defined(__AVX512BF16__)
+template <>
+constexpr bool FUSED<Powers<BFloat16>> = true;
+#endif
+
+// Adds f(r, i, count, inputs) -> std::array<V, K> for the elements [i, n); `at[r]` points to the P inputs of row r. Element i
+// is the i-th in the order of lots; lanes that do not exist are zeros in the inputs, and f makes zeros of them.
+template <class T, size_t R, size_t K, size_t CHAINS, size_t P, class F>
 FN_INLINE void add_up(Chains<Vec<T>, R, K, CHAINS>& to, const std::array<std::array<const T*, P>, R>& at, int64_t i, int64_t n,
                       const F& f) {
   using V = Vec<T>;
-  constexpr size_t LOTS = IN_ORDER ? 1 : LOT<T>;
-  constexpr int64_t W = lanes<V>, STEP = static_cast<int64_t>(CHAINS * LOTS) * W;
+  constexpr int64_t LOTS = LOT<T>, W = lanes<V>, STEP = static_cast<int64_t>(CHAINS) * LOTS * W;
   Chains<V, R, K, CHAINS> c = to;  // in registers
   const auto add = [&](auto chain, auto r, int64_t j, int64_t count, const std::array<V, P>& v) FN_LAMBDA {
     const std::array<V, K> t = f(r, j, count, v);
     repeat<K>([&](auto k) FN_LAMBDA { c.s[chain][r][k] = c.s[chain][r][k] + t[k]; });
   };
   const auto add_lots = [&](auto chain, auto r, int64_t j) FN_LAMBDA {
-    if constexpr (LOTS == 1) {
+    if constexpr (FUSED<F>) {
+      f.add_lot(at[r][0] + j, c.s[chain][r]);
+    } else if constexpr (LOTS == 1) {
       add(chain, r, j, W, load_inputs<T, P>(at[r], j, W));
     } else {
       std::array<std::array<V, LOTS>, P> lots;
@@ -355,20 +393,25 @@ FN_INLINE void add_up(Chains<Vec<T>, R, K, CHAINS>& to, const std::array<std::ar
       repeat<LOTS>([&](auto l) FN_LAMBDA {
         std::array<V, P> v;
         repeat<P>([&](auto p) FN_LAMBDA { v[p] = lots[p][l]; });
-        add(chain, r, j, W, v);
+        add(chain, r, j + static_cast<int64_t>(l) * W, W, v);
       });
     }
   };
   for (; i + STEP <= n; i += STEP)
     repeat<CHAINS>([&](auto chain) FN_LAMBDA {
-      repeat<R>([&](auto r) FN_LAMBDA { add_lots(chain, r, i + static_cast<int64_t>(chain * LOTS) * W); });
+      repeat<R>([&](auto r) FN_LAMBDA { add_lots(chain, r, i + static_cast<int64_t>(chain) * LOTS * W); });
     });
   const auto add_one = [&](auto chain, int64_t count) FN_LAMBDA {
     repeat<R>([&](auto r) FN_LAMBDA { add(chain, r, i, count, load_inputs<T, P>(at[r], i, count)); });
   };
-  repeat<CHAINS * LOTS - 1>([&](auto k) FN_LAMBDA {
+  repeat<CHAINS - 1>([&](auto chain) FN_LAMBDA {
+    if (i + LOTS * W > n) return;
+    repeat<R>([&](auto r) FN_LAMBDA { add_lots(chain, r, i); });
+    i += LOTS * W;
+  });
+  repeat<LOTS - 1>([&](auto) FN_LAMBDA {
     if (i + W > n) return;
-    add_one(std::integral_constant<size_t, k % CHAINS>{}, W);
+    add_one(std::integral_constant<size_t, CHAINS - 1>{}, W);
     i += W;
   });
   if (i < n) add_one(std::integral_constant<size_t, CHAINS - 1>{}, n - i);
@@ -376,13 +419,13 @@ FN_INLINE void add_up(Chains<Vec<T>, R, K, CHAINS>& to, const std::array<std::ar
 }
 
 // The K sums of f over [0, n) for each of R rows.
-template <bool IN_ORDER, size_t K, size_t CHAINS, class T, size_t R, size_t P, class F>
+template <size_t K, size_t CHAINS, class T, size_t R, size_t P, class F>
 FN_INLINE void sum_up(const std::array<std::array<const T*, P>, R>& at, int64_t n, const F& f, double (&out)[R][K]) {
   using V = Vec<T>;
   static_assert(R * K <= 8);
   Chains<V, R, K, CHAINS> chains;
   if (n <= GROUP<T, CHAINS>) {
-    add_up<IN_ORDER>(chains, at, 0, n, f);
+    add_up(chains, at, 0, n, f);
     if constexpr (CHAINS == 1) {
       V v[8];
       double sums[8];
@@ -396,7 +439,7 @@ FN_INLINE void sum_up(const std::array<std::array<const T*, P>, R>& at, int64_t 
   }
   Sum<V> sum[R][K];
   for (int64_t i = 0; i < n; i += GROUP<T, CHAINS>) {
-    add_up<IN_ORDER>(chains, at, i, std::min(n, i + GROUP<T, CHAINS>), f);
+    add_up(chains, at, i, std::min(n, i + GROUP<T, CHAINS>), f);
     repeat<R * K>([&](auto j) FN_LAMBDA { sum[j / K][j % K].add(chains.whole(j / K, j % K)); });
     chains.clear();
   }
