@@ -72,11 +72,26 @@ void gradient_constants(const Constants<A, K>& k, int64_t c, A high, A low, A rs
   k[3][c] = static_cast<A>(low == 0 ? c2 : c2 - static_cast<double>(low) * c1 * static_cast<double>(rstd));
 }
 
-// sum(dz * x_hat) from the sums of dz and of dz * (x - high); rstd is one factor of a whole channel.
-template <class A>
-double gradient_sum(const std::array<double, 2>& sums, A low, A rstd) {
-  return (low == 0 ? sums[1] : sums[1] - static_cast<double>(low) * sums[0]) * static_cast<double>(rstd);
-}
+// What x is taken about in the sums of a backward pass: the mean's high part, or zero where that is near enough.
+template <class T>
+class Shifts {
+ public:
+  using A = Acc<T>;
+  Shifts(int64_t C, const A* high, const A* rstd) : high_(high), low_(high + C), rstd_(rstd), shift_(C) {
+    for (int64_t c = 0; c < C; ++c)
+      shift_[c] = PLAIN_FIRST<T> && std::abs(high[c]) * rstd[c] < static_cast<A>(DEVIATIONS<T>) ? A(0) : high[c];
+  }
+  operator A*() const { return shift_; }
+  // sum(dz * x_hat) from the sums of dz and of dz * (x - shift); rstd is one factor of a whole channel.
+  double gradient_sum(int64_t c, const std::array<double, 2>& sums) const {
+    const double off = (static_cast<double>(high_[c]) - static_cast<double>(shift_[c])) + static_cast<double>(low_[c]);
+    return (off == 0 ? sums[1] : sums[1] - off * sums[0]) * static_cast<double>(rstd_[c]);
+  }
+
+ private:
+  const A *high_, *low_, *rstd_;
+  Buffer<A> shift_;
+};
 
 // dx where mean and rstd are constants
 template <class T>
@@ -124,11 +139,11 @@ void channel_sums(Channels g, const ChannelsInput& dy, const ChannelsInput& x, c
   with_type(x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;
-    const A* low = as<A>(mean) + g.C;
+    const Shifts<T> shifts(g.C, as<A>(mean), as<A>(rstd));
     with_sweep<T, 2>(g, {&dy, &x}, [&](const auto& sweep) {
-      sweep.template sum<GradientTerms<T>>(as<A>(mean), [&](int64_t c, const std::array<double, 2>& sums) {
+      sweep.template sum<GradientTerms<T>>(shifts, [&](int64_t c, const std::array<double, 2>& sums) {
         as<A>(sum_dz)[c] = static_cast<A>(sums[0]);
-        as<A>(sum_dz_x_hat)[c] = static_cast<A>(gradient_sum<A>(sums, low[c], as<A>(rstd)[c]));
+        as<A>(sum_dz_x_hat)[c] = static_cast<A>(shifts.gradient_sum(c, sums));
         return true;
       });
     });
@@ -196,8 +211,9 @@ void channel_bwd(Channels g, const ChannelsInput& dy, const ChannelsInput& x, Co
     A *high = as<A>(mean), *low = high + g.C, *r = as<A>(rstd);
     const bool through_statistics = training && dx.data, sums_needed = through_statistics || dweight.data || dbias.data;
     const Constants<A, 4> constants(g.C);
+    const Shifts<T> shifts(g.C, high, r);
     const auto settle = [&](int64_t c, const std::array<double, 2>& sums) {
-      const double n = static_cast<double>(g.count()), sum_dz_x_hat = gradient_sum<A>(sums, low[c], r[c]);
+      const double n = static_cast<double>(g.count()), sum_dz_x_hat = shifts.gradient_sum(c, sums);
       if (dweight.data) set_element(dweight, c, sum_dz_x_hat);
       if (dbias.data) set_element(dbias, c, sums[0]);
       if (through_statistics)
@@ -207,9 +223,9 @@ void channel_bwd(Channels g, const ChannelsInput& dy, const ChannelsInput& x, Co
     if (sums_needed)
       with_sweep<T, 2>(g, {&dy, &x}, [&](const auto& sweep) {
         if (through_statistics)
-          sweep.template both<GradientTerms<T>, Gradient<T>>(high, settle, constants, as<T>(dx.data));
+          sweep.template both<GradientTerms<T>, Gradient<T>>(shifts, settle, constants, as<T>(dx.data));
         else
-          sweep.template sum<GradientTerms<T>>(high, settle);
+          sweep.template sum<GradientTerms<T>>(shifts, settle);
       });
     if (dx.data && !training) scale<T>(g, dy, r, w, as<T>(dx.data));
   });

@@ -282,31 +282,38 @@ class GridSweep {
     std::array<const A*, K> at_;
   };
 
-  template <class Terms, bool FIRST, size_t R>
-  static void add_rows(const std::array<std::array<const T*, P>, R>& at, int64_t n, const A* constant, A* s, A* q) {
+  template <class Terms, bool SHIFTED, size_t R>
+  static void add_rows(const std::array<std::array<const T*, P>, R>& at, int64_t n, bool first, const A* shift, A* s, A* q) {
     for_vectors<V>(n, [&](int64_t i, int64_t count) FN_LAMBDA {
-      const V c = load(constant + i, count);
+      V c(0);
+      if constexpr (SHIFTED) c = load(shift + i, count);
       std::array<V, 2> sum[R];
-      repeat<R>([&](auto r) FN_LAMBDA { sum[r] = Terms::terms(load_inputs<T, P>(at[r], i, count), c, count); });
+      repeat<R>([&](auto r) FN_LAMBDA {
+        const auto v = load_inputs<T, P>(at[r], i, count);
+        sum[r] = SHIFTED ? Terms::terms(v, c, count) : typename Terms::Plain{}(r, i, count, v);
+      });
       if constexpr (R == 4) repeat<2>([&](auto k) FN_LAMBDA { sum[0][k] = (sum[0][k] + sum[1][k]) + (sum[2][k] + sum[3][k]); });
-      store(s + i, FIRST ? sum[0][0] : load(s + i) + sum[0][0]);
-      store(q + i, FIRST ? sum[0][1] : load(q + i) + sum[0][1]);
+      store(s + i, first ? sum[0][0] : load(s + i) + sum[0][0]);
+      store(q + i, first ? sum[0][1] : load(q + i) + sum[0][1]);
     });
   }
 
   // The sums of one piece of rows, in s and q.
   template <class Terms>
-  void piece_sums(const Tiles& tiles, int64_t piece, const Block& k, const A* constant, double* s, double* q) const {
+  void piece_sums(const Tiles& tiles, int64_t piece, const Block& k, const A* shift, double* s, double* q) const {
+    if constexpr (PLAIN_FIRST<T>)
+      if (std::all_of(shift, shift + k.columns, [](A a) { return a == 0; }))
+        return piece_sums<Terms, false>(tiles, piece, k, shift, s, q);
+    piece_sums<Terms, true>(tiles, piece, k, shift, s, q);
+  }
+  template <class Terms, bool SHIFTED>
+  void piece_sums(const Tiles& tiles, int64_t piece, const Block& k, const A* shift, double* s, double* q) const {
     const int64_t rows = std::min(piece_, rows_ - piece * piece_), n = k.columns;
     const Order ordered = order(piece, read_in_place_);
     alignas(64) A tile[2][MAX_COLUMNS];  // whole vectors
     for (int64_t begin = 0; begin < rows; begin += summed_rows_) {
-      for_rows(tiles, ordered, begin, std::min(summed_rows_, rows - begin), k, [&](auto R, int64_t i, const auto& at) {
-        if (i == 0)
-          add_rows<Terms, true, R>(at, n, constant, tile[0], tile[1]);
-        else
-          add_rows<Terms, false, R>(at, n, constant, tile[0], tile[1]);
-      });
+      for_rows(tiles, ordered, begin, std::min(summed_rows_, rows - begin), k,
+               [&](auto R, int64_t i, const auto& at) { add_rows<Terms, SHIFTED, R>(at, n, i == 0, shift, tile[0], tile[1]); });
       if (begin == 0)
         for (int64_t i = 0; i < n; ++i) s[i] = tile[0][i], q[i] = tile[1][i];
       else
@@ -348,6 +355,10 @@ class GridSweep {
   }
 
   void guess(const Block& k, A* shift) const {
+    if (PLAIN_FIRST<T>) {
+      std::fill_n(shift + k.channel, k.channels, A(0));
+      return;
+    }
     const ChannelsInput& in = *in_[0];
     for (int64_t c = k.channel; c < k.channel + k.channels; ++c) {
       const T* at = data<T>(in) + c * in.channel;
@@ -360,11 +371,18 @@ class GridSweep {
   template <class Value, size_t R>
   static void apply_rows(const std::array<std::array<const T*, P>, R>& at, int64_t n,
                          const std::array<const A*, Value::K>& constants, const std::array<T*, R>& out) {
-    for_vectors<V>(n, [&](int64_t i, int64_t count) FN_LAMBDA {
-      std::array<V, Value::K> constant;
-      repeat<Value::K>([&](auto k) FN_LAMBDA { constant[k] = load(constants[k] + i, count); });
-      repeat<R>([&](auto r)
-                    FN_LAMBDA { store(out[r] + i, Value::value(load_inputs<T, P>(at[r], i, count), constant), count); });
+    for_groups<V, LOT<T>>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
+      std::array<V, Value::K> constant[J];
+      repeat<J>([&](auto j) FN_LAMBDA {
+        repeat<Value::K>([&](auto k) FN_LAMBDA { constant[j][k] = load(constants[k] + i + j * lanes<V>, count); });
+      });
+      repeat<R>([&](auto r) FN_LAMBDA {
+        std::array<V, J> v;
+        repeat<J>([&](auto j) FN_LAMBDA {
+          v[j] = Value::value(load_inputs<T, P>(at[r], i + static_cast<int64_t>(j) * lanes<V>, count), constant[j]);
+        });
+        store_all<T, J>(out[r] + i, v, count);
+      });
     });
   }
 

@@ -11,17 +11,19 @@ struct StatisticsTerms {  // d and d * d, with d = x - shift
   static constexpr size_t P = 1;
   static constexpr bool GUESS = true;  // the shift is any number near the mean, still to be found
   using V = Vec<T>;
+  using Plain = Powers<T>;  // the same for shift = 0
   static std::array<V, 2> terms(const std::array<V, 1>& v, V shift, int64_t count) {
     const V d = only(v[0] - shift, count);
     return {d, d * d};
   }
 };
 template <class T>
-struct GradientTerms {  // dz and dz * (x - high); lanes that do not exist have dz = 0
+struct GradientTerms {  // dz and dz * (x - shift); lanes that do not exist have dz = 0
   static constexpr size_t P = 2;
   static constexpr bool GUESS = false;
   using V = Vec<T>;
-  static std::array<V, 2> terms(const std::array<V, 2>& v, V high, int64_t) { return {v[0], v[0] * (v[1] - high)}; }
+  using Plain = Products<T>;
+  static std::array<V, 2> terms(const std::array<V, 2>& v, V shift, int64_t) { return {v[0], v[0] * (v[1] - shift)}; }
 };
 
 // Element by element: a value from P inputs and K constants of the channel. Where a channel's constants meet, they are
@@ -66,6 +68,10 @@ class Constants {
   int64_t width_;
   Buffer<A> all_;
 };
+
+// Whether sums are taken about zero where that is near enough to the mean: 16 bits lose little by that.
+template <class T>
+constexpr bool PLAIN_FIRST = sizeof(T) == 2;
 
 template <size_t P>
 using Inputs = std::array<const ChannelsInput*, P>;

@@ -74,6 +74,7 @@ class RunSweep {
   }
 
   A guess(int64_t c) const {
+    if (PLAIN_FIRST<T>) return 0;
     return near<A>(g_.S, [at = data<T>(*in_[0]) + c * in_[0]->channel](int64_t i) { return at[i]; });
   }
 
@@ -93,10 +94,16 @@ class RunSweep {
 
   template <class Terms>
   Pair2 piece_sums(int64_t c, int64_t piece, A shift) const {
+    if constexpr (PLAIN_FIRST<T>)
+      if (shift == 0) return piece_sums_of(c, piece, typename Terms::Plain{});
+    return piece_sums_of(c, piece, [constant = V(shift)](auto, int64_t, int64_t count, const std::array<V, P>& v) FN_LAMBDA {
+      return Terms::terms(v, constant, count);
+    });
+  }
+
+  template <class F>
+  Pair2 piece_sums_of(int64_t c, int64_t piece, const F& terms) const {
     const Part w = part(piece);
-    const V constant(shift);
-    const auto terms = [&](auto, int64_t, int64_t count, const std::array<V, P>& v)
-                           FN_LAMBDA { return Terms::terms(v, constant, count); };
     constexpr size_t CHAINS = 4;
     Chains<V, 1, 2, CHAINS> chains;
     std::array<Sum<V>, 2> sums;
@@ -135,8 +142,12 @@ class RunSweep {
     for (int64_t b = w.b; b < w.b + w.samples; ++b) {
       const auto at = place(c, b, w.s);
       T* to = out + (b * g_.C + c) * g_.S + w.s;
-      for_vectors<V>(w.positions, [&](int64_t i, int64_t count) FN_LAMBDA {
-        store(to + i, Value::value(load_inputs<T, P>(at, i, count), constant), count);
+      for_groups<V, 4>(w.positions, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
+        std::array<V, J> v;
+        repeat<J>([&](auto j) FN_LAMBDA {
+          v[j] = Value::value(load_inputs<T, P>(at, i + static_cast<int64_t>(j) * lanes<V>, count), constant);
+        });
+        store_all<T, J>(to + i, v, count);
       });
     }
   }

@@ -89,9 +89,10 @@ FN_INLINE Moments<double> moments_about(double shift, double n, double sum_d, do
 // Whether sums about this shift have lost too much to cancellation: what they lose grows with the square of the shift's
 // distance from the mean in deviations, and is little beside the rounding of 16 bits.
 template <class T>
+constexpr double DEVIATIONS = sizeof(T) == 2 ? 8 : 2;
+template <class T>
 FN_INLINE bool too_far(double shift, const Moments<double>& m) {
-  constexpr double DEVIATIONS = sizeof(T) == 2 ? 8 : 2;
-  return (m.mean - shift) * (m.mean - shift) * m.n > DEVIATIONS * DEVIATIONS * m.m2;
+  return (m.mean - shift) * (m.mean - shift) * m.n > DEVIATIONS<T> * DEVIATIONS<T> * m.m2;
 }
 
 // Two passes in double: where the squares overflow float (|x| > 1e19), and for what is not finite. at(i) is a double.

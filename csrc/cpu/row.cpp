@@ -65,17 +65,6 @@ FN_INLINE void for_sums(int64_t N, int64_t rows, const F& f) {
   for (; k < rows; ++k) f(one, one, k);
 }
 
-// f(std::integral_constant<size_t, J>, i, count) for the columns of a block: J vectors at a time, the last of `count` lanes.
-template <class V, size_t MOST, class F>
-FN_INLINE void for_columns(int64_t n, const F& f) {
-  constexpr int64_t W = lanes<V>;
-  int64_t i = 0;
-  if constexpr (MOST == 8)
-    for (; i + 8 * W <= n; i += 8 * W) f(std::integral_constant<size_t, 8>{}, i, W);
-  for (; i + 4 * W <= n; i += 4 * W) f(std::integral_constant<size_t, 4>{}, i, W);
-  for (; i < n; i += W) f(std::integral_constant<size_t, 1>{}, i, std::min(W, n - i));
-}
-
 // x_hat of one row.
 template <class T>
 struct XHat {
@@ -141,7 +130,7 @@ struct Forward {
                        const Parameter* b) const {
     const A *high = mean + m, *low = high + g.M, *r = rstd + m;
     const int64_t N = g.N;
-    for_columns<V, 8>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
+    for_groups<V, 8>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
       constexpr int64_t W = lanes<V>;
       V wi[J], bi[J];
       repeat<J>([&](auto j) FN_LAMBDA {
@@ -268,7 +257,7 @@ struct Backward {
                   A* dw, A* db) const {
     const A *high = mean + m, *low = high + g.M, *r = rstd + m;
     const int64_t N = g.N;
-    for_columns<V, 4>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
+    for_groups<V, 4>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
       constexpr int64_t W = lanes<V>;
       V wi[J], dwi[J], dbi[J];
       repeat<J>([&](auto j) FN_LAMBDA { wi[j] = w ? load(w + i + j * W, count) : V(1), dwi[j] = V(0), dbi[j] = V(0); });

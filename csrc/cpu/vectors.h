@@ -230,6 +230,18 @@ FN_INLINE void for_vectors(int64_t n, const F& f) {
   if (i < n) f(i, n - i);
 }
 
+// f(std::integral_constant<size_t, J>, i, count) for vectors that cover [0, n): MOST at a time, then four, then one, the last
+// of `count` lanes.
+template <class V, int64_t MOST, class F>
+FN_INLINE void for_groups(int64_t n, const F& f) {
+  constexpr int64_t W = lanes<V>;
+  int64_t i = 0;
+  for (; i + MOST * W <= n; i += MOST * W) f(std::integral_constant<size_t, MOST>{}, i, W);
+  if constexpr (MOST > 4)
+    for (; i + 4 * W <= n; i += 4 * W) f(std::integral_constant<size_t, 4>{}, i, W);
+  for (; i < n; i += W) f(std::integral_constant<size_t, 1>{}, i, std::min(W, n - i));
+}
+
 // Asks for the cache lines of J vectors, which will be written soon.
 template <class T, size_t J>
 FN_INLINE void prefetch_for_write(const T* p) {
@@ -345,6 +357,14 @@ constexpr int64_t PLAIN = 16;
 template <class T, size_t CHAINS>
 constexpr int64_t GROUP = PLAIN * static_cast<int64_t>(CHAINS) * lanes<Vec<T>>;  // elements
 
+#if defined(__AVX512BF16__)
+template <class T>
+FN_INLINE __m512bh load_pairs(const T* p) {
+  return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
+}
+FN_INLINE __m512bh pairs_of_ones() { return reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80)); }
+#endif
+
 // x and x * x. Where the processor has an instruction for it, bfloat16 is not even widened.
 template <class T>
 struct Powers {
@@ -354,11 +374,26 @@ struct Powers {
     return {x[0], x[0] * x[0]};
   }
 #if defined(__AVX512BF16__)
-  FN_INLINE void add_lot(const BFloat16* p, V (&s)[2]) const {
-    const auto x = reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)),
-               one = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
-    s[0] = _mm512_dpbf16_ps(s[0], x, one);
+  FN_INLINE void add_lot(const std::array<const T*, 1>& at, int64_t i, V (&s)[2]) const {
+    const __m512bh x = load_pairs(at[0] + i);
+    s[0] = _mm512_dpbf16_ps(s[0], x, pairs_of_ones());
     s[1] = _mm512_dpbf16_ps(s[1], x, x);
+  }
+#endif
+};
+// dz and dz * x, likewise.
+template <class T>
+struct Products {
+  using V = Vec<T>;
+  template <class R>
+  FN_INLINE std::array<V, 2> operator()(R, int64_t, int64_t, const std::array<V, 2>& v) const {
+    return {v[0], v[0] * v[1]};
+  }
+#if defined(__AVX512BF16__)
+  FN_INLINE void add_lot(const std::array<const T*, 2>& at, int64_t i, V (&s)[2]) const {
+    const __m512bh dz = load_pairs(at[0] + i);
+    s[0] = _mm512_dpbf16_ps(s[0], dz, pairs_of_ones());
+    s[1] = _mm512_dpbf16_ps(s[1], dz, load_pairs(at[1] + i));
   }
 #endif
 };
@@ -368,6 +403,8 @@ constexpr bool FUSED = false;
 #if defined(__AVX512BF16__)
 template <>
 constexpr bool FUSED<Powers<BFloat16>> = true;
+template <>
+constexpr bool FUSED<Products<BFloat16>> = true;
 #endif
 
 // Adds f(r, i, count, inputs) -> std::array<V, K> for the elements [i, n); `at[r]` points to the P inputs of row r. Element i
@@ -384,7 +421,7 @@ FN_INLINE void add_up(Chains<Vec<T>, R, K, CHAINS>& to, const std::array<std::ar
   };
   const auto add_lots = [&](auto chain, auto r, int64_t j) FN_LAMBDA {
     if constexpr (FUSED<F>) {
-      f.add_lot(at[r][0] + j, c.s[chain][r]);
+      f.add_lot(at[r], j, c.s[chain][r]);
     } else if constexpr (LOTS == 1) {
       add(chain, r, j, W, load_inputs<T, P>(at[r], j, W));
     } else {
