@@ -104,12 +104,14 @@ struct SavedStatistics {
 // The same for a call without a graph: forgotten at its end.
 class ScratchStatistics {
  public:
-  ScratchStatistics(const Tensor& x, int64_t n) : each_(n * (x.scalar_type() == at::kDouble ? 8 : 4)), all_(3 * each_) {}
-  operator Statistics() { return {all_.data(), all_.data() + 2 * each_}; }
+  ScratchStatistics(const Tensor& x, int64_t n) : each_(n * (x.scalar_type() == at::kDouble ? 8 : 4)) {
+    all_.resize_for_overwrite(static_cast<size_t>(3 * each_ + 7) / 8);
+  }
+  operator Statistics() { return {all_.data(), reinterpret_cast<char*>(all_.data()) + 2 * each_}; }
 
  private:
-  int64_t each_;
-  c10::SmallVector<char, 256> all_;
+  int64_t each_;  // bytes
+  c10::SmallVector<double, 32> all_;
 };
 
 // What backward has to know beside the saved tensors, in few entries, for each has its price; of bias, whose values it does not
@@ -139,10 +141,10 @@ bool differentiable(const Tensor& dy) { return at::GradMode::is_enabled() || !un
 // Some versions of torch count the owners of a node in it, others beside it.
 template <class T>
 auto make_node() {
-  if constexpr (std::is_convertible_v<c10::intrusive_ptr<T>, decltype(torch::autograd::Edge::function)>)
-    return c10::make_intrusive<T>();
-  else
+  if constexpr (std::is_same_v<decltype(torch::autograd::Edge::function), std::shared_ptr<torch::autograd::Node>>)
     return std::shared_ptr<T>(new T, [](auto* node) { deleteNode(node); });
+  else
+    return c10::make_intrusive<T>();
 }
 
 template <typename... Args>
@@ -159,7 +161,7 @@ Grads call_formula(PyObject* formula, Args&&... args) {
 }
 
 // T::apply(x, weight, bias, args...), for functions of one fresh result: without wrapping, views, dirty inputs and metadata of
-// the inputs, at a third of its cost.
+// the inputs: 0.6 us less.
 template <class T, class... Args>
 Tensor apply(const Tensor& x, const Maybe& weight, const Maybe& bias, const Args&... args) {
   namespace autograd = torch::autograd;

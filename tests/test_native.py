@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cases import BF16, F16, F32, F64, LAYOUTS, Case
-from oracle import batch_norm, error, layer_norm
+from oracle import batch_norm, error, layer_norm, ulp
 
 import fastnorm
 from fastnorm import dispatch
@@ -158,6 +158,39 @@ def test_first_elements_that_are_like_no_other(norm, shape, layout, offset, firs
     assert error(ours, truth.y) <= 1e-5 + 4e-7 * np.sqrt(size)
 
 
+@pytest.mark.parametrize("deviations", [0, 1.9, 3.9, 7.9, 20])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize(
+    ("norm", "shape", "layout"),
+    [
+        *((rows_of, shape, "dense") for shape in [(512, 768), (4096, 64), (300, 100)]),
+        *((channels_of, shape, "dense") for shape in [(8, 16, 3136), (4, 8, 31), (64, 8, 300), (64, 32, 49), (2048, 128)]),
+        (channels_of, (16, 64, 20, 20), "channels_last"),
+    ],
+)
+def test_means_at_any_distance_from_zero(norm, shape, layout, dtype, deviations):
+    """Where sums are taken about zero, and where they no longer are: never less exact than torch.nn."""
+    parameters = F32 if norm is channels_of else dtype
+    case = Case(shape, dtype=dtype, weight=parameters, bias=parameters, layout=layout, offset=deviations)
+    x, dy, weight, bias = case.make_channels() if norm is channels_of else case.make_rows()
+    running = [[torch.zeros(shape[1]) for _ in "mv"] for _ in "ab"] if norm is channels_of else [[], []]
+
+    def results(functional, running):
+        if norm is rows_of:
+            return everything(lambda x, w, b: functional.layer_norm(x, shape[-1:], w, b), x, dy, weight, bias)
+        return everything(lambda x, w, b: functional.batch_norm(x, *running, w, b, True, 1.0), x, dy, weight, bias)
+
+    ours, torchs = results(fastnorm, running[0]), results(torch.nn.functional, running[1])
+    truth = layer_norm(x, shape[-1:], weight, bias, dy=dy) if norm is rows_of else batch_norm(x, weight, bias, dy=dy)
+    for name, a, b in zip(("y", "dx", "dweight", "dbias"), ours, torchs, strict=True):
+        t = getattr(truth, name)
+        assert error(a, t) <= error(b, t) + ulp(a.dtype, abs(t).max()), name
+    if running[0]:
+        var = x.double().transpose(0, 1).flatten(1).var(1).numpy()
+        a, b = (error(r[1], var) for r in running)
+        assert a <= b + ulp(F32, var.max()), "running_var"
+
+
 def test_python_threads_compute_the_same():
     x = torch.randn(300, 200)
     expected = rows_of(x, None, None), channels_of(x, None, None)
@@ -241,19 +274,27 @@ def test_no_temporary_of_the_input_s_size(kind, layout, direction):
     assert 70 < grown < 76.3 + 16
 
 
+# In a process of its own: numpy advises its memory as well, and the C library hands that on.
+FLAGS = """
+import sys, torch, fastnorm
+y = fastnorm.layer_norm(torch.randn(int(sys.argv[1]) // 1024, 1024), (1024,))
+middle, inside = y.data_ptr() + y.nbytes // 2, False
+for line in open("/proc/self/smaps"):
+    bounds = line.split(" ", 1)[0].split("-")
+    if len(bounds) == 2:
+        inside = int(bounds[0], 16) <= middle < int(bounds[1], 16)
+    elif inside and line.startswith("VmFlags"):
+        print(line)
+"""
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="only Linux tells what a mapping was advised")
 @pytest.mark.parametrize(("numel", "advised"), [(9 << 20, True), (4 << 20, False)])
 def test_large_results_ask_for_huge_pages(numel, advised):
     if not os.path.exists("/sys/kernel/mm/transparent_hugepage"):
         pytest.skip("this kernel has no huge pages to ask for")
-    y = fastnorm.layer_norm(torch.randn(numel // 1024, 1024), (1024,))
-    middle = y.data_ptr() + y.nbytes // 2
-    flags, inside = "", False
-    with open("/proc/self/smaps") as lines:
-        for line in lines:
-            bounds = line.split(" ", 1)[0].split("-")
-            if len(bounds) == 2:
-                inside = int(bounds[0], 16) <= middle < int(bounds[1], 16)
-            elif inside and line.startswith("VmFlags"):
-                flags = line
+    environment = {**os.environ, "FASTNORM_BACKEND": "native"}
+    command = [sys.executable, "-c", FLAGS, str(numel)]
+    flags = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    assert flags.startswith("VmFlags")
     assert (" hg" in flags) == advised, flags

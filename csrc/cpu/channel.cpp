@@ -37,7 +37,7 @@ struct Statistics {
       return true;
     }
     out = moments_about(static_cast<double>(shift[c]), n, sums[0], sums[1]);
-    if (again[c] || !too_far<T>(static_cast<double>(shift[c]), out)) return true;
+    if (again[c] || !too_far(static_cast<double>(shift[c]), out, DEVIATIONS<T>)) return true;
     again[c] = 1;
     shift[c] = static_cast<A>(out.mean);
     return false;

@@ -11,7 +11,7 @@ struct StatisticsTerms {  // d and d * d, with d = x - shift
   static constexpr size_t P = 1;
   static constexpr bool GUESS = true;  // the shift is any number near the mean, still to be found
   using V = Vec<T>;
-  using Plain = Powers<T>;  // the same for shift = 0
+  using Plain = Products<T, 1>;  // the same for shift = 0
   static std::array<V, 2> terms(const std::array<V, 1>& v, V shift, int64_t count) {
     const V d = only(v[0] - shift, count);
     return {d, d * d};
@@ -22,7 +22,7 @@ struct GradientTerms {  // dz and dz * (x - shift); lanes that do not exist have
   static constexpr size_t P = 2;
   static constexpr bool GUESS = false;
   using V = Vec<T>;
-  using Plain = Products<T>;
+  using Plain = Products<T, 2>;
   static std::array<V, 2> terms(const std::array<V, 2>& v, V shift, int64_t) { return {v[0], v[0] * (v[1] - shift)}; }
 };
 
@@ -69,9 +69,13 @@ class Constants {
   Buffer<A> all_;
 };
 
-// Whether sums are taken about zero where that is near enough to the mean: 16 bits lose little by that.
+// How many deviations off the mean a channel's shift may be; running_var and dweight are float beside inputs of 16 bits.
 template <class T>
-constexpr bool PLAIN_FIRST = sizeof(T) == 2;
+constexpr double DEVIATIONS = std::is_same_v<T, BFloat16> ? 8 : 4;
+
+// Whether sums are taken about zero where that is near enough: bfloat16's are much faster there, and itself is coarser.
+template <class T>
+constexpr bool PLAIN_FIRST = std::is_same_v<T, BFloat16>;
 
 template <size_t P>
 using Inputs = std::array<const ChannelsInput*, P>;

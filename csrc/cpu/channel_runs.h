@@ -105,6 +105,7 @@ class RunSweep {
   Pair2 piece_sums_of(int64_t c, int64_t piece, const F& terms) const {
     const Part w = part(piece);
     constexpr size_t CHAINS = 4;
+    constexpr int64_t STEP = CHAINS * LOT<T> * lanes<V>;  // what brings up to LOT additions to each chain
     Chains<V, 1, 2, CHAINS> chains;
     std::array<Sum<V>, 2> sums;
     int64_t added = 0;
@@ -113,7 +114,7 @@ class RunSweep {
       for (int64_t i = 0; i < w.positions;) {
         const int64_t end = std::min(w.positions, i + GROUP<T, CHAINS> - added);
         add_up(chains, at, i, end, terms);
-        added += ceil_div(end - i, CHAINS * lanes<V>) * CHAINS * lanes<V>;
+        added += ceil_div(end - i, STEP) * STEP;
         i = end;
         if (added < GROUP<T, CHAINS>) continue;
         for (int q = 0; q < 2; ++q) sums[q].add(chains.whole(0, q));

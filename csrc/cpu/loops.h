@@ -11,7 +11,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "vectors.h"
+#include "sums.h"
 
 namespace fastnorm {
 
@@ -86,13 +86,10 @@ FN_INLINE Moments<double> moments_about(double shift, double n, double sum_d, do
   return {n, shift + mean_d, std::max(sum_dd - sum_d * mean_d, 0.0)};
 }
 
-// Whether sums about this shift have lost too much to cancellation: what they lose grows with the square of the shift's
-// distance from the mean in deviations, and is little beside the rounding of 16 bits.
-template <class T>
-constexpr double DEVIATIONS = sizeof(T) == 2 ? 8 : 2;
-template <class T>
-FN_INLINE bool too_far(double shift, const Moments<double>& m) {
-  return (m.mean - shift) * (m.mean - shift) * m.n > DEVIATIONS<T> * DEVIATIONS<T> * m.m2;
+// Whether sums about this shift have lost too much to cancellation: it is more than so many deviations off the mean, and what
+// they lose grows with the square of that.
+FN_INLINE bool too_far(double shift, const Moments<double>& m, double deviations) {
+  return (m.mean - shift) * (m.mean - shift) * m.n > deviations * deviations * m.m2;
 }
 
 // Two passes in double: where the squares overflow float (|x| > 1e19), and for what is not finite. at(i) is a double.

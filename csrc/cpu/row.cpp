@@ -94,15 +94,16 @@ Moments<double> moments_about_mean(const T* row, int64_t n, double mean) {
 // In one pass, from plain sums of powers; in a second one, about the mean, where it is too far from zero for that.
 template <class T, size_t R, size_t CHAINS>
 void moments_of(const std::array<const T*, R>& rows, int64_t n, Moments<double>* out) {
+  constexpr double DEVIATIONS = sizeof(T) == 2 ? 8 : 1;  // little beside the rounding of y in each dtype
   std::array<std::array<const T*, 1>, R> at;
   repeat<R>([&](auto r) FN_LAMBDA { at[r] = {rows[r]}; });
   double sums[R][2];
-  sum_up<2, CHAINS>(at, n, Powers<T>{}, sums);
+  sum_up<2, CHAINS>(at, n, Products<T, 1>{}, sums);
   for (size_t r = 0; r < R; ++r) {
     out[r] = moments_about(0, static_cast<double>(n), sums[r][0], sums[r][1]);
     if (!std::isfinite(sums[r][1]))
       out[r] = moments_in_double(n, [&](int64_t i) { return static_cast<double>(rows[r][i]); });
-    else if (too_far<T>(0, out[r]))
+    else if (too_far(0, out[r], DEVIATIONS))
       out[r] = moments_about_mean(rows[r], n, out[r].mean);
   }
 }
