@@ -342,14 +342,22 @@ struct Backward {
     });
   }
 
+  // What the inputs of a block take: well inside a second-level cache; of short rows inside the first level; and little where
+  // those come from memory, so that reads and writes take turns.
+  int64_t block_bytes() const {
+    constexpr int64_t BYTES = 1 << 17, MEMORY = 32 << 20;
+    const int64_t row_bytes = g.N * static_cast<int64_t>(sizeof(T));
+    if (row_bytes <= 256 && 3 * g.M * row_bytes > MEMORY) return BYTES / 32;
+    return g.N <= SHORT ? BYTES / 8 : BYTES;
+  }
+
   void operator()(const RowsInput& dy, const RowsInput& x) const {
     if (split_rows(g)) return long_rows(dy, x);
     // Segments depend on the shape alone, so the sums do not depend on the threads; at most 128 rows, so that plain
     // additions will do; long rows in longer segments, whose partial sums are then little beside them.
     const int64_t rows_each = std::clamp<int64_t>(std::max(ceil_div(g.M, 32), g.N / 64), 32, 128);
     const int64_t segments = ceil_div(g.M, rows_each), width = ceil_div(g.N, 64) * 64;
-    constexpr int64_t BYTES = 1 << 17;  // well inside a second-level cache
-    const int64_t block_each = block_rows(g.N <= SHORT ? BYTES / 8 : BYTES, 2 * g.N * sizeof(T));
+    const int64_t block_each = block_rows(block_bytes(), 2 * g.N * sizeof(T));
     const bool sums = dweight.data || dbias.data;
     const Buffer<A> partial(sums ? segments * 2 * width : 0);
     const InLots<T> w(weight, g.N);
