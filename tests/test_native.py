@@ -78,8 +78,8 @@ def test_the_number_of_threads_does_not_show(norm, shape, layout, dtype, threads
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
-@pytest.mark.parametrize("shape", [(64, 768), (333, 100), (70, 5000)])
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
+@pytest.mark.parametrize("shape", [(64, 768), (333, 100), (70, 5000), (70, 5), (70, 9)])
 def test_a_row_does_not_depend_on_its_batch(shape, dtype):
     """Alone, in another place, among others: the same bits of y and dx, where four rows are summed together and where not."""
     x, dy, weight, bias = Case(shape, dtype=dtype, weight=dtype, bias=dtype).make_rows()
