@@ -10,10 +10,16 @@
 
 namespace fastnorm {
 
-// x_hat. The mean is a pair: at mean/std = 1e4 one float32 cannot hold it.
+// x - mean. The mean is a pair: at mean/std = 1e4 one float32 cannot hold it.
+template <class V>
+FN_HD V centre(V x, V mean_high, V mean_low) {
+  return (x - mean_high) - mean_low;
+}
+
+// x_hat
 template <class V>
 FN_HD V normalize(V x, V mean_high, V mean_low, V rstd) {
-  return ((x - mean_high) - mean_low) * rstd;
+  return centre(x, mean_high, mean_low) * rstd;
 }
 
 // The same where the mean's low part is lost in x itself: an x of 16 bits.
@@ -34,10 +40,11 @@ FN_HD V grad_input(V g, V x_hat, V rstd, V c1, V c2) {
   return (g - (c2 + x_hat * c1)) * rstd;
 }
 
-// The same where rstd is in the small terms already, for rows: c1 * rstd, c2 * rstd.
+// The same with rstd in every factor, for rows: d = x - mean, c1 * rstd^2 and c2 * rstd. For a rstd whose square is far from
+// the ends of V's range.
 template <class V>
-FN_HD V grad_input_scaled(V g, V x_hat, V rstd, V c1_rstd, V c2_rstd) {
-  return g * rstd - (c2_rstd + x_hat * c1_rstd);
+FN_HD V grad_input_scaled(V dz_rstd, V weight, V d, V c1_rstd2, V c2_rstd) {
+  return dz_rstd * weight - (c2_rstd + d * c1_rstd2);
 }
 
 // count, mean and sum of squares about the mean.

@@ -90,6 +90,45 @@ def test_a_row_does_not_depend_on_its_batch(shape, dtype):
         assert torch.equal(part[1], dx[rows])
 
 
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
+@pytest.mark.parametrize("N", [64, 2048])
+def test_a_row_does_not_depend_on_how_results_are_written(N, dtype):
+    """Large results go past the caches, small ones do not."""
+    rows = (48 << 20) // (N * dtype.itemsize) + 3
+    x, dy, weight, bias = Case((rows, N), dtype=dtype, weight=dtype, bias=dtype).make_rows()
+    y, dx, _, _ = everything(rows_of, x, dy, weight, bias)
+    for begin in range(0, rows, rows // 5):
+        some = slice(begin, begin + rows // 5)
+        part = everything(rows_of, x[some], dy[some], weight, bias)
+        assert torch.equal(part[0], y[some])
+        assert torch.equal(part[1], dx[some])
+
+
+SCALES = {
+    F64: (1e100, 1e30, 1e11, 1.0, 1e-11, 1e-30, 1e-100),
+    F32: (1e30, 1e19, 1e11, 1.0, 1e-11, 1e-17),
+    BF16: (1e30, 1e19, 1e11, 1.0, 1e-11, 1e-17),
+}
+
+
+@pytest.mark.parametrize("dtype", SCALES)
+@pytest.mark.parametrize("shape", [(7, 10), (28, 100), (21, 3000), (14, 40000)], ids=str)
+def test_rows_at_the_ends_of_the_range(shape, dtype):
+    """Rows of all sizes beside each other; the square of their rstd need not be a number of their dtype."""
+    scales = SCALES[dtype]
+    x, dy, weight, bias = Case(shape, dtype=dtype, weight=dtype, bias=dtype).make_rows()
+    x = (x.double() * torch.tensor(scales, dtype=F64).repeat(shape[0])[: shape[0], None]).to(dtype)
+    truth = layer_norm(x, shape[1:], weight, bias, eps=0, dy=dy)
+    norm = lambda x, w, b: fastnorm.layer_norm(x, shape[1:], w, b, eps=0)
+    y, dx, dweight, dbias = everything(norm, x, dy, weight, bias)
+    eps = 4 * torch.finfo(dtype).eps + 8 * torch.finfo(F64 if dtype == F64 else F32).eps
+    assert error(y, truth.y) <= eps * abs(truth.y).max()
+    for ours, theirs in zip(dx, truth.dx, strict=True):
+        assert error(ours, theirs) <= max(eps * abs(theirs).max(), torch.finfo(dtype).smallest_normal)
+    assert error(dweight, truth.dweight) <= eps * truth.dweight_terms
+    assert error(dbias, truth.dbias) <= eps * truth.dbias_terms
+
+
 CHANNEL_LAYOUTS = ("dense", "channels_last", "row_strided", "column_strided", "transposed", "mT", "every_second", "expanded")
 
 

@@ -96,7 +96,8 @@ struct Products {
   using V = Vec<T>;
   template <class R>
   FN_INLINE std::array<V, 2> operator()(R, int64_t, int64_t, const std::array<V, P>& v) const {
-    return {v[0], v[0] * v[P - 1]};
+    const V a = loaded(v[0]);
+    return {a, a * (P == 1 ? a : v[P - 1])};
   }
 #if defined(__AVX512BF16__)
   FN_INLINE void add_lot(const std::array<const T*, P>& at, int64_t i, V (&s)[2]) const {

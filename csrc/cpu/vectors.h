@@ -103,6 +103,16 @@ FN_INLINE Bits16 narrow(const BFloat16*, Floats v) { return reinterpret_cast<Bit
 FN_INLINE Bits16 narrow(const BFloat16*, Floats v) { return at::vec::cvtfp32_bf16(Register(v)); }
 #endif
 FN_INLINE Bits16 narrow(const Half*, Floats v) { return at::vec::cvtfp32_fp16(Register(v)); }
+#if defined(CPU_CAPABILITY_AVX512)
+// A cache line of two vectors.
+template <class T>
+FN_INLINE __m512i narrow_two(const T* p, Floats low, Floats high) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, BFloat16>) return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+#endif
+  return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(p, low)), narrow(p, high), 1);
+}
+#endif
 
 FN_INLINE Floats load(const BFloat16* p) { return widen(p, load_bits(p)); }
 FN_INLINE Floats load(const Half* p) { return widen(p, load_bits(p)); }
@@ -125,6 +135,21 @@ FN_INLINE Floats load(const BFloat16* p) { return load_each(p); }
 FN_INLINE Floats load(const Half* p) { return load_each(p); }
 FN_INLINE void store(BFloat16* p, Floats v) { store_each(p, v); }
 FN_INLINE void store(Half* p, Floats v) { store_each(p, v); }
+#endif
+
+// v itself, in a register from here on: gcc would load again what is used twice.
+#if defined(CPU_CAPABILITY_AVX512)
+FN_INLINE Doubles loaded(Doubles v) { return v; }
+FN_INLINE Floats loaded(Floats v) {
+  Register r = v;
+  asm("" : "+v"(r));
+  return r;
+}
+#else
+template <class V>
+FN_INLINE V loaded(V v) {
+  return v;
+}
 #endif
 
 // ---------------------------------------------------------------- several vectors, in any order
@@ -212,13 +237,46 @@ template <class T, size_t J>
 FN_INLINE void store_all(T* p, const std::array<Vec<T>, J>& v, int64_t count) {
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, BFloat16> && J % 2 == 0) {
-    repeat<J / 2>([&](auto j) {
-      _mm512_storeu_si512(p + 32 * j, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v[2 * j + 1], v[2 * j])));
-    });
+    repeat<J / 2>([&](auto j) { _mm512_storeu_si512(p + 32 * j, narrow_two(p, v[2 * j], v[2 * j + 1])); });
     return;
   }
 #endif
   repeat<J>([&](auto j) { store(p + j * lanes<Vec<T>>, v[j], count); });
+}
+
+// The same past the caches, whole cache lines of them; others may read them after stream_end().
+template <class T, size_t J>
+FN_INLINE void stream_all(T* p, const std::array<Vec<T>, J>& v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (sizeof(T) == 2 && J % 2 == 0) {
+    repeat<J / 2>(
+        [&](auto j) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p + 32 * j), narrow_two(p, v[2 * j], v[2 * j + 1])); });
+    return;
+  } else if constexpr (std::is_same_v<T, float>) {
+    repeat<J>([&](auto j) { _mm512_stream_ps(p + 16 * j, v[j]); });
+    return;
+  } else if constexpr (std::is_same_v<T, double>) {
+    repeat<J>([&](auto j) { _mm512_stream_pd(p + 8 * j, v[j]); });
+    return;
+  }
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (sizeof(T) == 2) {
+    repeat<J>([&](auto j) { _mm_stream_si128(reinterpret_cast<__m128i*>(p + 8 * j), narrow(p, v[j])); });
+    return;
+  } else if constexpr (std::is_same_v<T, float>) {
+    repeat<J>([&](auto j) { _mm256_stream_ps(p + 8 * j, v[j]); });
+    return;
+  } else if constexpr (std::is_same_v<T, double>) {
+    repeat<J>([&](auto j) { _mm256_stream_pd(p + 4 * j, v[j]); });
+    return;
+  }
+#endif
+  store_all<T, J>(p, v, lanes<Vec<T>>);
+}
+inline void stream_end() {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  _mm_sfence();
+#endif
 }
 
 // f(i, count) for vectors that cover [0, n); count is the number of lanes that exist.

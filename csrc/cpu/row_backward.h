@@ -1,0 +1,223 @@
+// Layer norm backward: the sums of a block of rows, then dx and their part of dweight and dbias.
+#pragma once
+
+#include <numeric>
+
+#include "row_blocks.h"
+
+namespace fastnorm::cpu {
+
+template <class T>
+struct RowBackward {
+  using A = Acc<T>;
+  using V = Vec<T>;
+  using Place = std::array<const T*, 2>;  // dy, x
+  Rows g;
+  ConstArray weight;
+  const A *mean, *rstd;
+  T* dx;
+  Array dweight, dbias;
+  bool stream = streams(dx, g.N * sizeof(T), 3 * g.M * g.N * sizeof(T));
+
+  // Adds the sums of g * (x - high) and of g over one piece of R rows; w, in lots, starts with the piece.
+  template <size_t R, size_t CHAINS>
+  void add_sums(const std::array<Place, R>& at, int64_t m, int64_t n, const A* w, double* sum_gd, double* sum_g) const {
+    double sums[R][2];
+    V high[R];
+    repeat<R>([&](auto k) FN_LAMBDA { high[k] = V(mean[m + k]); });
+    const auto terms = [&](V gi, V x, auto k) FN_LAMBDA { return std::array<V, 2>{gi * (x - high[k]), gi}; };
+    if (w)
+      sum_up<2, CHAINS>(
+          at, n,
+          [&](auto k, int64_t i, int64_t count, const std::array<V, 2>& v)
+              FN_LAMBDA { return terms(v[0] * load(w + i, count), v[1], k); },
+          sums);
+    else
+      sum_up<2, CHAINS>(
+          at, n, [&](auto k, int64_t, int64_t, const std::array<V, 2>& v) FN_LAMBDA { return terms(v[0], v[1], k); }, sums);
+    for (size_t k = 0; k < R; ++k) sum_gd[k] += sums[k][0], sum_g[k] += sums[k][1];
+  }
+
+  // What is constant along the rows of a block: c1 * rstd^2, c2 * rstd and rstd. In rows with a rstd at the ends of the range
+  // of A rstd is zero here, and c1 is multiplied by it once.
+  struct Constants {
+    A c1[MAX_BLOCK], c2[MAX_BLOCK], rstd[MAX_BLOCK];
+    bool extreme;
+  };
+
+  // Of rows [m, m + rows), from their sums.
+  void set_constants(int64_t m, int64_t rows, const double* sum_gd, const double* sum_g, Constants& c) const {
+    constexpr double LEAST = 1e-12, MOST = 1e12;
+    const double one_by_N = 1.0 / static_cast<double>(g.N);
+    const A *low = mean + g.M + m, *r = rstd + m;
+    bool any = false;
+    for (int64_t k = 0; k < rows; ++k) {
+      const double rstd_k = static_cast<double>(r[k]), by_N = rstd_k * one_by_N;
+      const bool extreme = (rstd_k < LEAST) | (rstd_k > MOST);
+      c.c1[k] = static_cast<A>((sum_gd[k] - static_cast<double>(low[k]) * sum_g[k]) * by_N * rstd_k * (extreme ? 1.0 : rstd_k));
+      c.c2[k] = static_cast<A>(sum_g[k] * by_N);
+      c.rstd[k] = extreme ? A(0) : r[k];
+      any |= extreme;
+    }
+    c.extreme = any;
+  }
+
+  // dx of elements [i0, i0 + n) of rows [m, m + rows), and their part of dw and db; w, dw and db start at i0.
+  template <class Parameter>
+  void grad_block(const Place* at, int64_t m, int64_t rows, int64_t i0, int64_t n, const Constants& c, const Parameter* w,
+                  A* dw, A* db) const {
+    const A *high = mean + m, *low = high + g.M;
+    const int64_t N = g.N;
+    for_groups<V, 8>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
+      constexpr int64_t W = lanes<V>;
+      V wi[J], dwi[J], dbi[J];
+      repeat<J>([&](auto j) FN_LAMBDA { wi[j] = w ? load(w + i + j * W, count) : V(1), dwi[j] = V(0), dbi[j] = V(0); });
+      T* out = dx ? dx + m * N + i0 + i : nullptr;
+      for (int64_t k = 0; k < rows; ++k) {
+        const V h(high[k]), l(low[k]), rk(c.rstd[k]), c1k(c.c1[k]), c2k(c.c2[k]);
+        const T *dy_k = at[k][0] + i, *x_k = at[k][1] + i;
+        std::array<V, J> v;
+        repeat<J>([&](auto j) FN_LAMBDA {
+          const V dz = load(dy_k + j * W, count), x = load(x_k + j * W, count);
+          const V d = sizeof(T) == 2 ? x - h : centre(x, h, l), dz_rstd = dz * rk;
+          v[j] = grad_input_scaled(dz_rstd, wi[j], d, c1k, c2k);
+          dwi[j] = dwi[j] + dz_rstd * d;
+          dbi[j] = dbi[j] + dz;
+        });
+        if (!out) continue;
+        if (J > 1 && stream) {
+          stream_all<T, J>(out + k * N, v);
+        } else {
+          store_all<T, J>(out + k * N, v, count);
+          if (J > 1) prefetch_for_write<T, J>(out + k * N + J * W);  // the way over the rows hides it from the processor
+        }
+      }
+      repeat<J>([&](auto j) FN_LAMBDA {
+        if (dw) store(dw + i + j * W, load(dw + i + j * W) + dwi[j]);
+        if (db) store(db + i + j * W, load(db + i + j * W) + dbi[j]);
+      });
+    });
+    for (int64_t k = 0; c.extreme && k < rows; ++k)
+      if (c.rstd[k] != rstd[m + k]) grad_extreme(at[k], m + k, i0, n, c.c1[k], c.c2[k], w, dw);
+  }
+
+  // dx and dw of a row that the constants leave out, in steps that stay inside the range of A. Of db nothing is left out.
+  template <class Parameter>
+  void grad_extreme(const Place& at, int64_t m, int64_t i0, int64_t n, A c1, A c2, const Parameter* w, A* dw) const {
+    for (int64_t i = 0; i < n; ++i) {
+      const A dz = static_cast<A>(at[0][i]), weight_i = w ? static_cast<A>(w[i]) : A(1);
+      const A x_hat = normalize(static_cast<A>(at[1][i]), mean[m], mean[g.M + m], rstd[m]);
+      if (dx) dx[m * g.N + i0 + i] = static_cast<T>(dz * weight_i * rstd[m] - (c2 + x_hat * c1));
+      if (dw) dw[i] += dz * x_hat;
+    }
+  }
+
+  void block(const Reader<T>& dy, const Reader<T>& x, int64_t m, int64_t rows, const InLots<T>& weights, A* dw, A* db) const {
+    const A* lots = weights;
+    Place at[MAX_BLOCK];
+    double sum_gd[MAX_BLOCK], sum_g[MAX_BLOCK];
+    Constants c;
+    for (int64_t k = 0; k < rows; ++k) at[k] = {dy(m + k, k, 0, g.N), x(m + k, k, 0, g.N)};
+    for (int64_t k = 0; k < rows; ++k) sum_gd[k] = sum_g[k] = 0;
+    if (dx)
+      for_sums(g.N, rows, [&](auto R, auto CHAINS, int64_t k) {
+        for (int64_t i = 0; i < g.N; i += PIECE) {
+          std::array<Place, R> piece;
+          for (size_t r = 0; r < R; ++r) piece[r] = {at[k + r][0] + i, at[k + r][1] + i};
+          this->template add_sums<R, CHAINS>(piece, m + k, std::min(PIECE, g.N - i), lots ? lots + i : lots, sum_gd + k,
+                                             sum_g + k);
+        }
+      });
+    set_constants(m, rows, sum_gd, sum_g, c);
+    grad_block(at, m, rows, 0, g.N, c, weights.in_order(), dw, db);
+  }
+
+  // Few long rows: the sums of all of them piece by piece, then each piece of all rows, so that dweight is whole at once.
+  void long_rows(const RowsInput& dy, const RowsInput& x) const {
+    const int64_t pieces = ceil_div(g.N, PIECE);
+    std::vector<double> sum_gd(g.M * pieces, 0.0), sum_g(g.M * pieces, 0.0);
+    if (dx)
+      parallel_for(g.M * pieces, 2 * PIECE, [&](int64_t begin, int64_t end) {
+        const Reader<T> read_dy(dy, 1, PIECE), read_x(x, 1, PIECE);
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t m = item / pieces, i = item % pieces * PIECE, n = std::min(PIECE, g.N - i);
+          this->template add_sums<1, 4>({Place{read_dy(m, 0, i, n), read_x(m, 0, i, n)}}, m, n, InLots<T>(weight, n, i),
+                                        &sum_gd[item], &sum_g[item]);
+        }
+      });
+    for (int64_t m = 0; m < g.M; ++m) {
+      for (auto* sum : {&sum_gd, &sum_g}) {
+        const auto first = sum->begin() + m * pieces;
+        (*sum)[m] = std::accumulate(first, first + pieces, 0.0);
+      }
+    }
+    Constants c;
+    set_constants(0, g.M, sum_gd.data(), sum_g.data(), c);
+    parallel_for(pieces, 2 * g.M * PIECE, [&](int64_t begin, int64_t end) {
+      const Reader<T> read_dy(dy, g.M, PIECE), read_x(x, g.M, PIECE);
+      const Buffer<A> partial(2 * PIECE);
+      A *dw = dweight.data ? partial + 0 : nullptr, *db = dbias.data ? partial + PIECE : nullptr;
+      for (int64_t item = end - 1; item >= begin; --item) {  // what was read last is in cache
+        const int64_t i = item * PIECE, n = std::min(PIECE, g.N - i);
+        Place at[FEW];
+        for (int64_t m = 0; m < g.M; ++m) at[m] = {read_dy(m, m, i, n), read_x(m, m, i, n)};
+        std::fill_n(static_cast<A*>(partial), 2 * PIECE, A(0));
+        with_parameters<T>(weight, {}, i, n, [&](const auto* w, const auto*) { grad_block(at, 0, g.M, i, n, c, w, dw, db); });
+        if (dw) set_elements(dweight, i, n, dw);
+        if (db) set_elements(dbias, i, n, db);
+      }
+      if (stream) stream_end();
+    });
+  }
+
+  // What the inputs of a block take: well inside a second-level cache; of short rows inside the first level; and little where
+  // those come from memory, so that reads and writes take turns.
+  int64_t block_bytes() const {
+    constexpr int64_t BYTES = 1 << 17, MEMORY = 32 << 20;
+    const int64_t row_bytes = g.N * static_cast<int64_t>(sizeof(T));
+    if (row_bytes <= 256 && 3 * g.M * row_bytes > MEMORY) return BYTES / 32;
+    return g.N <= SHORT ? BYTES / 8 : BYTES;
+  }
+
+  void operator()(const RowsInput& dy, const RowsInput& x) const {
+    if (split_rows(g)) return long_rows(dy, x);
+    // Segments depend on the shape alone, so the sums do not depend on the threads; at most 128 rows, so that plain
+    // additions will do; long rows in longer segments, whose partial sums are then little beside them.
+    const int64_t rows_each = std::clamp<int64_t>(std::max(ceil_div(g.M, 32), g.N / 64), 32, 128);
+    const int64_t segments = ceil_div(g.M, rows_each), width = ceil_div(g.N, 64) * 64;
+    const int64_t block_each = block_rows(block_bytes(), 2 * g.N * sizeof(T));
+    const bool sums = dweight.data || dbias.data;
+    const Buffer<A> partial(sums ? segments * 2 * width : 0);
+    const InLots<T> w(weight, g.N);
+    parallel_for(segments, 2 * rows_each * g.N, [&](int64_t begin, int64_t end) {
+      const Reader<T> read_dy(dy, block_each, g.N), read_x(x, block_each, g.N);
+      for (int64_t k = begin; k < end; ++k) {
+        A* dw = sums ? partial + 2 * width * k : nullptr;
+        if (sums) std::fill_n(dw, 2 * width, A(0));
+        const int64_t last = std::min(g.M, (k + 1) * rows_each);
+        for (int64_t m = k * rows_each; m < last; m += block_each)
+          block(read_dy, read_x, m, std::min(block_each, last - m), w, dweight.data ? dw : nullptr,
+                dbias.data ? dw + width : nullptr);
+      }
+      if (stream) stream_end();
+    });
+    if (!sums) return;
+    constexpr int64_t COLUMNS = 512;
+    parallel_for(ceil_div(g.N, COLUMNS), segments * COLUMNS, [&](int64_t begin, int64_t end) {
+      finish(partial, segments, width, dweight, begin * COLUMNS, std::min(g.N, end * COLUMNS));
+      finish(partial + width, segments, width, dbias, begin * COLUMNS, std::min(g.N, end * COLUMNS));
+    });
+  }
+
+  // Columns [begin, end) of a gradient: the sum over the segments.
+  static void finish(const A* partial, int64_t segments, int64_t width, Array out, int64_t begin, int64_t end) {
+    if (!out.data) return;
+    if (segments == 1) return set_elements(out, begin, end - begin, partial + begin);
+    std::vector<double> sum(end - begin, 0.0);
+    for (int64_t k = 0; k < segments; ++k)
+      for (int64_t i = begin; i < end; ++i) sum[i - begin] += static_cast<double>(partial[2 * width * k + i]);
+    set_elements(out, begin, end - begin, sum.data());
+  }
+};
+
+}  // namespace fastnorm::cpu

@@ -1,0 +1,186 @@
+// Layer norm forward: the moments of a block of rows, then y.
+#pragma once
+
+#include <limits>
+
+#include "row_blocks.h"
+
+namespace fastnorm::cpu {
+
+template <class T>
+Moments<double> moments_about_mean(const T* row, int64_t n, double mean) {
+  using V = Vec<T>;
+  const Acc<T> shift = static_cast<Acc<T>>(mean);
+  double sums[1][2];
+  const auto terms = [s = V(shift)](auto, int64_t, int64_t count, const std::array<V, 1>& x) FN_LAMBDA {
+    const V d = only(x[0] - s, count);
+    return std::array<V, 2>{d, d * d};
+  };
+  sum_up<2, 4>(std::array<std::array<const T*, 1>, 1>{{{row}}}, n, terms, sums);
+  return moments_about(static_cast<double>(shift), static_cast<double>(n), sums[0][0], sums[0][1]);
+}
+
+// Moments of the rows of a block: arrays, so that several rows are finished at once.
+struct BlockMoments {
+  double mean[MAX_BLOCK], m2[MAX_BLOCK];
+  Moments<double> get(int64_t k, int64_t n) const { return {static_cast<double>(n), mean[k], m2[k]}; }
+  void set(int64_t k, const Moments<double>& m) { mean[k] = m.mean, m2[k] = m.m2; }
+};
+
+static_assert(FEW <= MAX_BLOCK);
+
+// Whether the moments of n elements from sums about zero are not to be trusted.
+template <class T>
+bool unfit(const Moments<double>& m) {
+  constexpr double DEVIATIONS = sizeof(T) == 2 ? 8 : 1;  // little beside the rounding of y in each dtype
+  return !(m.m2 <= std::numeric_limits<double>::max()) | too_far(0, m, DEVIATIONS);
+}
+
+// In one pass, from plain sums of powers; in a second one, about the mean, where it is too far from zero for that.
+template <class T>
+void moments_of(const T* const* rows, int64_t count, int64_t n, BlockMoments& out) {
+  double sum[MAX_BLOCK], squares[MAX_BLOCK];
+  bool again = false;
+  const auto finish = [&](int64_t k, double sum_k, double squares_k) FN_LAMBDA {
+    const auto m = moments_about(0, static_cast<double>(n), sum_k, squares_k);
+    out.set(k, m);
+    again |= unfit<T>(m);
+  };
+  for_sums(n, count, [&](auto R, auto CHAINS, int64_t k) {
+    std::array<std::array<const T*, 1>, R> at;
+    double sums[R][2];
+    for (size_t r = 0; r < R; ++r) at[r] = {rows[k + r]};
+    sum_up<2, CHAINS>(at, n, Products<T, 1>{}, sums);
+    for (size_t r = 0; r < R; ++r) {
+      if (n > SHORT)
+        finish(k + r, sums[r][0], sums[r][1]);
+      else
+        sum[k + r] = sums[r][0], squares[k + r] = sums[r][1];
+    }
+  });
+  if (n <= SHORT)
+    for (int64_t k = 0; k < count; ++k) finish(k, sum[k], squares[k]);  // as vectors
+  if (!again) return;
+  for (int64_t k = 0; k < count; ++k) {
+    const auto m = out.get(k, n);
+    if (!unfit<T>(m)) continue;
+    if (!std::isfinite(m.m2))
+      out.set(k, moments_in_double(n, [&](int64_t i) { return static_cast<double>(rows[k][i]); }));
+    else
+      out.set(k, moments_about_mean(rows[k], n, m.mean));
+  }
+}
+
+template <class T>
+struct RowForward {
+  using A = Acc<T>;
+  using V = Vec<T>;
+  Rows g;
+  ConstArray weight, bias;
+  double eps;
+  T* y;
+  A *mean, *rstd;
+  bool stream = streams(y, g.N * sizeof(T), 2 * g.M * g.N * sizeof(T));
+
+  void save(int64_t m, int64_t rows, const BlockMoments& moments) const {
+    for (int64_t k = 0; k < rows; ++k) {
+      const Pair<A> centre(moments.mean[k]);
+      mean[m + k] = centre.high;
+      mean[g.M + m + k] = centre.low;
+      rstd[m + k] = static_cast<A>(1.0 / std::sqrt(moments.m2[k] / static_cast<double>(g.N) + eps));
+    }
+  }
+
+  // Elements [i0, i0 + n) of rows [m, m + rows), which x points to; w and b start at i0.
+  template <class Parameter>
+  void normalize_block(const T* const* x, int64_t m, int64_t rows, int64_t i0, int64_t n, const Parameter* w,
+                       const Parameter* b) const {
+    const A *high = mean + m, *low = high + g.M, *r = rstd + m;
+    const int64_t N = g.N;
+    for_groups<V, 8>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
+      constexpr int64_t W = lanes<V>;
+      V wi[J], bi[J];
+      repeat<J>([&](auto j) FN_LAMBDA {
+        wi[j] = w ? load(w + i + j * W, count) : V(1);
+        bi[j] = b ? load(b + i + j * W, count) : V(0);
+      });
+      T* out = y + m * N + i0 + i;
+      for (int64_t k = 0; k < rows; ++k, out += N) {
+        const XHat<T> x_hat(high[k], low[k], r[k]);
+        const T* in = x[k] + i;
+        std::array<V, J> v;
+        repeat<J>([&](auto j) FN_LAMBDA { v[j] = affine(x_hat(load(in + j * W, count)), wi[j], bi[j]); });
+        if (J > 1 && stream)
+          stream_all<T, J>(out, v);
+        else
+          store_all<T, J>(out, v, count);
+      }
+    });
+  }
+
+  template <class Parameter>
+  void block(const Reader<T>& read, int64_t m, int64_t rows, const Parameter* w, const Parameter* b) const {
+    const T* x[MAX_BLOCK];
+    for (int64_t k = 0; k < rows; ++k) x[k] = read(m + k, k, 0, g.N);
+    BlockMoments moments;
+    moments_of(x, rows, std::min(PIECE, g.N), moments);
+    for (int64_t i = PIECE; i < g.N; i += PIECE) {
+      const T* piece[MAX_BLOCK];
+      BlockMoments more;
+      const int64_t n = std::min(PIECE, g.N - i);
+      for (int64_t k = 0; k < rows; ++k) piece[k] = x[k] + i;
+      moments_of(piece, rows, n, more);
+      for (int64_t k = 0; k < rows; ++k) moments.set(k, merge(moments.get(k, i), more.get(k, n)));
+    }
+    save(m, rows, moments);
+    normalize_block(x, m, rows, 0, g.N, w, b);
+  }
+
+  // Few long rows: the statistics of all of them piece by piece, then each piece of all rows.
+  void long_rows(const RowsInput& x) const {
+    const int64_t pieces = ceil_div(g.N, PIECE);
+    std::vector<Moments<double>> partial(g.M * pieces);
+    parallel_for(g.M * pieces, PIECE, [&](int64_t begin, int64_t end) {
+      const Reader<T> read(x, 1, PIECE);
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t i = item % pieces * PIECE, n = std::min(PIECE, g.N - i);
+        const T* piece = read(item / pieces, 0, i, n);
+        BlockMoments moments;
+        moments_of(&piece, 1, n, moments);
+        partial[item] = moments.get(0, n);
+      }
+    });
+    BlockMoments moments{};
+    for (int64_t m = 0; m < g.M; ++m) {
+      auto total = partial[m * pieces];
+      for (int64_t k = 1; k < pieces; ++k) total = merge(total, partial[m * pieces + k]);
+      moments.set(m, total);
+    }
+    save(0, g.M, moments);
+    parallel_for(pieces, g.M * PIECE, [&](int64_t begin, int64_t end) {
+      const Reader<T> read(x, g.M, PIECE);
+      for (int64_t item = end - 1; item >= begin; --item) {  // what was read last is in cache
+        const int64_t i = item * PIECE, n = std::min(PIECE, g.N - i);
+        const T* at[FEW];
+        for (int64_t m = 0; m < g.M; ++m) at[m] = read(m, m, i, n);
+        with_parameters<T>(weight, bias, i, n, [&](const auto* w, const auto* b) { normalize_block(at, 0, g.M, i, n, w, b); });
+      }
+      if (stream) stream_end();
+    });
+  }
+
+  void operator()(const RowsInput& x) const {
+    if (split_rows(g)) return long_rows(x);
+    constexpr int64_t BYTES = 1 << 14;  // half of a first-level cache
+    const int64_t each = block_rows(BYTES, g.N * sizeof(T));
+    with_parameters<T>(weight, bias, 0, g.N, [&](const auto* w, const auto* b) {
+      parallel_for(ceil_div(g.M, each), each * g.N, [&](int64_t begin, int64_t end) {
+        const Reader<T> read(x, each, g.N);
+        for (int64_t k = begin; k < end; ++k) block(read, k * each, std::min(each, g.M - k * each), w, b);
+        if (stream) stream_end();
+      });
+    });
+  }
+};
+
+}  // namespace fastnorm::cpu
