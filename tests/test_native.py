@@ -104,6 +104,40 @@ def test_a_row_does_not_depend_on_how_results_are_written(N, dtype):
         assert torch.equal(part[1], dx[some])
 
 
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
+@pytest.mark.parametrize(("C", "layout"), [(32, "dense"), (32, "channels_last"), (256, "channels_last")])
+def test_a_sample_does_not_depend_on_how_results_are_written(C, layout, dtype):
+    """The same for channels: in evaluation, where a sample is its own."""
+    B = (48 << 20) // (C * 64 * 64 * dtype.itemsize) + 3
+    x, dy, weight, bias = Case((B, C, 64, 64), dtype=dtype, layout=layout).make_channels()
+    mean, var = torch.randn(C), torch.rand(C) + 0.5
+    norm = lambda x, w, b: fastnorm.batch_norm(x, mean.to(x.dtype), var.to(x.dtype), w, b, False)
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    y, dx, _, _ = everything(norm, x, dy, weight, bias)
+    for begin in range(0, B, B // 3):
+        some = slice(begin, begin + B // 3)
+        part = everything(norm, x[some], dy[some], weight, bias)
+        assert torch.equal(part[0], y[some])
+        assert torch.equal(part[1], dx[some])
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
+@pytest.mark.parametrize("shape", [(16, 24, 26), (8, 25, 23), (1, 61, 67), (2, 4, 4)], ids=str)
+@pytest.mark.parametrize("C", [1, 2, 3, 7, 20, 32, 64])
+def test_few_channels_last(C, shape, dtype):
+    """Several positions are one row where they divide B * H * W, which is 61 * 67 here, too."""
+    B, *space = shape
+    x, dy, weight, bias = Case((B, C, *space), dtype=dtype, weight=dtype, bias=dtype, layout="channels_last").make_channels()
+    dy = LAYOUTS["channels_last"](dy)
+    truth = batch_norm(x, weight, bias, dy=dy)
+    y, dx, dweight, dbias = everything(channels_of, x, dy, weight, bias)
+    eps = 4 * torch.finfo(dtype).eps + 8 * torch.finfo(F64 if dtype == F64 else F32).eps
+    assert error(y, truth.y) <= eps * abs(truth.y).max()
+    assert error(dx, truth.dx) <= eps * truth.dx_terms
+    assert error(dweight, truth.dweight) <= eps * truth.dweight_terms
+    assert error(dbias, truth.dbias) <= eps * truth.dbias_terms
+
+
 SCALES = {
     F64: (1e100, 1e30, 1e11, 1.0, 1e-11, 1e-30, 1e-100),
     F32: (1e30, 1e19, 1e11, 1.0, 1e-11, 1e-17),

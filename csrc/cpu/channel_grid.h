@@ -1,5 +1,6 @@
-// Channels side by side: a grid whose rows are positions and whose columns are channels, (B * S, C), or, for short runs of
-// neighbouring channels, samples by channels and positions, (B, C * S), where a channel has S columns.
+// Channels side by side: a grid whose rows are positions and whose columns are channels, (B * S, C); for few channels without
+// gaps, several positions are a row, (B * S / n, n * C), where a channel has every C-th column; and for short runs of
+// neighbouring channels rows are samples, (B, C * S), where a channel has S columns.
 //
 // Four rows at a time, so that a column's sums and constants are touched once for all four. Sums are taken over pieces of rows
 // of a fixed size, in their order, whoever takes them: the result does not depend on the number of threads. Inputs and outputs
@@ -7,71 +8,9 @@
 #pragma once
 
 #include "channel_ops.h"
+#include "transpose.h"
 
 namespace fastnorm::cpu {
-
-#if defined(CPU_CAPABILITY_AVX512)
-// Sixteen elements of two or four bytes as sixteen words, and back.
-template <class T>
-FN_INLINE __m512 load_words(const T* p) {
-  if constexpr (sizeof(T) == 4) return _mm512_loadu_ps(p);
-  return _mm512_castsi512_ps(_mm512_cvtepu16_epi32(load_bits(p)));
-}
-template <class T>
-FN_INLINE void store_words(T* p, __m512 v) {
-  if constexpr (sizeof(T) == 4)
-    _mm512_storeu_ps(p, v);
-  else
-    store_bits(p, _mm512_cvtepi32_epi16(_mm512_castps_si512(v)));
-}
-
-// A block of 16 by 16. at::vec's does the same, and clears four kilobytes on each call.
-template <class T>
-void transpose_block(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
-  __m512 a[16], b[16];
-  repeat<16>([&](auto k) FN_LAMBDA { a[k] = load_words(from + k * from_stride); });
-  repeat<8>([&](auto k) FN_LAMBDA {  // pairs of rows
-    b[2 * k] = _mm512_unpacklo_ps(a[2 * k], a[2 * k + 1]);
-    b[2 * k + 1] = _mm512_unpackhi_ps(a[2 * k], a[2 * k + 1]);
-  });
-  repeat<8>([&](auto k) FN_LAMBDA {  // fours of rows: a[4q + c] has columns c, c + 4, c + 8, c + 12 of rows 4q to 4q + 3
-    constexpr size_t q = k / 2 * 4, h = k % 2;
-    const __m512d x = _mm512_castps_pd(b[q + h]), y = _mm512_castps_pd(b[q + h + 2]);
-    a[q + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
-    a[q + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
-  });
-  repeat<4>([&](auto c) FN_LAMBDA {
-    const __m512 low = _mm512_shuffle_f32x4(a[c], a[c + 4], 0x88), high = _mm512_shuffle_f32x4(a[c], a[c + 4], 0xdd);
-    const __m512 low2 = _mm512_shuffle_f32x4(a[c + 8], a[c + 12], 0x88),
-                 high2 = _mm512_shuffle_f32x4(a[c + 8], a[c + 12], 0xdd);
-    store_words(to + c * to_stride, _mm512_shuffle_f32x4(low, low2, 0x88));
-    store_words(to + (c + 4) * to_stride, _mm512_shuffle_f32x4(high, high2, 0x88));
-    store_words(to + (c + 8) * to_stride, _mm512_shuffle_f32x4(low, low2, 0xdd));
-    store_words(to + (c + 12) * to_stride, _mm512_shuffle_f32x4(high, high2, 0xdd));
-  });
-}
-#endif
-
-// to[j][i] = from[i][j]
-template <class T>
-void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
-  constexpr int64_t BLOCK = 16;
-  for (int64_t i = 0; i < rows; i += BLOCK)
-    for (int64_t j = 0; j < columns; j += BLOCK) {
-      const int64_t m = std::min(BLOCK, rows - i), n = std::min(BLOCK, columns - j);
-      const T* block = from + i * from_stride + j;
-      T* turned = to + j * to_stride + i;
-#if defined(CPU_CAPABILITY_AVX512)
-      if constexpr (sizeof(T) <= 4)
-        if (m == BLOCK && n == BLOCK) {
-          transpose_block(block, from_stride, turned, to_stride);
-          continue;
-        }
-#endif
-      for (int64_t r = 0; r < m; ++r)
-        for (int64_t c = 0; c < n; ++c) turned[c * to_stride + r] = block[r * from_stride + c];
-    }
-}
 
 constexpr int64_t TILE_ROWS = 16;  // are added plainly, by fours, before their sum goes to double
 constexpr int64_t SMALL = 32768;   // elements that one thread is faster with, and that every four rows' sum goes to double of
@@ -86,20 +25,39 @@ class GridSweep {
 
   GridSweep(Channels g, const Inputs<P>& in) : g_(g), in_(in), flat_(side_by_side(g, in)) {
     fold_ = flat_ ? g.S : 1;
-    rows_ = flat_ ? g.B : g.count();
-    columns_ = g.C * fold_;
     for (size_t p = 0; p < P; ++p) direct_[p] = flat_ || in[p]->channel == 1 || g.C == 1;
     direct_out_ = flat_ || g.last || g.C == 1;
     read_in_place_ = std::all_of(direct_.begin(), direct_.end(), [](bool d) { return d; });
+    positions_ = packed(g, in) ? positions_in_row(g) : 1;
+    rows_ = flat_ ? g.B : g.count() / positions_;
+    columns_ = g.C * fold_ * positions_;
     const int64_t widest = read_in_place_ && direct_out_ ? MAX_COLUMNS : TURNED_COLUMNS;
     // Rows of neighbouring samples are far apart, so a block is as wide as lets it stay in cache.
     const int64_t fitting = flat_ ? CACHE / static_cast<int64_t>(rows_ * sizeof(T) * P) : widest;
-    width_ = std::max<int64_t>(1, std::min(widest, fitting) / fold_) * fold_;
+    width_ = std::max<int64_t>(1, std::min(widest, fitting) / (fold_ * positions_)) * fold_ * positions_;
     width_ = std::min(width_, columns_);
     blocks_ = ceil_div(columns_, width_);
     piece_ = std::clamp<int64_t>(65536 / width_ / TILE_ROWS * TILE_ROWS, 4 * TILE_ROWS, 1024);
     pieces_ = ceil_div(rows_, piece_);
     summed_rows_ = rows_ * columns_ <= SMALL ? 4 : TILE_ROWS;
+  }
+
+  // A kilobyte, so that four rows a quarter of a piece apart can lie in different sets of a cache.
+  static constexpr int64_t PACKED_COLUMNS = 1024 / static_cast<int64_t>(sizeof(T));
+
+  // Whether positions follow each other without gaps, all channels of each; few channels, so that it is worth something.
+  bool packed(Channels g, const Inputs<P>& in) const {
+    const auto dense = [&](const auto* x) {
+      return x->channel == 1 && x->positions.rank == 1 && x->positions.stride[0] == g.C;
+    };
+    return !flat_ && g.last && 4 * g.C <= PACKED_COLUMNS && std::all_of(in.begin(), in.end(), dense);
+  }
+  // As many as leave enough rows for a piece.
+  static int64_t positions_in_row(Channels g) {
+    constexpr int64_t MOST = 64;
+    int64_t n = std::min({MOST, PACKED_COLUMNS / g.C, g.count() / (4 * TILE_ROWS)});
+    while (n > 1 && g.count() % n != 0) --n;
+    return std::max<int64_t>(1, n);
   }
 
   // Whether enough samples have their channels one after the other, so that they are rows of C * S columns.
@@ -134,10 +92,12 @@ class GridSweep {
 
   template <class Value>
   void apply(const Constants<A, Value::K>& constants, T* out) const {
+    const bool stream = streams_to(out);
     parallel_for(pieces_ * blocks_, elements(piece_ * width_), [&](int64_t begin, int64_t end) {
       const Tiles tiles(*this);
       for (int64_t item = end - 1; item >= begin; --item)  // what was read last is in cache
-        apply_piece<Value>(tiles, item / blocks_, block(item % blocks_), constants, out);
+        apply_piece<Value>(tiles, item / blocks_, block(item % blocks_), constants, out, stream);
+      if (stream) stream_end();
     });
   }
 
@@ -149,24 +109,32 @@ class GridSweep {
       sum<Terms>(shift, settle);
       return apply<Value>(constants, out);
     }
+    const bool stream = streams_to(out);
     parallel_for(blocks_, elements(rows_ * width_), [&](int64_t begin, int64_t end) {
       const Tiles tiles(*this);
       for (int64_t k = begin; k < end; ++k) {
         sum_block<Terms>(tiles, block(k), shift, settle);
-        for (int64_t piece = pieces_ - 1; piece >= 0; --piece) apply_piece<Value>(tiles, piece, block(k), constants, out);
+        for (int64_t piece = pieces_ - 1; piece >= 0; --piece)
+          apply_piece<Value>(tiles, piece, block(k), constants, out, stream);
       }
+      if (stream) stream_end();
     });
   }
 
  private:
   static int64_t elements(int64_t each) { return each * static_cast<int64_t>(P); }
 
+  bool streams_to(const T* out) const {
+    const auto bytes = [](int64_t n) { return n * static_cast<int64_t>(sizeof(T)); };
+    return direct_out_ && bytes(width_) % 64 == 0 && streams(out, bytes(columns_), bytes(rows_ * columns_ * (P + 1)));
+  }
+
   struct Block {
     int64_t column, columns, channel, channels;
   };
   Block block(int64_t k) const {
     const int64_t column = k * width_, columns = std::min(width_, columns_ - column);
-    return {column, columns, column / fold_, columns / fold_};
+    return {column, columns, column / fold_, columns / (fold_ * positions_)};
   }
 
   // ------------------------------------------------------------ rows and tiles
@@ -182,7 +150,7 @@ class GridSweep {
   };
 
   const T* row(size_t p, int64_t r, int64_t column) const {
-    return data<T>(*in_[p]) + (flat_ ? r * in_[p]->sample : in_[p]->positions.offset(r)) + column;
+    return data<T>(*in_[p]) + (flat_ ? r * in_[p]->sample : in_[p]->positions.offset(r * positions_)) + column;
   }
 
   // f(row of the tile, b, s, how many) for the runs of rows that lie in one sample.
@@ -259,17 +227,18 @@ class GridSweep {
 
   // ------------------------------------------------------------ sums
 
-  // Constants of the channels as constants of the columns: themselves, or each S times.
+  // Constants of the channels as constants of the columns: themselves, or each S times, or all of them for every position.
   template <size_t K>
   class Expanded {
    public:
     Expanded(const GridSweep& s, const Block& k, const std::array<const A*, K>& of)
-        : own_(s.fold_ > 1 ? static_cast<int64_t>(K) * lined_up(k.columns) : 0) {
+        : own_(s.fold_ * s.positions_ > 1 ? static_cast<int64_t>(K) * lined_up(k.columns) : 0) {
       for (size_t i = 0; i < K; ++i) {
         at_[i] = of[i] + k.channel;
-        if (s.fold_ == 1) continue;
+        if (s.fold_ * s.positions_ == 1) continue;
         A* to = own_ + static_cast<int64_t>(i) * lined_up(k.columns);
-        for (int64_t c = 0; c < k.channels; ++c) std::fill_n(to + c * s.fold_, s.fold_, at_[i][c]);
+        for (int64_t c = 0; s.fold_ > 1 && c < k.channels; ++c) std::fill_n(to + c * s.fold_, s.fold_, at_[i][c]);
+        for (int64_t j = 0; s.positions_ > 1 && j < s.positions_; ++j) std::copy_n(at_[i], k.channels, to + j * k.channels);
         at_[i] = to;
       }
     }
@@ -321,16 +290,22 @@ class GridSweep {
     }
   }
 
-  // Settles channels [begin, begin + n) from the sums of their columns; false where some are still open.
+  static double sum_of(const double* s, int64_t n) {
+    if (n == 1) return *s;
+    Doubles sum(0);
+    for_vectors<Doubles>(n, [&](int64_t i, int64_t count) FN_LAMBDA { sum = sum + load(s + i, count); });
+    return total(sum);
+  }
+
+  // Settles channels [begin, begin + n) from the sums of their columns, which are spent; false where some are still open.
   template <class Settle>
-  bool settle_all(int64_t begin, int64_t n, const double* s, const double* q, std::vector<char>& settled,
-                  const Settle& settle) const {
+  bool settle_all(int64_t begin, int64_t n, double* s, double* q, std::vector<char>& settled, const Settle& settle) const {
     bool all = true;
+    for (int64_t j = 1; j < positions_; ++j)
+      for (int64_t c = 0; c < n; ++c) s[c] += s[j * n + c], q[c] += q[j * n + c];
     for (int64_t c = 0; c < n; ++c) {
       if (settled[c]) continue;
-      std::array<double, 2> sums{};
-      for (int64_t i = c * fold_; i < (c + 1) * fold_; ++i) sums[0] += s[i], sums[1] += q[i];
-      settled[c] = settle(begin + c, sums);
+      settled[c] = settle(begin + c, {sum_of(s + c * fold_, fold_), sum_of(q + c * fold_, fold_)});
       all = all && settled[c];
     }
     return all;
@@ -370,7 +345,7 @@ class GridSweep {
 
   template <class Value, size_t R>
   static void apply_rows(const std::array<std::array<const T*, P>, R>& at, int64_t n,
-                         const std::array<const A*, Value::K>& constants, const std::array<T*, R>& out) {
+                         const std::array<const A*, Value::K>& constants, const std::array<T*, R>& out, bool stream) {
     for_groups<V, LOT<T>>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
       std::array<V, Value::K> constant[J];
       repeat<J>([&](auto j) FN_LAMBDA {
@@ -381,13 +356,14 @@ class GridSweep {
         repeat<J>([&](auto j) FN_LAMBDA {
           v[j] = Value::value(load_inputs<T, P>(at[r], i + static_cast<int64_t>(j) * lanes<V>, count), constant[j]);
         });
-        store_all<T, J>(out[r] + i, v, count);
+        put_all<T, J>(out[r] + i, v, count, stream);
       });
     });
   }
 
   template <class Value>
-  void apply_piece(const Tiles& tiles, int64_t piece, const Block& k, const Constants<A, Value::K>& constants, T* out) const {
+  void apply_piece(const Tiles& tiles, int64_t piece, const Block& k, const Constants<A, Value::K>& constants, T* out,
+                   bool stream) const {
     const int64_t all = std::min(piece_, rows_ - piece * piece_);
     const Order ordered = order(piece, read_in_place_ && direct_out_);
     std::array<const A*, Value::K> of, at_columns;
@@ -403,7 +379,7 @@ class GridSweep {
           const int64_t index = i + static_cast<int64_t>(r);
           to[r] = direct_out_ ? out + ordered(begin + index) * columns_ + k.column : tile + index * TURNED_COLUMNS;
         }
-        apply_rows<Value, R>(at, k.columns, at_columns, to);
+        apply_rows<Value, R>(at, k.columns, at_columns, to, stream);
       });
       if (!direct_out_) put(tile, ordered.first + begin, rows, k, out);
     }
@@ -413,7 +389,7 @@ class GridSweep {
   Inputs<P> in_;
   bool flat_, direct_out_, read_in_place_;
   std::array<bool, P> direct_;
-  int64_t fold_, rows_, columns_, width_, blocks_, piece_, pieces_, summed_rows_;
+  int64_t fold_, positions_, rows_, columns_, width_, blocks_, piece_, pieces_, summed_rows_;
 };
 
 }  // namespace fastnorm::cpu

@@ -43,9 +43,11 @@ class RunSweep {
 
   template <class Value>
   void apply(const Constants<A, Value::K>& constants, T* out) const {
+    const bool stream = streams_to(out);
     parallel_for(g_.C * pieces_, elements(samples_ * positions_), [&](int64_t begin, int64_t end) {
       for (int64_t item = end - 1; item >= begin; --item)  // what was read last is in cache
-        apply_piece<Value>(item / pieces_, item % pieces_, constants, out);
+        apply_piece<Value>(item / pieces_, item % pieces_, constants, out, stream);
+      if (stream) stream_end();
     });
   }
 
@@ -56,18 +58,25 @@ class RunSweep {
       sum<Terms>(shift, settle);
       return apply<Value>(constants, out);
     }
+    const bool stream = streams_to(out);
     parallel_for(g_.C, elements(g_.B * g_.S), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         if (Terms::GUESS) shift[c] = guess(c);
         while (!settle(c, channel_sums<Terms>(c, shift[c]))) continue;
-        for (int64_t k = pieces_ - 1; k >= 0; --k) apply_piece<Value>(c, k, constants, out);
+        for (int64_t k = pieces_ - 1; k >= 0; --k) apply_piece<Value>(c, k, constants, out, stream);
       }
+      if (stream) stream_end();
     });
   }
 
  private:
   static constexpr int64_t PIECE = 16384;
   static int64_t elements(int64_t each) { return each * static_cast<int64_t>(P); }
+
+  bool streams_to(const T* out) const {
+    const int64_t run = g_.S * static_cast<int64_t>(sizeof(T));
+    return streams(out, run, g_.B * g_.C * run * static_cast<int64_t>(P + 1));
+  }
 
   static void add(Pair2& sums, const Pair2& more) {
     for (int q = 0; q < 2; ++q) sums[q] += more[q];
@@ -136,7 +145,7 @@ class RunSweep {
   }
 
   template <class Value>
-  void apply_piece(int64_t c, int64_t piece, const Constants<A, Value::K>& constants, T* out) const {
+  void apply_piece(int64_t c, int64_t piece, const Constants<A, Value::K>& constants, T* out, bool stream) const {
     const Part w = part(piece);
     std::array<V, Value::K> constant;
     repeat<Value::K>([&](auto k) FN_LAMBDA { constant[k] = V(constants[k][c]); });
@@ -148,7 +157,7 @@ class RunSweep {
         repeat<J>([&](auto j) FN_LAMBDA {
           v[j] = Value::value(load_inputs<T, P>(at, i + static_cast<int64_t>(j) * lanes<V>, count), constant);
         });
-        store_all<T, J>(to + i, v, count);
+        put_all<T, J>(to + i, v, count, stream);
       });
     }
   }

@@ -85,12 +85,9 @@ struct RowBackward {
           dbi[j] = dbi[j] + dz;
         });
         if (!out) continue;
-        if (J > 1 && stream) {
-          stream_all<T, J>(out + k * N, v);
-        } else {
-          store_all<T, J>(out + k * N, v, count);
-          if (J > 1) prefetch_for_write<T, J>(out + k * N + J * W);  // the way over the rows hides it from the processor
-        }
+        put_all<T, J>(out + k * N, v, count, stream);
+        if (J > 1 && !stream)
+          prefetch_for_write<T, J>(out + k * N + J * W);  // the way over the rows hides it from the processor
       }
       repeat<J>([&](auto j) FN_LAMBDA {
         if (dw) store(dw + i + j * W, load(dw + i + j * W) + dwi[j]);

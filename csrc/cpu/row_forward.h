@@ -110,10 +110,7 @@ struct RowForward {
         const T* in = x[k] + i;
         std::array<V, J> v;
         repeat<J>([&](auto j) FN_LAMBDA { v[j] = affine(x_hat(load(in + j * W, count)), wi[j], bi[j]); });
-        if (J > 1 && stream)
-          stream_all<T, J>(out, v);
-        else
-          store_all<T, J>(out, v, count);
+        put_all<T, J>(out, v, count, stream);
       }
     });
   }

@@ -244,7 +244,7 @@ FN_INLINE void store_all(T* p, const std::array<Vec<T>, J>& v, int64_t count) {
   repeat<J>([&](auto j) { store(p + j * lanes<Vec<T>>, v[j], count); });
 }
 
-// The same past the caches, whole cache lines of them; others may read them after stream_end().
+// The same past the caches, whole cache lines of them; others may read them after stream_end(). put_all: the one or the other.
 template <class T, size_t J>
 FN_INLINE void stream_all(T* p, const std::array<Vec<T>, J>& v) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -272,6 +272,14 @@ FN_INLINE void stream_all(T* p, const std::array<Vec<T>, J>& v) {
   }
 #endif
   store_all<T, J>(p, v, lanes<Vec<T>>);
+}
+template <class T, size_t J>
+FN_INLINE void put_all(T* p, const std::array<Vec<T>, J>& v, int64_t count, bool stream) {
+  constexpr int64_t W = lanes<Vec<T>>;
+  if (stream && J * W * sizeof(T) % 64 == 0 && (J > 1 || count == W))
+    stream_all<T, J>(p, v);
+  else
+    store_all<T, J>(p, v, count);
 }
 inline void stream_end() {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
