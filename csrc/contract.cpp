@@ -136,8 +136,15 @@ struct Running {
 
 }  // namespace
 
-Tensor row_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, double eps, int64_t N, Statistics s) {
+Statistics SavedStatistics::make(const Tensor& x, int64_t n) {
+  mean = empty({2, n}, accumulate_type(x));
+  rstd = empty({n}, accumulate_type(x));
+  return {mean.mutable_data_ptr(), rstd.mutable_data_ptr()};
+}
+
+Tensor row_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, double eps, int64_t N, MakeStatistics make) {
   Tensor keep, w, b, y = empty_result(x);
+  const Statistics s = make();
   cpu::row_fwd({x.numel() / N, N}, rows_input(x, "x", N, keep), parameter(weight, "weight", N, w),
                parameter(bias, "bias", N, b), eps, output(y), s.mean, s.rstd);
   return y;
@@ -149,10 +156,9 @@ std::tuple<Tensor, Tensor, Tensor> row_fwd(const Tensor& x_, const Maybe& weight
   TORCH_CHECK(N > 0 && x_.numel() > 0 && x_.numel() % N == 0, "x with ", x_.numel(), " elements is not rows of ", N);
   // No CPU autocast wants a dtype, so the kernels have none: a copy of x will do.
   const Tensor x = as(x_, dtype.value_or(x_.scalar_type()));
-  const int64_t M = x.numel() / N;
-  Tensor mean = empty({2, M}, accumulate_type(x)), rstd = empty({M}, accumulate_type(x));
-  Tensor y = row_forward(x, weight, bias, eps, N, {mean.mutable_data_ptr(), rstd.mutable_data_ptr()});
-  return {y, mean, rstd};
+  SavedStatistics s;
+  Tensor y = row_forward(x, weight, bias, eps, N, [&] { return s.make(x, x.numel() / N); });
+  return {y, s.mean, s.rstd};
 }
 
 Grads row_bwd(const Tensor& dy_, const Tensor& x, const Maybe& weight, const Tensor& mean, const Tensor& rstd,
@@ -211,10 +217,11 @@ Tensor channel_grad(const Tensor& dy, const Tensor& x, const Tensor& mean, const
   return dx;
 }
 
-Tensor channel_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, const BatchOptions& o, Statistics s) {
+Tensor channel_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, const BatchOptions& o, MakeStatistics make) {
   const Shaped d(x);
   const Running m(o.running_mean, "running_mean", d.g.C), v(o.running_var, "running_var", d.g.C);
   Tensor w, b, y = d.empty_like();
+  const Statistics s = make();
   cpu::channel_fwd(d.g, d.in, parameter(weight, "weight", d.g.C, w), parameter(bias, "bias", d.g.C, b), m.array(), v.array(),
                    o.training, o.momentum, o.eps, output(y), s.mean, s.rstd);
   if (o.training) m.write_back(), v.write_back();
@@ -226,11 +233,10 @@ std::tuple<Tensor, Tensor, Tensor> channel_fwd(const Tensor& x, const Maybe& wei
                                                double momentum, double eps) {
   TORCH_CHECK(running_mean.has_value() == running_var.has_value() && (training || running_mean),
               "running_mean and running_var are given together, and always in evaluation");
-  const int64_t C = channels_of(x);
-  Tensor mean = empty({2, C}, accumulate_type(x)), rstd = empty({C}, accumulate_type(x));
+  SavedStatistics s;
   Tensor y = channel_forward(x, weight, bias, {running_mean, running_var, training, momentum, eps},
-                             {mean.mutable_data_ptr(), rstd.mutable_data_ptr()});
-  return {y, mean, rstd};
+                             [&] { return s.make(x, channels_of(x)); });
+  return {y, s.mean, s.rstd};
 }
 
 Grads channel_bwd(const Tensor& dy, const Tensor& x, const Maybe& weight, const Tensor& mean, const Tensor& rstd, bool training,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/FunctionRef.h>
 
 #include <optional>
 #include <tuple>
@@ -33,16 +34,23 @@ Grads channel_bwd(const Tensor& dy, const Tensor& x, const Maybe& weight, const 
                   const Need& need);
 
 // The forward passes with statistics in the caller's memory, for a tensor costs a quarter of a microsecond: mean, 2 n elements,
-// and rstd, n, of x's accumulate dtype, where n is the number of rows or of channels.
+// and rstd, n, of x's accumulate dtype, where n is the number of rows or of channels. They are asked for once y is there: small
+// memory taken first may be cut from what an earlier y has left, and this one would go to new pages.
 struct Statistics {
   void *mean, *rstd;
+};
+using MakeStatistics = c10::function_ref<Statistics()>;
+// Two tensors, as in autograd.py, for a checkpoint may run the one path and then the other and counts what they save.
+struct SavedStatistics {
+  Tensor mean, rstd;
+  Statistics make(const Tensor& x, int64_t n);
 };
 struct BatchOptions {
   const Maybe &running_mean, &running_var;
   bool training;
   double momentum, eps;
 };
-Tensor row_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, double eps, int64_t N, Statistics s);
-Tensor channel_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, const BatchOptions& o, Statistics s);
+Tensor row_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, double eps, int64_t N, MakeStatistics make);
+Tensor channel_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, const BatchOptions& o, MakeStatistics make);
 
 }  // namespace fastnorm

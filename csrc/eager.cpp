@@ -93,24 +93,16 @@ bool wants_grad(const Tensor& x, const Maybe& weight, const Maybe& bias) {
 
 Maybe given(const Tensor& t) { return t.defined() ? Maybe(t) : std::nullopt; }
 
-// mean and rstd of n rows or channels. Two tensors, as in autograd.py, for a checkpoint may run the one path and then the other
-// and counts what they save.
-struct SavedStatistics {
-  Tensor mean, rstd;
-  SavedStatistics(const Tensor& x, int64_t n) : mean(empty({2, n}, accumulate_type(x))), rstd(empty({n}, accumulate_type(x))) {}
-  operator Statistics() const { return {mean.mutable_data_ptr(), rstd.mutable_data_ptr()}; }
-};
-
-// The same for a call without a graph: forgotten at its end.
+// Statistics for a call without a graph: forgotten at its end.
 class ScratchStatistics {
  public:
-  ScratchStatistics(const Tensor& x, int64_t n) : each_(n * (x.scalar_type() == at::kDouble ? 8 : 4)) {
-    all_.resize_for_overwrite(static_cast<size_t>(3 * each_ + 7) / 8);
+  Statistics make(const Tensor& x, int64_t n) {
+    const int64_t each = n * (x.scalar_type() == at::kDouble ? 8 : 4);  // bytes
+    all_.resize_for_overwrite(static_cast<size_t>(3 * each + 7) / 8);
+    return {all_.data(), reinterpret_cast<char*>(all_.data()) + 2 * each};
   }
-  operator Statistics() { return {all_.data(), reinterpret_cast<char*>(all_.data()) + 2 * each_}; }
 
  private:
-  int64_t each_;  // bytes
   c10::SmallVector<double, 32> all_;
 };
 
@@ -186,12 +178,13 @@ Tensor shaped(const Maybe& d, at::IntArrayRef shape) { return !d ? Tensor() : sh
 struct FastnormLayerNorm : torch::autograd::Function<FastnormLayerNorm> {
   static constexpr bool is_traceable = true;  // compiled autograd: all that backward reads is saved, the formula is torch's
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Maybe& weight, const Maybe& bias, double eps, int64_t N) {
-    const SavedStatistics s(x, x.numel() / N);
+    SavedStatistics s;
+    Tensor y = row_forward(x, weight, bias, eps, N, [&] { return s.make(x, x.numel() / N); });
     remember(ctx, x, weight, bias, s, eps);
     ctx->saved_data["N"] = N;  // compiled autograd asks again with symbols in the place of sizes
     const Maybe& parameter = weight ? weight : bias;
     if (parameter && parameter->dim() > 1) ctx->saved_data["shape"] = parameter->sizes().vec();
-    return row_forward(x, weight, bias, eps, N, s);
+    return y;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& dy) {
     const auto saved = ctx->get_saved_variables();
@@ -210,10 +203,11 @@ struct FastnormLayerNorm : torch::autograd::Function<FastnormLayerNorm> {
 struct FastnormBatchNorm : torch::autograd::Function<FastnormBatchNorm> {
   static constexpr bool is_traceable = true;
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Maybe& weight, const Maybe& bias, const BatchOptions& o) {
-    const SavedStatistics s(x, x.size(1));
+    SavedStatistics s;
+    Tensor y = channel_forward(x, weight, bias, o, [&] { return s.make(x, x.size(1)); });
     remember(ctx, x, weight, bias, s, o.eps);
     ctx->saved_data["training"] = o.training;
-    return channel_forward(x, weight, bias, o, s);
+    return y;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& dy) {
     const auto saved = ctx->get_saved_variables();
@@ -245,8 +239,9 @@ PyObject* layer_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Tensor y;
   {
     const py::gil_scoped_release no_gil;
+    ScratchStatistics s;
     y = wants_grad(x, weight, bias) ? apply<FastnormLayerNorm>(x, weight, bias, eps, N)
-                                    : row_forward(x, weight, bias, eps, N, ScratchStatistics(x, x.numel() / N));
+                                    : row_forward(x, weight, bias, eps, N, [&] { return s.make(x, x.numel() / N); });
   }
   return THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS
@@ -272,8 +267,9 @@ PyObject* batch_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Tensor y;
   {
     const py::gil_scoped_release no_gil;
+    ScratchStatistics s;
     y = wants_grad(x, weight, bias) ? apply<FastnormBatchNorm>(x, weight, bias, o)
-                                    : channel_forward(x, weight, bias, o, ScratchStatistics(x, C[0]));
+                                    : channel_forward(x, weight, bias, o, [&] { return s.make(x, C[0]); });
   }
   return THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS

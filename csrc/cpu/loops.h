@@ -49,7 +49,7 @@ void parallel_for(int64_t items, int64_t elements_per_item, const F& f) {
 // Whether rows of `row_bytes` from `out` on are written past the caches: where the `bytes` that a call reads and writes leave
 // nothing of them there, and in whole cache lines. It spares the processor to read what it overwrites.
 inline bool streams(const void* out, int64_t row_bytes, int64_t bytes) {
-  constexpr int64_t CACHES = 32 << 20, LINE = 64;
+  constexpr int64_t CACHES = 28 << 20, LINE = 64;
   return bytes >= CACHES && row_bytes % LINE == 0 && reinterpret_cast<uintptr_t>(out) % LINE == 0;
 }
 
@@ -183,15 +183,25 @@ class Widened {
 template <class T>
 class InLots {
  public:
-  InLots(ConstArray a, int64_t n, int64_t begin = 0) : widened_(a, n, begin), own_(a.data && LOT<T> > 1 ? n : 0) {
-    if (a.data && LOT<T> > 1) in_lots<T>(static_cast<const Acc<T>*>(widened_), n, static_cast<Acc<T>*>(own_));
+  InLots(ConstArray a, int64_t n, int64_t begin = 0) {
+    if (!a.data) return;
+    with_type(a.dtype, [&](auto* t) {
+      using S = std::remove_pointer_t<decltype(t)>;
+      const S* from = static_cast<const S*>(a.data) + begin;
+      if constexpr (LOT<T> == 1 && std::is_same_v<S, Acc<T>>) {
+        data_ = from;
+      } else {
+        own_ = Buffer<Acc<T>>(n);
+        in_lots<T>(from, n, static_cast<Acc<T>*>(own_));
+        data_ = own_;
+      }
+    });
   }
-  operator const Acc<T>*() const { return LOT<T> > 1 ? own_ : widened_; }
-  const Acc<T>* in_order() const { return widened_; }
+  operator const Acc<T>*() const { return data_; }
 
  private:
-  Widened<Acc<T>> widened_;
-  Buffer<Acc<T>> own_;
+  Buffer<Acc<T>> own_{0};
+  const Acc<T>* data_ = nullptr;
 };
 
 // f(weight, bias) with their elements [begin, begin + n): as they are where both are T, else in the accumulate dtype.

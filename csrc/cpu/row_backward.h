@@ -109,8 +109,10 @@ struct RowBackward {
     }
   }
 
-  void block(const Reader<T>& dy, const Reader<T>& x, int64_t m, int64_t rows, const InLots<T>& weights, A* dw, A* db) const {
-    const A* lots = weights;
+  // w, and once more in lots.
+  template <class Parameter>
+  void block(const Reader<T>& dy, const Reader<T>& x, int64_t m, int64_t rows, const Parameter* w, const A* lots, A* dw,
+             A* db) const {
     Place at[MAX_BLOCK];
     double sum_gd[MAX_BLOCK], sum_g[MAX_BLOCK];
     Constants c;
@@ -126,7 +128,7 @@ struct RowBackward {
         }
       });
     set_constants(m, rows, sum_gd, sum_g, c);
-    grad_block(at, m, rows, 0, g.N, c, weights.in_order(), dw, db);
+    grad_block(at, m, rows, 0, g.N, c, w, dw, db);
   }
 
   // Few long rows: the sums of all of them piece by piece, then each piece of all rows, so that dweight is whole at once.
@@ -134,12 +136,14 @@ struct RowBackward {
     const int64_t pieces = ceil_div(g.N, PIECE);
     std::vector<double> sum_gd(g.M * pieces, 0.0), sum_g(g.M * pieces, 0.0);
     if (dx)
-      parallel_for(g.M * pieces, 2 * PIECE, [&](int64_t begin, int64_t end) {
+      parallel_for(pieces, 2 * g.M * PIECE, [&](int64_t begin, int64_t end) {
         const Reader<T> read_dy(dy, 1, PIECE), read_x(x, 1, PIECE);
         for (int64_t item = begin; item < end; ++item) {
-          const int64_t m = item / pieces, i = item % pieces * PIECE, n = std::min(PIECE, g.N - i);
-          this->template add_sums<1, 4>({Place{read_dy(m, 0, i, n), read_x(m, 0, i, n)}}, m, n, InLots<T>(weight, n, i),
-                                        &sum_gd[item], &sum_g[item]);
+          const int64_t i = item * PIECE, n = std::min(PIECE, g.N - i);
+          const InLots<T> w(weight, n, i);
+          for (int64_t m = 0; m < g.M; ++m)
+            this->template add_sums<1, 4>({Place{read_dy(m, 0, i, n), read_x(m, 0, i, n)}}, m, n, w, &sum_gd[m * pieces + item],
+                                          &sum_g[m * pieces + item]);
         }
       });
     for (int64_t m = 0; m < g.M; ++m) {
@@ -185,18 +189,20 @@ struct RowBackward {
     const int64_t block_each = block_rows(block_bytes(), 2 * g.N * sizeof(T));
     const bool sums = dweight.data || dbias.data;
     const Buffer<A> partial(sums ? segments * 2 * width : 0);
-    const InLots<T> w(weight, g.N);
-    parallel_for(segments, 2 * rows_each * g.N, [&](int64_t begin, int64_t end) {
-      const Reader<T> read_dy(dy, block_each, g.N), read_x(x, block_each, g.N);
-      for (int64_t k = begin; k < end; ++k) {
-        A* dw = sums ? partial + 2 * width * k : nullptr;
-        if (sums) std::fill_n(dw, 2 * width, A(0));
-        const int64_t last = std::min(g.M, (k + 1) * rows_each);
-        for (int64_t m = k * rows_each; m < last; m += block_each)
-          block(read_dy, read_x, m, std::min(block_each, last - m), w, dweight.data ? dw : nullptr,
-                dbias.data ? dw + width : nullptr);
-      }
-      if (stream) stream_end();
+    const InLots<T> lots(weight, g.N);
+    with_parameters<T>(weight, {}, 0, g.N, [&](const auto* w, const auto*) {
+      parallel_for(segments, 2 * rows_each * g.N, [&](int64_t begin, int64_t end) {
+        const Reader<T> read_dy(dy, block_each, g.N), read_x(x, block_each, g.N);
+        for (int64_t k = begin; k < end; ++k) {
+          A* dw = sums ? partial + 2 * width * k : nullptr;
+          if (sums) std::fill_n(dw, 2 * width, A(0));
+          const int64_t last = std::min(g.M, (k + 1) * rows_each);
+          for (int64_t m = k * rows_each; m < last; m += block_each)
+            block(read_dy, read_x, m, std::min(block_each, last - m), w, lots, dweight.data ? dw : nullptr,
+                  dbias.data ? dw + width : nullptr);
+        }
+        if (stream) stream_end();
+      });
     });
     if (!sums) return;
     constexpr int64_t COLUMNS = 512;

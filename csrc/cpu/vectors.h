@@ -181,15 +181,19 @@ FN_INLINE std::array<Floats, 2> load_lot(const BFloat16* p) {
 #endif
 
 // Element by element the order of load_lot's vectors, for what belongs to them: whole lots, and the rest as it is.
-template <class T, class A>
-void in_lots(const A* __restrict from, int64_t n, A* __restrict to) {
+template <class T, class S>
+void in_lots(const S* __restrict from, int64_t n, Acc<T>* __restrict to) {
   constexpr int64_t W = lanes<Vec<T>>, L = LOT<T>;
   int64_t i = 0;
-  for (; i + L * W <= n; i += L * W)
-    repeat<L>([&](auto l) FN_LAMBDA {
-      for (int64_t k = 0; k < W; ++k) to[i + static_cast<int64_t>(l) * W + k] = from[i + k * L + static_cast<int64_t>(l)];
-    });
-  std::copy(from + i, from + n, to + i);
+  for (; i + L * W <= n; i += L * W) {
+    if constexpr (std::is_same_v<S, T>) {
+      const auto lot = load_lot(from + i);
+      repeat<L>([&](auto l) FN_LAMBDA { store(to + i + static_cast<int64_t>(l) * W, lot[l]); });
+    } else {
+      for (int64_t k = 0; k < L * W; ++k) to[i + k % L * W + k / L] = static_cast<Acc<T>>(from[i + k]);
+    }
+  }
+  for (; i < n; ++i) to[i] = static_cast<Acc<T>>(from[i]);
 }
 
 // ---------------------------------------------------------------- tails
