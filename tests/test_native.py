@@ -78,47 +78,54 @@ def test_the_number_of_threads_does_not_show(norm, shape, layout, dtype, threads
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def assert_parts_are_the_same(norm, inputs, places):
+    """y and dx of these places along the first dimension, computed alone: the same bits."""
+    x, dy, weight, bias = inputs
+    y, dx, _, _ = everything(norm, x, dy, weight, bias)
+    for place in places:
+        part = everything(norm, x[place], dy[place], weight, bias)
+        assert torch.equal(part[0], y[place])
+        assert torch.equal(part[1], dx[place])
+
+
+LARGE, SMALL = 48 << 20, 8 << 20  # bytes of a result that goes past the caches, and of one that does not
+
+
+def parts(n, each_bytes):
+    """Places of small parts of n samples: at the beginning, inside, at the end."""
+    few = max(1, SMALL // each_bytes)
+    return [slice(begin, begin + few) for begin in (0, n // 3, n - few)]
+
+
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
 @pytest.mark.parametrize("shape", [(64, 768), (333, 100), (70, 5000), (70, 5), (70, 9)])
 def test_a_row_does_not_depend_on_its_batch(shape, dtype):
     """Alone, in another place, among others: the same bits of y and dx, where four rows are summed together and where not."""
     x, dy, weight, bias = Case(shape, dtype=dtype, weight=dtype, bias=dtype).make_rows()
-    y, dx, _, _ = everything(rows_of, x, dy, weight, bias)
-    for rows in (slice(0, 1), slice(5, 6), slice(3, 47), slice(shape[0] - 2, shape[0])):
-        part = everything(rows_of, x[rows], dy[rows], weight, bias)
-        assert torch.equal(part[0], y[rows])
-        assert torch.equal(part[1], dx[rows])
+    places = slice(0, 1), slice(5, 6), slice(3, 47), slice(shape[0] - 2, shape[0])
+    assert_parts_are_the_same(rows_of, (x, dy, weight, bias), places)
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
 @pytest.mark.parametrize("N", [64, 2048])
 def test_a_row_does_not_depend_on_how_results_are_written(N, dtype):
     """Large results go past the caches, small ones do not."""
-    rows = (48 << 20) // (N * dtype.itemsize) + 3
-    x, dy, weight, bias = Case((rows, N), dtype=dtype, weight=dtype, bias=dtype).make_rows()
-    y, dx, _, _ = everything(rows_of, x, dy, weight, bias)
-    for begin in range(0, rows, rows // 5):
-        some = slice(begin, begin + rows // 5)
-        part = everything(rows_of, x[some], dy[some], weight, bias)
-        assert torch.equal(part[0], y[some])
-        assert torch.equal(part[1], dx[some])
+    row = N * dtype.itemsize
+    rows = LARGE // row + 3
+    inputs = Case((rows, N), dtype=dtype, weight=dtype, bias=dtype).make_rows()
+    assert_parts_are_the_same(rows_of, inputs, parts(rows, row))
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
 @pytest.mark.parametrize(("C", "layout"), [(32, "dense"), (32, "channels_last"), (256, "channels_last")])
 def test_a_sample_does_not_depend_on_how_results_are_written(C, layout, dtype):
     """The same for channels: in evaluation, where a sample is its own."""
-    B = (48 << 20) // (C * 64 * 64 * dtype.itemsize) + 3
-    x, dy, weight, bias = Case((B, C, 64, 64), dtype=dtype, layout=layout).make_channels()
-    mean, var = torch.randn(C), torch.rand(C) + 0.5
-    norm = lambda x, w, b: fastnorm.batch_norm(x, mean.to(x.dtype), var.to(x.dtype), w, b, False)
-    weight, bias = weight.to(dtype), bias.to(dtype)
-    y, dx, _, _ = everything(norm, x, dy, weight, bias)
-    for begin in range(0, B, B // 3):
-        some = slice(begin, begin + B // 3)
-        part = everything(norm, x[some], dy[some], weight, bias)
-        assert torch.equal(part[0], y[some])
-        assert torch.equal(part[1], dx[some])
+    sample = C * 64 * 64 * dtype.itemsize
+    B = LARGE // sample + 3
+    mean, var = torch.randn(C).to(dtype), (torch.rand(C) + 0.5).to(dtype)
+    norm = lambda x, w, b: fastnorm.batch_norm(x, mean, var, w, b, False)
+    inputs = Case((B, C, 64, 64), dtype=dtype, weight=dtype, bias=dtype, layout=layout).make_channels()
+    assert_parts_are_the_same(norm, inputs, parts(B, sample))
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])

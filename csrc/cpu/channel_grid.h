@@ -31,6 +31,7 @@ class GridSweep {
     positions_ = packed(g, in) ? positions_in_row(g) : 1;
     rows_ = flat_ ? g.B : g.count() / positions_;
     columns_ = g.C * fold_ * positions_;
+    // Rows of 16 bits are half as long.
     const int64_t widest = !(read_in_place_ && direct_out_) ? TURNED_COLUMNS
                            : sizeof(T) == 2                 ? MAX_COLUMNS
                                                             : MAX_COLUMNS / 3 * 2;

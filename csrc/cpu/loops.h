@@ -46,10 +46,13 @@ void parallel_for(int64_t items, int64_t elements_per_item, const F& f) {
   if (failed) throw std::runtime_error("fastnorm: a CPU kernel ran out of memory");  // nothing else is thrown in there
 }
 
+// What a call may read and write and still find in the caches: a little less than the 32 MB that many processors share.
+constexpr int64_t CACHES = 28 << 20;
+
 // Whether rows of `row_bytes` from `out` on are written past the caches: where the `bytes` that a call reads and writes leave
 // nothing of them there, and in whole cache lines. It spares the processor to read what it overwrites.
 inline bool streams(const void* out, int64_t row_bytes, int64_t bytes) {
-  constexpr int64_t CACHES = 28 << 20, LINE = 64;
+  constexpr int64_t LINE = 64;
   return bytes >= CACHES && row_bytes % LINE == 0 && reinterpret_cast<uintptr_t>(out) % LINE == 0;
 }
 

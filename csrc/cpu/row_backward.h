@@ -174,9 +174,9 @@ struct RowBackward {
   // What the inputs of a block take: well inside a second-level cache; of short rows inside the first level; and little where
   // those come from memory, so that reads and writes take turns.
   int64_t block_bytes() const {
-    constexpr int64_t BYTES = 1 << 17, MEMORY = 32 << 20;
+    constexpr int64_t BYTES = 1 << 17;
     const int64_t row_bytes = g.N * static_cast<int64_t>(sizeof(T));
-    if (row_bytes <= 256 && 3 * g.M * row_bytes > MEMORY) return BYTES / 32;
+    if (row_bytes <= 256 && 3 * g.M * row_bytes >= CACHES) return BYTES / 32;
     return g.N <= SHORT ? BYTES / 8 : BYTES;
   }
 

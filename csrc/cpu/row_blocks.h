@@ -60,15 +60,6 @@ FN_INLINE void for_sums(int64_t N, int64_t rows, const F& f) {
   for (; k < rows; ++k) f(one, one, k);
 }
 
-// x_hat of one row.
-template <class T>
-struct XHat {
-  using V = Vec<T>;
-  V high, low, rstd;
-  FN_INLINE XHat(Acc<T> h, Acc<T> l, Acc<T> r) : high(h), low(l), rstd(r) {}
-  FN_INLINE V operator()(V x) const { return sizeof(T) == 2 ? normalize(x, high, rstd) : normalize(x, high, low, rstd); }
-};
-
 inline bool split_rows(Rows g) { return g.N >= LONG && g.M < FEW; }
 
 }  // namespace fastnorm::cpu

@@ -71,6 +71,15 @@ void moments_of(const T* const* rows, int64_t count, int64_t n, BlockMoments& ou
   }
 }
 
+// x_hat of one row.
+template <class T>
+struct XHat {
+  using V = Vec<T>;
+  V high, low, rstd;
+  FN_INLINE XHat(Acc<T> h, Acc<T> l, Acc<T> r) : high(h), low(l), rstd(r) {}
+  FN_INLINE V operator()(V x) const { return sizeof(T) == 2 ? normalize(x, high, rstd) : normalize(x, high, low, rstd); }
+};
+
 template <class T>
 struct RowForward {
   using A = Acc<T>;

@@ -249,6 +249,26 @@ FN_INLINE void store_all(T* p, const std::array<Vec<T>, J>& v, int64_t count) {
 }
 
 // The same past the caches, whole cache lines of them; others may read them after stream_end(). put_all: the one or the other.
+#if defined(CPU_CAPABILITY_AVX512)
+FN_INLINE void stream(float* p, Floats v) { _mm512_stream_ps(p, v); }
+FN_INLINE void stream(double* p, Doubles v) { _mm512_stream_pd(p, v); }
+template <class T>
+FN_INLINE void stream(T* p, Floats v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(p, v));
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+FN_INLINE void stream(float* p, Floats v) { _mm256_stream_ps(p, v); }
+FN_INLINE void stream(double* p, Doubles v) { _mm256_stream_pd(p, v); }
+template <class T>
+FN_INLINE void stream(T* p, Floats v) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(p, v));
+}
+#else
+template <class T>
+FN_INLINE void stream(T* p, Vec<T> v) {
+  store(p, v);
+}
+#endif
 template <class T, size_t J>
 FN_INLINE void stream_all(T* p, const std::array<Vec<T>, J>& v) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -256,26 +276,9 @@ FN_INLINE void stream_all(T* p, const std::array<Vec<T>, J>& v) {
     repeat<J / 2>(
         [&](auto j) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p + 32 * j), narrow_two(p, v[2 * j], v[2 * j + 1])); });
     return;
-  } else if constexpr (std::is_same_v<T, float>) {
-    repeat<J>([&](auto j) { _mm512_stream_ps(p + 16 * j, v[j]); });
-    return;
-  } else if constexpr (std::is_same_v<T, double>) {
-    repeat<J>([&](auto j) { _mm512_stream_pd(p + 8 * j, v[j]); });
-    return;
-  }
-#elif defined(CPU_CAPABILITY_AVX2)
-  if constexpr (sizeof(T) == 2) {
-    repeat<J>([&](auto j) { _mm_stream_si128(reinterpret_cast<__m128i*>(p + 8 * j), narrow(p, v[j])); });
-    return;
-  } else if constexpr (std::is_same_v<T, float>) {
-    repeat<J>([&](auto j) { _mm256_stream_ps(p + 8 * j, v[j]); });
-    return;
-  } else if constexpr (std::is_same_v<T, double>) {
-    repeat<J>([&](auto j) { _mm256_stream_pd(p + 4 * j, v[j]); });
-    return;
   }
 #endif
-  store_all<T, J>(p, v, lanes<Vec<T>>);
+  repeat<J>([&](auto j) FN_LAMBDA { stream(p + j * lanes<Vec<T>>, v[j]); });
 }
 template <class T, size_t J>
 FN_INLINE void put_all(T* p, const std::array<Vec<T>, J>& v, int64_t count, bool stream) {
