@@ -12,7 +12,7 @@ struct StatisticsTerms {  // d and d * d, with d = x - shift
   static constexpr bool GUESS = true;  // the shift is any number near the mean, still to be found
   using V = Vec<T>;
   using Plain = Products<T, 1>;  // the same for shift = 0
-  static std::array<V, 2> terms(const std::array<V, 1>& v, V shift, int64_t count) {
+  FN_INLINE static std::array<V, 2> terms(const std::array<V, 1>& v, V shift, int64_t count) {
     const V d = only(v[0] - shift, count);
     return {d, d * d};
   }
@@ -23,7 +23,7 @@ struct GradientTerms {  // dz and dz * (x - shift); lanes that do not exist have
   static constexpr bool GUESS = false;
   using V = Vec<T>;
   using Plain = Products<T, 2>;
-  static std::array<V, 2> terms(const std::array<V, 2>& v, V shift, int64_t) { return {v[0], v[0] * (v[1] - shift)}; }
+  FN_INLINE static std::array<V, 2> terms(const std::array<V, 2>& v, V shift, int64_t) { return {v[0], v[0] * (v[1] - shift)}; }
 };
 
 // Element by element: a value from P inputs and K constants of the channel. Where a channel's constants meet, they are
@@ -32,13 +32,13 @@ template <class T>
 struct Standardize {  // high, rstd * weight, bias - low * rstd * weight
   static constexpr size_t P = 1, K = 3;
   using V = Vec<T>;
-  static V value(const std::array<V, 1>& x, const std::array<V, 3>& c) { return affine(x[0] - c[0], c[1], c[2]); }
+  FN_INLINE static V value(const std::array<V, 1>& x, const std::array<V, 3>& c) { return affine(x[0] - c[0], c[1], c[2]); }
 };
 template <class T>
 struct Gradient {  // high, rstd * weight, mean(dz * x_hat) * rstd, mean(dz) - low * mean(dz * x_hat) * rstd
   static constexpr size_t P = 2, K = 4;
   using V = Vec<T>;
-  static V value(const std::array<V, 2>& v, const std::array<V, 4>& c) {
+  FN_INLINE static V value(const std::array<V, 2>& v, const std::array<V, 4>& c) {
     return grad_input(v[0], v[1] - c[0], c[1], c[2], c[3]);
   }
 };
@@ -46,7 +46,7 @@ template <class T>
 struct WeightedGradient {  // the same with g = dz * weight: high, rstd, c1 * rstd, c2 - low * c1 * rstd, weight
   static constexpr size_t P = 2, K = 5;
   using V = Vec<T>;
-  static V value(const std::array<V, 2>& v, const std::array<V, 5>& c) {
+  FN_INLINE static V value(const std::array<V, 2>& v, const std::array<V, 5>& c) {
     return grad_input(v[0] * c[4], v[1] - c[0], c[1], c[2], c[3]);
   }
 };
@@ -54,7 +54,7 @@ template <class T>
 struct Scale {  // rstd * weight: in evaluation x is not read, so what is not finite in it stays out of dx
   static constexpr size_t P = 1, K = 1;
   using V = Vec<T>;
-  static V value(const std::array<V, 1>& dz, const std::array<V, 1>& c) { return dz[0] * c[0]; }
+  FN_INLINE static V value(const std::array<V, 1>& dz, const std::array<V, 1>& c) { return dz[0] * c[0]; }
 };
 
 // K arrays over the channels.

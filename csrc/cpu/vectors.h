@@ -1,8 +1,6 @@
 // Vectors of the accumulate dtype: loads and stores that convert the 16-bit types in registers, and tails.
 #pragma once
 
-#include <ATen/cpu/vec/vec.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -10,14 +8,9 @@
 
 #include "../norm_math.h"
 #include "kernels.h"
-
-#define FN_INLINE inline __attribute__((always_inline))
-#define FN_LAMBDA __attribute__((always_inline))
+#include "registers.h"
 
 namespace fastnorm {
-
-using BFloat16 = c10::BFloat16;
-using Half = c10::Half;
 
 template <class T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -25,8 +18,6 @@ template <class T>
 using Vec = at::vec::Vectorized<Acc<T>>;
 template <class V>
 constexpr int64_t lanes = V::size();
-using Floats = at::vec::Vectorized<float>;
-using Doubles = at::vec::Vectorized<double>;
 
 // Calls f with a null pointer of the C++ type of `dtype`.
 template <class F>
@@ -66,54 +57,7 @@ FN_INLINE Floats load(const float* p) { return Floats::loadu(p); }
 FN_INLINE void store(double* p, Doubles v) { v.store(p); }
 FN_INLINE void store(float* p, Floats v) { v.store(p); }
 
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-#if defined(CPU_CAPABILITY_AVX512)
-using Register = __m512;
-using Bits16 = __m256i;
-FN_INLINE Bits16 load_bits(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-FN_INLINE void store_bits(void* p, Bits16 v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
-#else
-using Register = __m256;
-using Bits16 = __m128i;
-FN_INLINE Bits16 load_bits(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-FN_INLINE void store_bits(void* p, Bits16 v) { _mm_storeu_si128(static_cast<__m128i*>(p), v); }
-#endif
-// 16 bits of the type that the first argument points to, as floats, and back (round to nearest even).
-#if defined(CPU_CAPABILITY_AVX512)
-FN_INLINE Floats widen(const BFloat16*, Bits16 bits) {  // each word to the upper half of its lane, in one shuffle
-  const __m512i from =
-      _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
-  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, from, _mm512_castsi256_si512(bits)));
-}
-#else
-FN_INLINE Floats widen(const BFloat16*, Bits16 bits) {
-  Register v;
-  at::vec::cvtbf16_fp32(bits, v);
-  return v;
-}
-#endif
-FN_INLINE Floats widen(const Half*, Bits16 bits) {
-  Register v;
-  at::vec::cvtfp16_fp32(bits, v);
-  return v;
-}
-#if defined(__AVX512BF16__)
-FN_INLINE Bits16 narrow(const BFloat16*, Floats v) { return reinterpret_cast<Bits16>(_mm512_cvtneps_pbh(Register(v))); }
-#else
-FN_INLINE Bits16 narrow(const BFloat16*, Floats v) { return at::vec::cvtfp32_bf16(Register(v)); }
-#endif
-FN_INLINE Bits16 narrow(const Half*, Floats v) { return at::vec::cvtfp32_fp16(Register(v)); }
-#if defined(CPU_CAPABILITY_AVX512)
-// A cache line of two vectors.
-template <class T>
-FN_INLINE __m512i narrow_two(const T* p, Floats low, Floats high) {
-#if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<T, BFloat16>) return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-#endif
-  return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(p, low)), narrow(p, high), 1);
-}
-#endif
-
+#if defined(FN_REGISTERS)
 FN_INLINE Floats load(const BFloat16* p) { return widen(p, load_bits(p)); }
 FN_INLINE Floats load(const Half* p) { return widen(p, load_bits(p)); }
 FN_INLINE void store(BFloat16* p, Floats v) { store_bits(p, narrow(p, v)); }
@@ -203,10 +147,11 @@ template <class T>
 FN_INLINE Vec<T> load(const T* p, int64_t count) {
   constexpr int64_t W = lanes<Vec<T>>;
   if (count == W) return load(p);
-  if constexpr (std::is_same_v<T, Acc<T>>) return Vec<T>::loadu(p, count);
-#if defined(CPU_CAPABILITY_AVX512)
+#if defined(FN_REGISTERS)
+  if constexpr (std::is_same_v<T, Acc<T>>)
+    return load_first(p, count);
   else
-    return widen(p, _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p));
+    return widen(p, load_bits(p, count));
 #else
   if (count > W) __builtin_unreachable();  // gcc warns of it
   T v[W] = {};
@@ -218,10 +163,11 @@ template <class T>
 FN_INLINE void store(T* p, Vec<T> v, int64_t count) {
   constexpr int64_t W = lanes<Vec<T>>;
   if (count == W) return store(p, v);
-  if constexpr (std::is_same_v<T, Acc<T>>) return v.store(p, count);
-#if defined(CPU_CAPABILITY_AVX512)
+#if defined(FN_REGISTERS)
+  if constexpr (std::is_same_v<T, Acc<T>>)
+    store_first(p, v, count);
   else
-    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1), narrow(p, v));
+    store_bits(p, narrow(p, v), count);
 #else
   T t[W];
   store(t, v);
@@ -239,29 +185,28 @@ FN_INLINE A near(int64_t n, const F& at) {
 // J neighbouring vectors, the last (and only) one of `count` lanes.
 template <class T, size_t J>
 FN_INLINE void store_all(T* p, const std::array<Vec<T>, J>& v, int64_t count) {
-#if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<T, BFloat16> && J % 2 == 0) {
-    repeat<J / 2>([&](auto j) { _mm512_storeu_si512(p + 32 * j, narrow_two(p, v[2 * j], v[2 * j + 1])); });
+  constexpr int64_t W = lanes<Vec<T>>;
+#if defined(FN_REGISTERS)
+  if constexpr (BY_TWO<T> && J % 2 == 0) {
+    repeat<J / 2>([&](auto j) FN_LAMBDA { store_bits(p + 2 * W * j, narrow_two(p, v[2 * j], v[2 * j + 1])); });
     return;
   }
 #endif
-  repeat<J>([&](auto j) { store(p + j * lanes<Vec<T>>, v[j], count); });
+  repeat<J>([&](auto j) FN_LAMBDA { store(p + j * W, v[j], count); });
 }
 
 // The same past the caches, whole cache lines of them; others may read them after stream_end(). put_all: the one or the other.
 #if defined(CPU_CAPABILITY_AVX512)
 FN_INLINE void stream(float* p, Floats v) { _mm512_stream_ps(p, v); }
 FN_INLINE void stream(double* p, Doubles v) { _mm512_stream_pd(p, v); }
-template <class T>
-FN_INLINE void stream(T* p, Floats v) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(p, v));
-}
 #elif defined(CPU_CAPABILITY_AVX2)
 FN_INLINE void stream(float* p, Floats v) { _mm256_stream_ps(p, v); }
 FN_INLINE void stream(double* p, Doubles v) { _mm256_stream_pd(p, v); }
+#endif
+#if defined(FN_REGISTERS)
 template <class T>
 FN_INLINE void stream(T* p, Floats v) {
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(p, v));
+  stream_bits(p, narrow(p, v));
 }
 #else
 template <class T>
@@ -271,14 +216,14 @@ FN_INLINE void stream(T* p, Vec<T> v) {
 #endif
 template <class T, size_t J>
 FN_INLINE void stream_all(T* p, const std::array<Vec<T>, J>& v) {
-#if defined(CPU_CAPABILITY_AVX512)
+  constexpr int64_t W = lanes<Vec<T>>;
+#if defined(FN_REGISTERS)
   if constexpr (sizeof(T) == 2 && J % 2 == 0) {
-    repeat<J / 2>(
-        [&](auto j) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p + 32 * j), narrow_two(p, v[2 * j], v[2 * j + 1])); });
+    repeat<J / 2>([&](auto j) FN_LAMBDA { stream_bits(p + 2 * W * j, narrow_two(p, v[2 * j], v[2 * j + 1])); });
     return;
   }
 #endif
-  repeat<J>([&](auto j) FN_LAMBDA { stream(p + j * lanes<Vec<T>>, v[j]); });
+  repeat<J>([&](auto j) FN_LAMBDA { stream(p + j * W, v[j]); });
 }
 template <class T, size_t J>
 FN_INLINE void put_all(T* p, const std::array<Vec<T>, J>& v, int64_t count, bool stream) {
@@ -289,7 +234,7 @@ FN_INLINE void put_all(T* p, const std::array<Vec<T>, J>& v, int64_t count, bool
     store_all<T, J>(p, v, count);
 }
 inline void stream_end() {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#if defined(FN_REGISTERS)
   _mm_sfence();
 #endif
 }
@@ -327,12 +272,11 @@ FN_INLINE void prefetch_for_write(const T* p) {
 template <class V>
 FN_INLINE V only(V v, int64_t count) {
   if (count == lanes<V>) return v;
-#if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (std::is_same_v<V, Floats>)
-    return _mm512_maskz_mov_ps(static_cast<__mmask16>((1u << count) - 1), v);
-  else
+#if defined(FN_REGISTERS)
+  return keep_first(v, count);
+#else
+  return V::set(V(0), v, count);
 #endif
-    return V::set(V(0), v, count);
 }
 
 // The vectors of P inputs at element i.
