@@ -45,6 +45,16 @@ FN_INLINE void store_first(double* p, Doubles v, int64_t count) { v.store(p, sta
 FN_INLINE Floats keep_first(Floats v, int64_t count) { return _mm512_maskz_mov_ps(first(count), v); }
 FN_INLINE Doubles keep_first(Doubles v, int64_t count) { return Doubles::set(Doubles(0), v, count); }
 
+// Within each 128 bits: words of a and b in turn, from the lower or the upper half, and pairs of words likewise.
+FN_INLINE __m512 low_words(__m512 a, __m512 b) { return _mm512_unpacklo_ps(a, b); }
+FN_INLINE __m512 high_words(__m512 a, __m512 b) { return _mm512_unpackhi_ps(a, b); }
+FN_INLINE __m512 low_pairs(__m512 a, __m512 b) {
+  return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+FN_INLINE __m512 high_pairs(__m512 a, __m512 b) {
+  return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+
 // 16 bits of the type that the first argument points to, as floats, and back.
 FN_INLINE Floats widen(const BFloat16*, Bits16 bits) {  // each word to the upper half of its lane, in one shuffle
   const __m512i from =
@@ -128,6 +138,15 @@ FN_INLINE void store_first(double* p, Doubles v, int64_t count) {
 FN_INLINE Floats keep_first(Floats v, int64_t count) { return _mm256_and_ps(v, _mm256_castsi256_ps(first_words(count))); }
 FN_INLINE Doubles keep_first(Doubles v, int64_t count) { return _mm256_and_pd(v, _mm256_castsi256_pd(first_words(2 * count))); }
 
+FN_INLINE __m256 low_words(__m256 a, __m256 b) { return _mm256_unpacklo_ps(a, b); }
+FN_INLINE __m256 high_words(__m256 a, __m256 b) { return _mm256_unpackhi_ps(a, b); }
+FN_INLINE __m256 low_pairs(__m256 a, __m256 b) {
+  return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
+}
+FN_INLINE __m256 high_pairs(__m256 a, __m256 b) {
+  return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
+}
+
 FN_INLINE Floats widen(const BFloat16*, Bits16 bits) {
   Register v;
   at::vec::cvtbf16_fp32(bits, v);
@@ -139,10 +158,11 @@ FN_INLINE __m256i rounded(Floats v) {
   const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
   return _mm256_or_si256(sum, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
 }
-FN_INLINE Bits16 narrow(const BFloat16*, Floats v) {
-  const __m256i words = _mm256_srli_epi32(rounded(v), 16);
+// The lower halves of words whose upper halves are zero.
+FN_INLINE Bits16 packed(__m256i words) {
   return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 }
+FN_INLINE Bits16 narrow(const BFloat16*, Floats v) { return packed(_mm256_srli_epi32(rounded(v), 16)); }
 #else
 constexpr int64_t REGISTERS = 16;
 #endif

@@ -13,6 +13,17 @@ FN_INLINE double total(Floats v) {
       _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(f)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(f, 1))));
 }
 FN_INLINE double total(Doubles v) { return _mm512_reduce_add_pd(v); }
+#elif defined(CPU_CAPABILITY_AVX2)
+FN_INLINE double total(Doubles v) {
+  const __m256d d = v;
+  const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(d), _mm256_extractf128_pd(d, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+}
+FN_INLINE Doubles halves(Floats v) {  // the lower and the upper lanes, added in double
+  const __m256 f = v;
+  return _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(f)), _mm256_cvtps_pd(_mm256_extractf128_ps(f, 1)));
+}
+FN_INLINE double total(Floats v) { return total(halves(v)); }
 #else
 template <class V>
 FN_INLINE double total(V v) {
@@ -27,22 +38,24 @@ FN_INLINE double total(V v) {
 // The totals of eight vectors, by a tree that is the same for each of them.
 template <class V>
 FN_INLINE void totals(const V (&v)[8], double (&out)[8]) {
-#if defined(CPU_CAPABILITY_AVX512)
+#if defined(FN_REGISTERS)
   if constexpr (std::is_same_v<V, Floats>) {
-    // Each step adds the halves of two vectors into one; what is left at the end are pairs, which double adds.
-    __m512 a[4], b[2];
+    // Each step adds the halves of two vectors into one; what is left at the end, double adds.
+    Register a[4], b[2];
     repeat<4>([&](auto k) FN_LAMBDA {
-      const __m512 x = v[2 * k], y = v[2 * k + 1];
-      a[k] = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+      a[k] = Floats(low_words(v[2 * k], v[2 * k + 1])) + Floats(high_words(v[2 * k], v[2 * k + 1]));
     });
     repeat<2>([&](auto k) FN_LAMBDA {
-      const __m512d x = _mm512_castps_pd(a[2 * k]), y = _mm512_castps_pd(a[2 * k + 1]);
-      b[k] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+      b[k] = Floats(low_pairs(a[2 * k], a[2 * k + 1])) + Floats(high_pairs(a[2 * k], a[2 * k + 1]));
     });
+#if defined(CPU_CAPABILITY_AVX512)
     const __m512 c = _mm512_add_ps(_mm512_shuffle_f32x4(b[0], b[1], 0x44), _mm512_shuffle_f32x4(b[0], b[1], 0xee));
     const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(c)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(c, 1));
     const __m512d even = _mm512_shuffle_f64x2(low, high, 0x44), odd = _mm512_shuffle_f64x2(low, high, 0xee);
     _mm512_storeu_pd(out, _mm512_add_pd(even, odd));
+#else
+    repeat<2>([&](auto k) FN_LAMBDA { store(out + 4 * k, halves(Floats(b[k]))); });
+#endif
     return;
   }
 #endif

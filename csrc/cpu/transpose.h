@@ -5,37 +5,47 @@
 
 namespace fastnorm {
 
-#if defined(CPU_CAPABILITY_AVX512)
-// Sixteen elements of two or four bytes as sixteen words, and back.
+#if defined(FN_REGISTERS)
+constexpr int64_t BLOCK = lanes<Floats>;
+
+// A vector of elements of two or four bytes as words, and back.
 template <class T>
-FN_INLINE __m512 load_words(const T* p) {
-  if constexpr (sizeof(T) == 4) return _mm512_loadu_ps(p);
+FN_INLINE Register load_words(const T* p) {
+  if constexpr (sizeof(T) == 4) return load(reinterpret_cast<const float*>(p));
+#if defined(CPU_CAPABILITY_AVX512)
   return _mm512_castsi512_ps(_mm512_cvtepu16_epi32(load_bits(p)));
+#else
+  return _mm256_castsi256_ps(_mm256_cvtepu16_epi32(load_bits(p)));
+#endif
 }
 template <class T>
-FN_INLINE void store_words(T* p, __m512 v) {
+FN_INLINE void store_words(T* p, Register v) {
   if constexpr (sizeof(T) == 4)
-    _mm512_storeu_ps(p, v);
+    store(reinterpret_cast<float*>(p), Floats(v));
   else
+#if defined(CPU_CAPABILITY_AVX512)
     store_bits(p, _mm512_cvtepi32_epi16(_mm512_castps_si512(v)));
+#else
+    store_bits(p, packed(_mm256_castps_si256(v)));
+#endif
 }
 
-// A block of 16 by 16. at::vec's does the same, and clears four kilobytes on each call.
+// A block of as many rows as a vector has lanes. at::vec's does the same, and clears four kilobytes on each call.
 template <class T>
 void transpose_block(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
-  __m512 a[16], b[16];
-  repeat<16>([&](auto k) FN_LAMBDA { a[k] = load_words(from + k * from_stride); });
-  repeat<8>([&](auto k) FN_LAMBDA {  // pairs of rows
-    b[2 * k] = _mm512_unpacklo_ps(a[2 * k], a[2 * k + 1]);
-    b[2 * k + 1] = _mm512_unpackhi_ps(a[2 * k], a[2 * k + 1]);
+  Register a[BLOCK], b[BLOCK];
+  repeat<BLOCK>([&](auto k) FN_LAMBDA { a[k] = load_words(from + k * from_stride); });
+  repeat<BLOCK / 2>([&](auto k) FN_LAMBDA {  // pairs of rows
+    b[2 * k] = low_words(a[2 * k], a[2 * k + 1]);
+    b[2 * k + 1] = high_words(a[2 * k], a[2 * k + 1]);
   });
-  repeat<8>([&](auto k) FN_LAMBDA {  // fours of rows: a[4q + c] has columns c, c + 4, c + 8, c + 12 of rows 4q to 4q + 3
+  repeat<BLOCK / 2>([&](auto k) FN_LAMBDA {  // fours of rows: a[4q + c] has columns c, c + 4, ... of rows 4q to 4q + 3
     constexpr size_t q = k / 2 * 4, h = k % 2;
-    const __m512d x = _mm512_castps_pd(b[q + h]), y = _mm512_castps_pd(b[q + h + 2]);
-    a[q + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
-    a[q + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+    a[q + 2 * h] = low_pairs(b[q + h], b[q + h + 2]);
+    a[q + 2 * h + 1] = high_pairs(b[q + h], b[q + h + 2]);
   });
   repeat<4>([&](auto c) FN_LAMBDA {
+#if defined(CPU_CAPABILITY_AVX512)
     const __m512 low = _mm512_shuffle_f32x4(a[c], a[c + 4], 0x88), high = _mm512_shuffle_f32x4(a[c], a[c + 4], 0xdd);
     const __m512 low2 = _mm512_shuffle_f32x4(a[c + 8], a[c + 12], 0x88),
                  high2 = _mm512_shuffle_f32x4(a[c + 8], a[c + 12], 0xdd);
@@ -43,20 +53,25 @@ void transpose_block(const T* from, int64_t from_stride, T* to, int64_t to_strid
     store_words(to + (c + 4) * to_stride, _mm512_shuffle_f32x4(high, high2, 0x88));
     store_words(to + (c + 8) * to_stride, _mm512_shuffle_f32x4(low, low2, 0xdd));
     store_words(to + (c + 12) * to_stride, _mm512_shuffle_f32x4(high, high2, 0xdd));
+#else
+    store_words(to + c * to_stride, _mm256_permute2f128_ps(a[c], a[c + 4], 0x20));
+    store_words(to + (c + 4) * to_stride, _mm256_permute2f128_ps(a[c], a[c + 4], 0x31));
+#endif
   });
 }
+#else
+constexpr int64_t BLOCK = 16;
 #endif
 
 // to[j][i] = from[i][j]
 template <class T>
 void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
-  constexpr int64_t BLOCK = 16;
   for (int64_t i = 0; i < rows; i += BLOCK)
     for (int64_t j = 0; j < columns; j += BLOCK) {
       const int64_t m = std::min(BLOCK, rows - i), n = std::min(BLOCK, columns - j);
       const T* block = from + i * from_stride + j;
       T* turned = to + j * to_stride + i;
-#if defined(CPU_CAPABILITY_AVX512)
+#if defined(FN_REGISTERS)
       if constexpr (sizeof(T) <= 4)
         if (m == BLOCK && n == BLOCK) {
           transpose_block(block, from_stride, turned, to_stride);
