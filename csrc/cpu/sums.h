@@ -42,12 +42,10 @@ FN_INLINE void totals(const V (&v)[8], double (&out)[8]) {
   if constexpr (std::is_same_v<V, Floats>) {
     // Each step adds the halves of two vectors into one; what is left at the end, double adds.
     Register a[4], b[2];
-    repeat<4>([&](auto k) FN_LAMBDA {
-      a[k] = Floats(low_words(v[2 * k], v[2 * k + 1])) + Floats(high_words(v[2 * k], v[2 * k + 1]));
-    });
-    repeat<2>([&](auto k) FN_LAMBDA {
-      b[k] = Floats(low_pairs(a[2 * k], a[2 * k + 1])) + Floats(high_pairs(a[2 * k], a[2 * k + 1]));
-    });
+    repeat<4>([&](auto k)
+                  FN_LAMBDA { a[k] = Floats(low_words(v[2 * k], v[2 * k + 1])) + Floats(high_words(v[2 * k], v[2 * k + 1])); });
+    repeat<2>([&](auto k)
+                  FN_LAMBDA { b[k] = Floats(low_pairs(a[2 * k], a[2 * k + 1])) + Floats(high_pairs(a[2 * k], a[2 * k + 1])); });
 #if defined(CPU_CAPABILITY_AVX512)
     const __m512 c = _mm512_add_ps(_mm512_shuffle_f32x4(b[0], b[1], 0x44), _mm512_shuffle_f32x4(b[0], b[1], 0xee));
     const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(c)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(c, 1));

@@ -1,9 +1,7 @@
 // Layer norm backward: the sums of a block of rows, then dx and their part of dweight and dbias.
-#pragma once
-
 #include <numeric>
 
-#include "row_blocks.h"
+#include "row.h"
 
 namespace fastnorm::cpu {
 
@@ -222,5 +220,14 @@ struct RowBackward {
     set_elements(out, begin, end - begin, sum.data());
   }
 };
+
+void row_bwd(Rows g, const RowsInput& dy, const RowsInput& x, ConstArray weight, const void* mean, const void* rstd, Array dx,
+             Array dweight, Array dbias) {
+  with_type(x.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using A = Acc<T>;
+    RowBackward<T>{g, weight, as<A>(mean), as<A>(rstd), as<T>(dx.data), dweight, dbias}(dy, x);
+  });
+}
 
 }  // namespace fastnorm::cpu

@@ -1,4 +1,8 @@
-// What both directions of the rows share: how rows are cut into blocks and read.
+// Rows (M, N): layer norm on the CPU. What both directions share: how rows are cut into blocks and read.
+//
+// A block of rows is read from memory once. The first pass takes each row's sums; the second goes over the block again, in
+// cache now, a few vectors of columns at a time: weight, bias and the sums of their gradients stay in registers for all rows of
+// the block. A row's arithmetic depends on N alone: it is the same in every batch and in every place of it.
 #pragma once
 
 #include "loops.h"

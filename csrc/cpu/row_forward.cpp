@@ -1,9 +1,7 @@
 // Layer norm forward: the moments of a block of rows, then y.
-#pragma once
-
 #include <limits>
 
-#include "row_blocks.h"
+#include "row.h"
 
 namespace fastnorm::cpu {
 
@@ -188,5 +186,13 @@ struct RowForward {
     });
   }
 };
+
+void row_fwd(Rows g, const RowsInput& x, ConstArray weight, ConstArray bias, double eps, Array y, void* mean, void* rstd) {
+  with_type(x.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using A = Acc<T>;
+    RowForward<T>{g, weight, bias, eps, as<T>(y.data), as<A>(mean), as<A>(rstd)}(x);
+  });
+}
 
 }  // namespace fastnorm::cpu
