@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cases import BF16, CHANNELS, F32, F64, Case
+from cases import BF16, CHANNELS, F16, F32, F64, Case
 from compare import Evaluation, Training, assert_no_worse, gradients, parameter_dtypes, statistics, torch_results
 from oracle import batch_norm, error, ulp, wide
 
@@ -188,3 +188,26 @@ def test_two_runs_give_the_same_bits(backend, device):
     run = lambda: gradients(lambda x, w, b: fastnorm.batch_norm(x, None, None, w, b, True), x, dy, weight, bias)
     first, second = run(), run()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def floats_of_every_kind(n):
+    """Random bits, and what rounding to 16 bits can go wrong at: ties, the ends of the range, what is not a number."""
+    bits = np.random.default_rng(0).integers(0, 2**32, n, dtype=np.uint32)
+    special = [0x3F808000, 0x3F818000, 0x3F80FFFF, 0x3F801000, 0x3F803000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FFFFFFF]
+    special += [0x477FEFFF, 0x477FF000, 0x33000000, 0x33000001, 0x00000001, 0x007FFFFF, 0]
+    special = np.array([*special, *(s | 0x80000000 for s in special)], dtype=np.uint32)
+    bits[: len(special)] = special[:n]
+    return torch.from_numpy(np.random.default_rng(1).permutation(bits).view(np.float32))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("shape", [*((3, C) for C in (*range(24, 42), 1000)), *((3, 40, S) for S in range(16, 42))], ids=str)
+def test_results_are_rounded_to_nearest(shape, dtype, backend, device):
+    """y = bias, in vectors and in the parts of one that are left over at an end."""
+    C = shape[1]
+    bias = floats_of_every_kind(C).to(device)
+    mean, rstd = torch.zeros(2, C, device=device), torch.ones(C, device=device)
+    y = backend.channel_apply(torch.zeros(shape, dtype=dtype, device=device), mean, rstd, None, bias)
+    rounded = bias.to(dtype).reshape(1, C, *[1] * (len(shape) - 2)).expand(shape)
+    assert torch.equal(y.isnan(), rounded.isnan())
+    assert torch.equal(y.nan_to_num(1.0), rounded.nan_to_num(1.0))
