@@ -24,7 +24,6 @@ using Floats = at::vec::Vectorized<float>;
 using Doubles = at::vec::Vectorized<double>;
 
 #if defined(CPU_CAPABILITY_AVX512)
-constexpr int64_t REGISTERS = 32;
 using Register = __m512;
 using Bits16 = __m256i;
 using TwoBits16 = __m512i;
@@ -68,7 +67,6 @@ FN_INLINE Bits16 narrow(const BFloat16*, Floats v) { return at::vec::cvtfp32_bf1
 #endif
 
 #elif defined(CPU_CAPABILITY_AVX2)
-constexpr int64_t REGISTERS = 16;
 using Register = __m256;
 using Bits16 = __m128i;
 using TwoBits16 = __m256i;
@@ -79,7 +77,7 @@ FN_INLINE void store_bits(void* p, TwoBits16 v) { _mm256_storeu_si256(static_cas
 FN_INLINE void stream_bits(void* p, Bits16 v) { _mm_stream_si128(static_cast<__m128i*>(p), v); }
 FN_INLINE void stream_bits(void* p, TwoBits16 v) { _mm256_stream_si256(static_cast<__m256i*>(p), v); }
 
-// Some bytes at p, and what was there before, moved up by as many bits.
+// The bytes of a U at p with `rest`, which lie behind them, above.
 template <class U>
 FN_INLINE uint64_t before(uint64_t rest, const char* p) {
   U u;
@@ -163,8 +161,6 @@ FN_INLINE Bits16 packed(__m256i words) {
   return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 }
 FN_INLINE Bits16 narrow(const BFloat16*, Floats v) { return packed(_mm256_srli_epi32(rounded(v), 16)); }
-#else
-constexpr int64_t REGISTERS = 16;
 #endif
 
 #if defined(FN_REGISTERS)
