@@ -254,8 +254,10 @@ class GridSweep {
     std::array<const A*, K> at_;
   };
 
+  // Pointers by value, here and below: a vector that is written could be part of an array of them that lies elsewhere, and they
+  // would be read again for each.
   template <class Terms, bool SHIFTED, size_t R>
-  static void add_rows(const std::array<std::array<const T*, P>, R>& at, int64_t n, bool first, const A* shift, A* s, A* q) {
+  static void add_rows(std::array<std::array<const T*, P>, R> at, int64_t n, bool first, const A* shift, A* s, A* q) {
     for_vectors<V>(n, [&](int64_t i, int64_t count) FN_LAMBDA {
       V c(0);
       if constexpr (SHIFTED) c = load(shift + i, count);
@@ -347,8 +349,8 @@ class GridSweep {
   // ------------------------------------------------------------ elements
 
   template <class Value, size_t R>
-  static void apply_rows(const std::array<std::array<const T*, P>, R>& at, int64_t n,
-                         const std::array<const A*, Value::K>& constants, const std::array<T*, R>& out, bool stream) {
+  static void apply_rows(std::array<std::array<const T*, P>, R> at, int64_t n, std::array<const A*, Value::K> constants,
+                         std::array<T*, R> out, bool stream) {
     for_groups<V, LOT<T>>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
       std::array<V, Value::K> constant[J];
       repeat<J>([&](auto j) FN_LAMBDA {
