@@ -23,16 +23,22 @@ using Half = c10::Half;
 using Floats = at::vec::Vectorized<float>;
 using Doubles = at::vec::Vectorized<double>;
 
+// Register: a vector of floats. Bits16: as many elements of 16 bits; TwoBits16: those of two vectors, or words.
+#if defined(FN_REGISTERS)
+FN_INLINE void store_bits(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+FN_INLINE void stream_bits(void* p, __m256i v) { _mm256_stream_si256(static_cast<__m256i*>(p), v); }
+#endif
+
 #if defined(CPU_CAPABILITY_AVX512)
 using Register = __m512;
 using Bits16 = __m256i;
 using TwoBits16 = __m512i;
 
 FN_INLINE Bits16 load_bits(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-FN_INLINE void store_bits(void* p, Bits16 v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
-FN_INLINE void store_bits(void* p, TwoBits16 v) { _mm512_storeu_si512(p, v); }
-FN_INLINE void stream_bits(void* p, Bits16 v) { _mm256_stream_si256(static_cast<__m256i*>(p), v); }
-FN_INLINE void stream_bits(void* p, TwoBits16 v) { _mm512_stream_si512(static_cast<__m512i*>(p), v); }
+FN_INLINE void store_bits(void* p, __m512i v) { _mm512_storeu_si512(p, v); }
+FN_INLINE void stream_bits(void* p, __m512i v) { _mm512_stream_si512(static_cast<__m512i*>(p), v); }
+FN_INLINE TwoBits16 unpacked(Bits16 bits) { return _mm512_cvtepu16_epi32(bits); }
+FN_INLINE Bits16 packed(TwoBits16 words) { return _mm512_cvtepi32_epi16(words); }
 
 FN_INLINE __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
 FN_INLINE Bits16 load_bits(const void* p, int64_t count) { return _mm256_maskz_loadu_epi16(first(count), p); }
@@ -72,26 +78,27 @@ using Bits16 = __m128i;
 using TwoBits16 = __m256i;
 
 FN_INLINE Bits16 load_bits(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-FN_INLINE void store_bits(void* p, Bits16 v) { _mm_storeu_si128(static_cast<__m128i*>(p), v); }
-FN_INLINE void store_bits(void* p, TwoBits16 v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
-FN_INLINE void stream_bits(void* p, Bits16 v) { _mm_stream_si128(static_cast<__m128i*>(p), v); }
-FN_INLINE void stream_bits(void* p, TwoBits16 v) { _mm256_stream_si256(static_cast<__m256i*>(p), v); }
+FN_INLINE void store_bits(void* p, __m128i v) { _mm_storeu_si128(static_cast<__m128i*>(p), v); }
+FN_INLINE void stream_bits(void* p, __m128i v) { _mm_stream_si128(static_cast<__m128i*>(p), v); }
+FN_INLINE TwoBits16 unpacked(Bits16 bits) { return _mm256_cvtepu16_epi32(bits); }
+FN_INLINE Bits16 packed(TwoBits16 words) {  // their upper halves are zero
+  return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
 
-// The bytes of a U at p with `rest`, which lie behind them, above.
 template <class U>
-FN_INLINE uint64_t before(uint64_t rest, const char* p) {
+FN_INLINE U read(const char* p) {
   U u;
   std::memcpy(&u, p, sizeof u);
-  return (sizeof u < 8 ? rest << 8 * sizeof u % 64 : 0) | u;
+  return u;
 }
-// By halves: a masked store is microcode in some processors.
+// By halves: a masked store is microcode in some processors, and there is none of 16 bits.
 FN_INLINE Bits16 load_bits(const void* from, int64_t count) {
   const char *p = static_cast<const char*>(from), *end = p + 2 * count;
   uint64_t rest = 0;
-  if (count & 1) rest = before<uint16_t>(rest, end -= 2);
-  if (count & 2) rest = before<uint32_t>(rest, end -= 4);
-  return (count & 4) ? _mm_set_epi64x(static_cast<int64_t>(rest), static_cast<int64_t>(before<uint64_t>(0, p)))
-                     : _mm_cvtsi64_si128(static_cast<int64_t>(rest));
+  if (count & 1) rest = read<uint16_t>(end -= 2);
+  if (count & 2) rest = rest << 32 | read<uint32_t>(end -= 4);
+  const __m128i behind = _mm_cvtsi64_si128(static_cast<int64_t>(rest));
+  return (count & 4) ? _mm_unpacklo_epi64(_mm_cvtsi64_si128(read<int64_t>(p)), behind) : behind;
 }
 FN_INLINE void store_bits(void* to, Bits16 v, int64_t count) {
   char* p = static_cast<char*>(to);
@@ -155,10 +162,6 @@ FN_INLINE __m256i rounded(Floats v) {
   const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
   return _mm256_or_si256(sum, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
-}
-// The lower halves of words whose upper halves are zero.
-FN_INLINE Bits16 packed(__m256i words) {
-  return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 }
 FN_INLINE Bits16 narrow(const BFloat16*, Floats v) { return packed(_mm256_srli_epi32(rounded(v), 16)); }
 #endif

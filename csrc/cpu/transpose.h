@@ -11,26 +11,21 @@ constexpr int64_t BLOCK = lanes<Floats>;
 // A vector of elements of two or four bytes as words, and back.
 template <class T>
 FN_INLINE Register load_words(const T* p) {
-  if constexpr (sizeof(T) == 4) return load(reinterpret_cast<const float*>(p));
-#if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_castsi512_ps(_mm512_cvtepu16_epi32(load_bits(p)));
-#else
-  return _mm256_castsi256_ps(_mm256_cvtepu16_epi32(load_bits(p)));
-#endif
+  if constexpr (sizeof(T) == 4)
+    return load(p);
+  else
+    return reinterpret_cast<Register>(unpacked(load_bits(p)));
 }
 template <class T>
 FN_INLINE void store_words(T* p, Register v) {
   if constexpr (sizeof(T) == 4)
-    store(reinterpret_cast<float*>(p), Floats(v));
+    store(p, Floats(v));
   else
-#if defined(CPU_CAPABILITY_AVX512)
-    store_bits(p, _mm512_cvtepi32_epi16(_mm512_castps_si512(v)));
-#else
-    store_bits(p, packed(_mm256_castps_si256(v)));
-#endif
+    store_bits(p, packed(reinterpret_cast<TwoBits16>(v)));
 }
 
-// A block of as many rows as a vector has lanes. at::vec's does the same, and clears four kilobytes on each call.
+// A block of as many rows as a vector has lanes. at::vec's does the same, and clears four kilobytes on each call
+// with AVX-512.
 template <class T>
 void transpose_block(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
   Register a[BLOCK], b[BLOCK];
