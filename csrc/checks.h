@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <string>
+
 #include "cpu/kernels.h"
 
 namespace fastnorm {
@@ -22,6 +24,15 @@ inline DType dtype_of(at::ScalarType t) {
   }
 }
 
+// Numbers in messages, without a stream: where the compiler links its own libstdc++ into the library, as some images' does, a
+// stream mixes it with the one that torch uses, and the first number that is written ends the process.
+inline std::string text(int64_t n) { return std::to_string(n); }
+inline std::string text(at::IntArrayRef sizes) {
+  std::string all = "[";
+  for (const int64_t n : sizes) all += (all.size() > 1 ? ", " : "") + text(n);
+  return all + "]";
+}
+
 inline at::ScalarType accumulate_type(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
 inline void check_cpu(const at::Tensor& t, const char* name) {
@@ -30,7 +41,7 @@ inline void check_cpu(const at::Tensor& t, const char* name) {
 }
 
 inline void check_numel(const at::Tensor& t, const char* name, int64_t numel) {
-  TORCH_CHECK(t.numel() == numel, name, " should have ", numel, " elements, got ", t.numel());
+  TORCH_CHECK(t.numel() == numel, name, " should have ", text(numel), " elements, got ", text(t.numel()));
 }
 
 // A tensor of x's accumulate dtype and of n elements, dense; its pointer.

@@ -89,7 +89,7 @@ ChannelsInput channels_input(const Tensor& t, const char* name, Tensor& keep) {
 
 int64_t channels_of(const Tensor& x) {
   check_cpu(x, "x");
-  TORCH_CHECK(x.dim() >= 2 && x.numel() > 0, "x should have two or more dimensions and an element, got ", x.sizes());
+  TORCH_CHECK(x.dim() >= 2 && x.numel() > 0, "x should have two or more dimensions and an element, got ", text(x.sizes()));
   return x.size(1);
 }
 
@@ -108,7 +108,7 @@ struct Shaped {
   }
   ChannelsInput gradient(const Tensor& dy) {
     check_cpu(dy, "dy");
-    TORCH_CHECK(dy.sizes() == x.sizes(), "dy should have x's shape ", x.sizes(), ", got ", dy.sizes());
+    TORCH_CHECK(dy.sizes() == x.sizes(), "dy should have x's shape ", text(x.sizes()), ", got ", text(dy.sizes()));
     const Tensor same = as(dy, x.scalar_type());
     auto out = channels_input(same, "dy", keep_dy);
     if (!keep_dy.defined()) keep_dy = same;
@@ -153,7 +153,8 @@ Tensor row_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, doub
 std::tuple<Tensor, Tensor, Tensor> row_fwd(const Tensor& x_, const Maybe& weight, const Maybe& bias, double eps, int64_t N,
                                            std::optional<at::ScalarType> dtype) {
   check_cpu(x_, "x");
-  TORCH_CHECK(N > 0 && x_.numel() > 0 && x_.numel() % N == 0, "x with ", x_.numel(), " elements is not rows of ", N);
+  TORCH_CHECK(N > 0 && x_.numel() > 0 && x_.numel() % N == 0, "x with ", text(x_.numel()), " elements is not rows of ",
+              text(N));
   // No CPU autocast wants a dtype, so the kernels have none: a copy of x will do.
   const Tensor x = as(x_, dtype.value_or(x_.scalar_type()));
   SavedStatistics s;
@@ -170,7 +171,7 @@ Grads row_bwd(const Tensor& dy_, const Tensor& x, const Maybe& weight, const Ten
   }
   const Tensor dy = as(dy_, x.scalar_type());
   const int64_t M = rstd.numel();
-  TORCH_CHECK(M > 0 && x.numel() > 0 && x.numel() % M == 0, "x with ", x.numel(), " elements is not ", M, " rows");
+  TORCH_CHECK(M > 0 && x.numel() > 0 && x.numel() % M == 0, "x with ", text(x.numel()), " elements is not ", text(M), " rows");
   check_numel(dy, "dy", x.numel());
   const Rows g{M, x.numel() / M};
   Tensor keep, keep_dy, w;

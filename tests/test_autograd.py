@@ -57,8 +57,8 @@ class Tagged(torch.Tensor):
     """A subclass with torch_function: it must survive the call."""
 
 
-def test_tensor_subclasses_and_functions_modes(backend):
-    x = torch.randn(4, 6).as_subclass(Tagged)
+def test_tensor_subclasses_and_functions_modes(backend, device):
+    x = torch.randn(4, 6, device=device).as_subclass(Tagged)
     assert type(fastnorm.layer_norm(x, (6,))) is Tagged
     seen = []
 
@@ -68,7 +68,7 @@ def test_tensor_subclasses_and_functions_modes(backend):
             return function(*args, **(kwargs or {}))
 
     with Mode():
-        fastnorm.layer_norm(torch.randn(4, 6), (6,))
+        fastnorm.layer_norm(torch.randn(4, 6, device=device), (6,))
     assert fastnorm.layer_norm in seen
 
 

@@ -62,7 +62,7 @@ def net():
         shared,
         inner,
         torch.nn.BatchNorm3d(6, track_running_stats=False),
-        torch.nn.SyncBatchNorm(6, bias=False),
+        torch.nn.SyncBatchNorm(6, affine=False),
         torch.nn.LayerNorm(6),
         torch.nn.InstanceNorm1d(6),
     )
