@@ -22,12 +22,6 @@ FN_HD V normalize(V x, V mean_high, V mean_low, V rstd) {
   return centre(x, mean_high, mean_low) * rstd;
 }
 
-// The same where the mean's low part is lost in x itself: an x of 16 bits.
-template <class V>
-FN_HD V normalize(V x, V mean_high, V rstd) {
-  return (x - mean_high) * rstd;
-}
-
 template <class V>
 FN_HD V affine(V x_hat, V weight, V bias) {
   return x_hat * weight + bias;

@@ -54,13 +54,15 @@ def run(case, norm):
 
 
 # Enough elements for several threads, and for each way through them: blocks of rows, long rows, short rows; runs in one region
-# and in pieces, grids in one region (few threads) and in two (many), blocks of a grid, tiles that are turned round.
+# and in pieces, short runs alone and together, grids in one region (few threads) and in two (many), blocks of a grid, grids too
+# narrow for blocks, tiles that are turned round.
 MANY = [
     *((rows_of, shape, "dense") for shape in [(3000, 10), (2000, 96), (50000, 64), (700, 768)]),
     *((rows_of, shape, "dense") for shape in [(40, 9000), (66, 33000), (3, 70000)]),
     *((rows_of, shape, layout) for shape in [(600, 520)] for layout in ("row_strided", "transposed")),
     *((channels_of, shape, "dense") for shape in [(16, 24, 30, 30), (2, 3, 300, 300), (64, 96, 7, 7), (40, 200, 9)]),
     *((channels_of, shape, "dense") for shape in [(3000, 70), (100, 2500), (128, 1030), (5, 40, 5000)]),
+    *((channels_of, shape, "dense") for shape in [(20, 70, 12, 12), (700, 24, 8, 14), (2000, 20, 4, 4)]),
     *((channels_of, shape, "channels_last") for shape in [(8, 24, 40, 40), (16, 300, 9, 9)]),
     *((channels_of, (4, 150, 500), layout) for layout in ("mT", "transposed", "column_strided")),
 ]
@@ -173,6 +175,28 @@ def test_rows_at_the_ends_of_the_range(shape, dtype):
 CHANNEL_LAYOUTS = ("dense", "channels_last", "row_strided", "column_strided", "transposed", "mT", "every_second", "expanded")
 
 
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 1e-19), (1e-17,), (1e18, 1.0), (1e15,)], ids=str)
+@pytest.mark.parametrize("N", [10, 1000])
+def test_rstd_at_the_ends_of_the_range(N, scales):
+    """Without eps, of rows of one size and of very different ones in one block: also where float has no room for a variance."""
+    x = torch.randn(64, N) * torch.tensor(scales).repeat_interleave(64 // len(scales))[:, None]
+    backend = dispatch.select("cpu")
+    _, _, rstd = backend.row_fwd(x, None, None, 0.0, N)
+    exact = layer_norm(x, (N,), eps=0.0).rstd.reshape(-1)
+    assert (abs(rstd.numpy() / exact - 1) <= 2 * torch.finfo(F32).eps).all()
+
+
+def test_rstd_of_constant_rows():
+    """1 / sqrt(eps), and without eps infinity, beside rows that are not constant."""
+    x = torch.randn(8, 10)
+    x[::2] = 3.0
+    backend = dispatch.select("cpu")
+    for eps, expected in ((1e-5, 1e-5**-0.5), (1e-40, 1e20), (0.0, float("inf"))):
+        _, _, rstd = backend.row_fwd(x, None, None, eps, 10)
+        torch.testing.assert_close(rstd[::2], torch.full((4,), expected), rtol=1e-7, atol=0)
+        assert rstd[1::2].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [F64, F32, BF16])
 @pytest.mark.parametrize("x_layout", CHANNEL_LAYOUTS)
 @pytest.mark.parametrize("dy_layout", ["dense", "channels_last", "transposed", "mT"])
@@ -219,7 +243,7 @@ def test_more_dimensions_than_a_walk_has():
     ("norm", "shape", "layout"),
     [
         *((rows_of, (5, N), "dense") for N in (10, 100, 700, 9000, 40000)),
-        *((channels_of, shape, "dense") for shape in [(40, 6), (4, 6, 900), (20, 6, 30), (2, 3, 40000)]),
+        *((channels_of, shape, "dense") for shape in [(40, 6), (4, 6, 900), (20, 6, 30), (2, 3, 40000), (18, 50, 120)]),
         *((channels_of, (4, 6, 20, 30), layout) for layout in ("channels_last", "transposed", "mT")),
     ],
 )
@@ -246,6 +270,7 @@ def test_first_elements_that_are_like_no_other(norm, shape, layout, offset, firs
     [
         *((rows_of, shape, "dense") for shape in [(512, 768), (4096, 64), (300, 100)]),
         *((channels_of, shape, "dense") for shape in [(8, 16, 3136), (4, 8, 31), (64, 8, 300), (64, 32, 49), (2048, 128)]),
+        (channels_of, (64, 24, 100), "dense"),
         (channels_of, (16, 64, 20, 20), "channels_last"),
     ],
 )

@@ -15,7 +15,7 @@ namespace fastnorm::cpu {
 constexpr int64_t TILE_ROWS = 16;  // are added plainly, by fours, before their sum goes to double
 constexpr int64_t SMALL = 32768;   // elements that one thread is faster with, and that every four rows' sum goes to double of
 constexpr int64_t MAX_COLUMNS = 1536;  // whose sums and constants are at hand in the first-level cache
-constexpr int64_t TURNED_ROWS = 64, TURNED_COLUMNS = 128;
+constexpr int64_t TURNED_ROWS = 256, TURNED_COLUMNS = 128;
 
 template <class T, size_t P>
 class GridSweep {
@@ -36,7 +36,8 @@ class GridSweep {
                            : sizeof(T) == 2                 ? MAX_COLUMNS
                                                             : MAX_COLUMNS / 3 * 2;
     // Rows of neighbouring samples are far apart, so a block is as wide as lets it stay in cache.
-    const int64_t fitting = flat_ ? CACHE / static_cast<int64_t>(rows_ * sizeof(T) * P) : widest;
+    int64_t fitting = flat_ ? CACHE / static_cast<int64_t>(rows_ * sizeof(T) * P) : widest;
+    if (flat_ && fitting * static_cast<int64_t>(sizeof(T)) < NARROWEST) fitting = widest;
     width_ = std::max<int64_t>(1, std::min(widest, fitting) / (fold_ * positions_)) * fold_ * positions_;
     width_ = std::min(width_, columns_);
     blocks_ = ceil_div(columns_, width_);

@@ -1,7 +1,8 @@
 // Channels whose positions lie side by side, (B, C, S) with long S: runs of S elements, each of one channel.
 //
 // A channel's sums are taken over pieces of a fixed size, in their order, whoever takes them: the result does not depend on the
-// number of threads. Where a channel stays in cache and there are enough of them, both passes over it follow each other.
+// number of threads. Where a channel stays in cache and there are enough of them, both passes over it follow each other. Short
+// runs of neighbouring channels are taken together, sample by sample: they are one piece of memory.
 #pragma once
 
 #include "channel_ops.h"
@@ -20,6 +21,7 @@ class RunSweep {
     samples_ = std::clamp<int64_t>(PIECE / g.S, 1, g.B);
     position_pieces_ = ceil_div(g.S, positions_);
     pieces_ = position_pieces_ * ceil_div(g.B, samples_);
+    group_ = TOGETHER && g.B >= 16 ? std::clamp<int64_t>(std::min(WIDEST / run(), g.C / (4 * threads())), 1, MOST) : 1;
   }
 
   static bool serves(Channels g, const Inputs<P>& in) {
@@ -28,42 +30,48 @@ class RunSweep {
 
   template <class Terms, class Settle>
   void sum(A* shift, const Settle& settle) const {
-    std::vector<Pair2> partial(g_.C * pieces_);
+    std::vector<Pair2> partial(pieces_ * g_.C);
     for (int64_t c = 0; Terms::GUESS && c < g_.C; ++c) shift[c] = guess(c);
-    parallel_for(g_.C * pieces_, elements(samples_ * positions_), [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item)
-        partial[item] = piece_sums<Terms>(item / pieces_, item % pieces_, shift[item / pieces_]);
+    const int64_t groups = ceil_div(g_.C, group_);
+    parallel_for(groups * pieces_, elements(samples_ * positions_ * group_), [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const Group k = group(item / pieces_, group_);
+        piece_sums<Terms>(k, item % pieces_, shift, partial.data() + item % pieces_ * g_.C + k.channel);
+      }
     });
     for (int64_t c = 0; c < g_.C; ++c) {
       Pair2 sums{};
-      for (int64_t k = 0; k < pieces_; ++k) add(sums, partial[c * pieces_ + k]);
-      while (!settle(c, sums)) sums = channel_sums<Terms>(c, shift[c]);
+      for (int64_t k = 0; k < pieces_; ++k) add(sums, partial[k * g_.C + c]);
+      settle_alone<Terms>(c, sums, shift, settle);
     }
   }
 
   template <class Value>
   void apply(const Constants<A, Value::K>& constants, T* out) const {
     const bool stream = streams_to(out);
-    parallel_for(g_.C * pieces_, elements(samples_ * positions_), [&](int64_t begin, int64_t end) {
+    parallel_for(ceil_div(g_.C, group_) * pieces_, elements(samples_ * positions_ * group_), [&](int64_t begin, int64_t end) {
       for (int64_t item = end - 1; item >= begin; --item)  // what was read last is in cache
-        apply_piece<Value>(item / pieces_, item % pieces_, constants, out, stream);
+        apply_piece<Value>(group(item / pieces_, group_), item % pieces_, constants, out, stream);
       if (stream) stream_end();
     });
   }
 
   template <class Terms, class Value, class Settle>
   void both(A* shift, const Settle& settle, const Constants<A, Value::K>& constants, T* out) const {
-    const int64_t bytes = g_.B * g_.S * static_cast<int64_t>(sizeof(T) * P);
-    if (bytes > CACHE || g_.C < 4 * threads()) {
+    const int64_t together = std::min(group_, CACHE / (g_.B * run() * static_cast<int64_t>(P)));
+    if (together * run() < std::min(NARROWEST, group_ * run()) || g_.C < 4 * threads()) {
       sum<Terms>(shift, settle);
       return apply<Value>(constants, out);
     }
     const bool stream = streams_to(out);
-    parallel_for(g_.C, elements(g_.B * g_.S), [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        if (Terms::GUESS) shift[c] = guess(c);
-        while (!settle(c, channel_sums<Terms>(c, shift[c]))) continue;
-        for (int64_t k = pieces_ - 1; k >= 0; --k) apply_piece<Value>(c, k, constants, out, stream);
+    parallel_for(ceil_div(g_.C, together), elements(g_.B * g_.S * together), [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const Group k = group(item, together);
+        for (int64_t j = 0; Terms::GUESS && j < k.channels; ++j) shift[k.channel + j] = guess(k.channel + j);
+        Pair2 sums[MOST];
+        channel_sums<Terms>(k, shift, sums);
+        for (int64_t j = 0; j < k.channels; ++j) settle_alone<Terms>(k.channel + j, sums[j], shift, settle);
+        for (int64_t piece = pieces_ - 1; piece >= 0; --piece) apply_piece<Value>(k, piece, constants, out, stream);
       }
       if (stream) stream_end();
     });
@@ -71,12 +79,19 @@ class RunSweep {
 
  private:
   static constexpr int64_t PIECE = 16384;
+  static constexpr int64_t WIDEST = 4096, MOST = 16;  // bytes and number of runs that are taken together
+  // Whether short runs are taken together, and those of the next sample, pages away, fetched ahead: 1.3 to 1.8 times as fast
+  // on a Xeon with AVX-512, a loss on a Zen 3 with AVX2.
+  static constexpr bool TOGETHER = lanes<Floats> == 16;
   static int64_t elements(int64_t each) { return each * static_cast<int64_t>(P); }
 
-  bool streams_to(const T* out) const {
-    const int64_t run = g_.S * static_cast<int64_t>(sizeof(T));
-    return streams(out, run, g_.B * g_.C * run * static_cast<int64_t>(P + 1));
-  }
+  int64_t run() const { return g_.S * static_cast<int64_t>(sizeof(T)); }  // bytes
+  bool streams_to(const T* out) const { return streams(out, run(), g_.B * g_.C * run() * static_cast<int64_t>(P + 1)); }
+
+  struct Group {
+    int64_t channel, channels;
+  };
+  Group group(int64_t k, int64_t size) const { return {k * size, std::min(size, g_.C - k * size)}; }
 
   static void add(Pair2& sums, const Pair2& more) {
     for (int q = 0; q < 2; ++q) sums[q] += more[q];
@@ -101,70 +116,114 @@ class RunSweep {
     return at;
   }
 
-  template <class Terms>
-  Pair2 piece_sums(int64_t c, int64_t piece, A shift) const {
-    if constexpr (PLAIN_FIRST<T>)
-      if (shift == 0) return piece_sums_of(c, piece, typename Terms::Plain{});
-    return piece_sums_of(c, piece, [constant = V(shift)](auto, int64_t, int64_t count, const std::array<V, P>& v) FN_LAMBDA {
-      return Terms::terms(v, constant, count);
-    });
-  }
+  static constexpr size_t CHAINS = 4;
 
-  template <class F>
-  Pair2 piece_sums_of(int64_t c, int64_t piece, const F& terms) const {
-    const Part w = part(piece);
-    constexpr size_t CHAINS = 4;
-    constexpr int64_t STEP = CHAINS * LOT<T> * lanes<V>;  // what brings up to LOT additions to each chain
+  // The sums of one channel while they are taken.
+  struct Open {
     Chains<V, 1, 2, CHAINS> chains;
     std::array<Sum<V>, 2> sums;
-    int64_t added = 0;
-    for (int64_t b = w.b; b < w.b + w.samples; ++b) {
-      const std::array<std::array<const T*, P>, 1> at{place(c, b, w.s)};
-      for (int64_t i = 0; i < w.positions;) {
-        const int64_t end = std::min(w.positions, i + GROUP<T, CHAINS> - added);
-        add_up(chains, at, i, end, terms);
-        added += ceil_div(end - i, STEP) * STEP;
-        i = end;
-        if (added < GROUP<T, CHAINS>) continue;
-        for (int q = 0; q < 2; ++q) sums[q].add(chains.whole(0, q));
-        chains.clear();
-        added = 0;
-      }
+  };
+
+  // Adds n elements; how many each chain has got since it was last emptied goes in and out.
+  template <class F>
+  FN_INLINE static int64_t add_run(Open& to, const std::array<const T*, P>& run, int64_t n, int64_t added, const F& terms) {
+    constexpr int64_t STEP = CHAINS * LOT<T> * lanes<V>;  // what brings up to LOT additions to each chain
+    for (int64_t i = 0; i < n;) {
+      const int64_t end = std::min(n, i + GROUP<T, CHAINS> - added);
+      add_up(to.chains, std::array<std::array<const T*, P>, 1>{run}, i, end, terms);
+      added += ceil_div(end - i, STEP) * STEP;
+      i = end;
+      if (added < GROUP<T, CHAINS>) continue;
+      for (int q = 0; q < 2; ++q) to.sums[q].add(to.chains.whole(0, q));
+      to.chains.clear();
+      added = 0;
     }
-    Pair2 out{sums[0].total(), sums[1].total()};
+    return added;
+  }
+
+  static Pair2 whole(const Open& of) {
+    Pair2 out{of.sums[0].total(), of.sums[1].total()};
     for (size_t chain = 0; chain < CHAINS; ++chain)  // in double, because a small channel's sums are all here
-      for (int q = 0; q < 2; ++q) out[q] += total(chains.s[chain][0][q]);
+      for (int q = 0; q < 2; ++q) out[q] += total(of.chains.s[chain][0][q]);
     return out;
   }
 
+  // f(terms) with what is added up about this shift.
+  template <class Terms, class F>
+  FN_INLINE static auto with_terms(A shift, const F& f) {
+    if constexpr (PLAIN_FIRST<T>)
+      if (shift == 0) return f(typename Terms::Plain{});
+    return f([constant = V(shift)](auto, int64_t, int64_t count, const std::array<V, P>& v)
+                 FN_LAMBDA { return Terms::terms(v, constant, count); });
+  }
+
+  // The sums of one piece of each channel of a group.
   template <class Terms>
-  Pair2 channel_sums(int64_t c, A shift) const {
-    Pair2 sums{};
-    for (int64_t k = 0; k < pieces_; ++k) add(sums, piece_sums<Terms>(c, k, shift));
-    return sums;
+  void piece_sums(Group k, int64_t piece, const A* shift, Pair2* out) const {
+    const Part w = part(piece);
+    if (k.channels == 1) {
+      out[0] = with_terms<Terms>(shift[k.channel], [&](const auto& terms) {
+        Open open;  // in registers
+        int64_t added = 0;
+        for (int64_t b = w.b; b < w.b + w.samples; ++b)
+          added = add_run(open, place(k.channel, b, w.s), w.positions, added, terms);
+        return whole(open);
+      });
+      return;
+    }
+    Open open[MOST];
+    int64_t added = 0;
+    for (int64_t b = w.b; b < w.b + w.samples; ++b) {
+      const int64_t before = added;
+      for (int64_t j = 0; j < k.channels; ++j) {
+        const int64_t c = k.channel + j;
+        if (TOGETHER && b + 1 < w.b + w.samples)
+          for (const T* next : place(c, b + 1, w.s)) prefetch<false>(next, run());
+        added = with_terms<Terms>(
+            shift[c], [&](const auto& terms) { return add_run(open[j], place(c, b, w.s), w.positions, before, terms); });
+      }
+    }
+    for (int64_t j = 0; j < k.channels; ++j) out[j] = whole(open[j]);
+  }
+
+  template <class Terms>
+  void channel_sums(Group k, const A* shift, Pair2* sums) const {
+    std::fill_n(sums, k.channels, Pair2{});
+    for (int64_t piece = 0; piece < pieces_; ++piece) {
+      Pair2 more[MOST];
+      piece_sums<Terms>(k, piece, shift, more);
+      for (int64_t j = 0; j < k.channels; ++j) add(sums[j], more[j]);
+    }
+  }
+
+  template <class Terms, class Settle>
+  void settle_alone(int64_t c, Pair2 sums, const A* shift, const Settle& settle) const {
+    while (!settle(c, sums)) channel_sums<Terms>({c, 1}, shift, &sums);
   }
 
   template <class Value>
-  void apply_piece(int64_t c, int64_t piece, const Constants<A, Value::K>& constants, T* out, bool stream) const {
+  void apply_piece(Group k, int64_t piece, const Constants<A, Value::K>& constants, T* out, bool stream) const {
     const Part w = part(piece);
-    std::array<V, Value::K> constant;
-    repeat<Value::K>([&](auto k) FN_LAMBDA { constant[k] = V(constants[k][c]); });
-    for (int64_t b = w.b; b < w.b + w.samples; ++b) {
-      const auto at = place(c, b, w.s);
-      T* to = out + (b * g_.C + c) * g_.S + w.s;
-      for_groups<V, 4>(w.positions, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
-        std::array<V, J> v;
-        repeat<J>([&](auto j) FN_LAMBDA {
-          v[j] = Value::value(load_inputs<T, P>(at, i + static_cast<int64_t>(j) * lanes<V>, count), constant);
+    for (int64_t b = w.b; b < w.b + w.samples; ++b)
+      for (int64_t c = k.channel; c < k.channel + k.channels; ++c) {
+        std::array<V, Value::K> constant;
+        repeat<Value::K>([&](auto i) FN_LAMBDA { constant[i] = V(constants[i][c]); });
+        const auto at = place(c, b, w.s);
+        T* to = out + (b * g_.C + c) * g_.S + w.s;
+        if (TOGETHER && k.channels > 1 && b + 1 < w.b + w.samples) prefetch<true>(to + g_.C * g_.S, run());
+        for_groups<V, 4>(w.positions, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
+          std::array<V, J> v;
+          repeat<J>([&](auto j) FN_LAMBDA {
+            v[j] = Value::value(load_inputs<T, P>(at, i + static_cast<int64_t>(j) * lanes<V>, count), constant);
+          });
+          put_all<T, J>(to + i, v, count, stream);
         });
-        put_all<T, J>(to + i, v, count, stream);
-      });
-    }
+      }
   }
 
   Channels g_;
   Inputs<P> in_;
-  int64_t positions_, samples_, position_pieces_, pieces_;
+  int64_t positions_, samples_, position_pieces_, pieces_, group_;
 };
 
 }  // namespace fastnorm::cpu

@@ -36,7 +36,7 @@ inline void Pool::lose() { pool.lost = pool.asked.load(); }
 // and their work in elements that are read.
 template <class F>
 void parallel_for(int64_t items, int64_t elements_per_item, const F& f) {
-  constexpr int64_t GRAIN = 65536;  // elements below which a second thread costs more than it brings
+  constexpr int64_t GRAIN = 32768;  // elements below which a second thread costs more than it brings
   const int64_t grain = std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, elements_per_item));
   if (items <= grain || pool.lost) return f(0, items);
   pool.asked = true;
@@ -54,6 +54,13 @@ constexpr int64_t CACHES = 28 << 20;
 inline bool streams(const void* out, int64_t row_bytes, int64_t bytes) {
   constexpr int64_t LINE = 64;
   return bytes >= CACHES && row_bytes % LINE == 0 && reinterpret_cast<uintptr_t>(out) % LINE == 0;
+}
+
+// Asks for the cache lines of so many bytes, to be read or to be written.
+template <bool WRITE>
+FN_INLINE void prefetch(const void* p, int64_t bytes) {
+  constexpr int64_t LINE = 64;
+  for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(static_cast<const char*>(p) + i, WRITE, 3);
 }
 
 inline int64_t threads() {
@@ -94,6 +101,21 @@ struct Pair {
 FN_INLINE Moments<double> moments_about(double shift, double n, double sum_d, double sum_dd) {
   const double mean_d = sum_d / n;
   return {n, shift + mean_d, std::max(sum_dd - sum_d * mean_d, 0.0)};
+}
+
+// 1 / sqrt(v[k]) for n of them. Roots and quotients of double take most of the time of a short row, so float's are made good
+// by one step of Newton's, to 1e-14; where float has no room for v, they are double's.
+inline void reciprocal_roots(const double* v, int64_t n, float* out) {
+  for (int64_t k = 0; k < n; ++k) {
+    const double r = 1 / std::sqrt(static_cast<float>(v[k]));
+    out[k] = static_cast<float>(r * (1.5 - 0.5 * v[k] * r * r));
+  }
+  int64_t outside = 0;
+  for (int64_t k = 0; k < n; ++k) outside += (v[k] > 1e-30) & (v[k] < 1e30) ? 0 : 1;
+  for (int64_t k = 0; k < n && outside > 0; ++k) out[k] = static_cast<float>(1 / std::sqrt(v[k]));
+}
+inline void reciprocal_roots(const double* v, int64_t n, double* out) {
+  for (int64_t k = 0; k < n; ++k) out[k] = 1 / std::sqrt(v[k]);
 }
 
 // Whether sums about this shift have lost too much to cancellation: it is more than so many deviations off the mean, and what

@@ -1,4 +1,5 @@
 // Layer norm forward: the moments of a block of rows, then y.
+#include <cstring>
 #include <limits>
 
 #include "row.h"
@@ -38,27 +39,22 @@ bool unfit(const Moments<double>& m) {
 template <class T>
 void moments_of(const T* const* rows, int64_t count, int64_t n, BlockMoments& out) {
   double sum[MAX_BLOCK], squares[MAX_BLOCK];
-  bool again = false;
-  const auto finish = [&](int64_t k, double sum_k, double squares_k) FN_LAMBDA {
-    const auto m = moments_about(0, static_cast<double>(n), sum_k, squares_k);
-    out.set(k, m);
-    again |= unfit<T>(m);
-  };
   for_sums(n, count, [&](auto R, auto CHAINS, int64_t k) {
     std::array<std::array<const T*, 1>, R> at;
     double sums[R][2];
     for (size_t r = 0; r < R; ++r) at[r] = {rows[k + r]};
     sum_up<2, CHAINS>(at, n, Products<T, 1>{}, sums);
-    for (size_t r = 0; r < R; ++r) {
-      if (n > SHORT)
-        finish(k + r, sums[r][0], sums[r][1]);
-      else
-        sum[k + r] = sums[r][0], squares[k + r] = sums[r][1];
-    }
+    for (size_t r = 0; r < R; ++r) sum[k + r] = sums[r][0], squares[k + r] = sums[r][1];
   });
-  if (n <= SHORT)
-    for (int64_t k = 0; k < count; ++k) finish(k, sum[k], squares[k]);  // as vectors
-  if (!again) return;
+  // Two plain loops, which become vectors. That this product is not the quotient counts where the mean is far from zero only.
+  const double share = 1 / static_cast<double>(n);
+  for (int64_t k = 0; k < count; ++k) {
+    out.mean[k] = sum[k] * share;
+    out.m2[k] = std::max(squares[k] - sum[k] * out.mean[k], 0.0);
+  }
+  int64_t again = 0;
+  for (int64_t k = 0; k < count; ++k) again += unfit<T>(out.get(k, n)) ? 1 : 0;
+  if (again == 0) return;
   for (int64_t k = 0; k < count; ++k) {
     const auto m = out.get(k, n);
     if (!unfit<T>(m)) continue;
@@ -69,13 +65,46 @@ void moments_of(const T* const* rows, int64_t count, int64_t n, BlockMoments& ou
   }
 }
 
-// x_hat of one row.
+// x_hat of the rows of a block, from x, each row's mean pair and its rstd.
 template <class T>
-struct XHat {
+struct XHats {
+  using A = Acc<T>;
   using V = Vec<T>;
-  V high, low, rstd;
-  FN_INLINE XHat(Acc<T> h, Acc<T> l, Acc<T> r) : high(h), low(l), rstd(r) {}
-  FN_INLINE V operator()(V x) const { return sizeof(T) == 2 ? normalize(x, high, rstd) : normalize(x, high, low, rstd); }
+  const A *high, *low, *rstd;
+  XHats(const A* h, const A* l, const A* r, const BlockMoments&, int64_t) : high(h), low(l), rstd(r) {}
+  FN_INLINE auto operator[](int64_t k) const {
+    return [h = V(high[k]), l = V(low[k]), r = V(rstd[k])](V x) FN_LAMBDA { return normalize(x, h, l, r); };
+  }
+};
+
+// The same for an x of 16 bits, in which the mean's low part is lost: x * slope + shift, one operation instead of two. x_hat of
+// a constant row has to be zero, so there the slope is cut to 13 bits, whose product with such an x is exact.
+template <class T>
+struct HalfXHats {
+  using V = Vec<T>;
+  float slope[MAX_BLOCK], shift[MAX_BLOCK];
+  HalfXHats(const float* high, const float*, const float* rstd, const BlockMoments& moments, int64_t rows) {
+    for (int64_t k = 0; k < rows; ++k) slope[k] = moments.m2[k] == 0 ? cut(rstd[k]) : rstd[k];
+    for (int64_t k = 0; k < rows; ++k) shift[k] = -high[k] * slope[k];
+  }
+  static float cut(float v) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    bits &= ~0x7ffu;
+    std::memcpy(&v, &bits, sizeof bits);
+    return v;
+  }
+  FN_INLINE auto operator[](int64_t k) const {
+    return [s = V(slope[k]), t = V(shift[k])](V x) FN_LAMBDA { return affine(x, s, t); };
+  }
+};
+template <>
+struct XHats<BFloat16> : HalfXHats<BFloat16> {
+  using HalfXHats::HalfXHats;
+};
+template <>
+struct XHats<Half> : HalfXHats<Half> {
+  using HalfXHats::HalfXHats;
 };
 
 template <class T>
@@ -90,19 +119,22 @@ struct RowForward {
   bool stream = streams(y, g.N * sizeof(T), 2 * g.M * g.N * sizeof(T));
 
   void save(int64_t m, int64_t rows, const BlockMoments& moments) const {
+    const double share = 1 / static_cast<double>(g.N);
+    double variance[MAX_BLOCK];
     for (int64_t k = 0; k < rows; ++k) {
       const Pair<A> centre(moments.mean[k]);
       mean[m + k] = centre.high;
       mean[g.M + m + k] = centre.low;
-      rstd[m + k] = static_cast<A>(1.0 / std::sqrt(moments.m2[k] / static_cast<double>(g.N) + eps));
+      variance[k] = moments.m2[k] * share + eps;
     }
+    reciprocal_roots(variance, rows, rstd + m);
   }
 
   // Elements [i0, i0 + n) of rows [m, m + rows), which x points to; w and b start at i0.
   template <class Parameter>
-  void normalize_block(const T* const* x, int64_t m, int64_t rows, int64_t i0, int64_t n, const Parameter* w,
-                       const Parameter* b) const {
-    const A *high = mean + m, *low = high + g.M, *r = rstd + m;
+  void normalize_block(const T* const* x, const BlockMoments& moments, int64_t m, int64_t rows, int64_t i0, int64_t n,
+                       const Parameter* w, const Parameter* b) const {
+    const XHats<T> x_hats(mean + m, mean + g.M + m, rstd + m, moments, rows);
     const int64_t N = g.N;
     for_groups<V, 8>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
       constexpr int64_t W = lanes<V>;
@@ -113,7 +145,7 @@ struct RowForward {
       });
       T* out = y + m * N + i0 + i;
       for (int64_t k = 0; k < rows; ++k, out += N) {
-        const XHat<T> x_hat(high[k], low[k], r[k]);
+        const auto x_hat = x_hats[k];
         const T* in = x[k] + i;
         std::array<V, J> v;
         repeat<J>([&](auto j) FN_LAMBDA { v[j] = affine(x_hat(load(in + j * W, count)), wi[j], bi[j]); });
@@ -137,7 +169,7 @@ struct RowForward {
       for (int64_t k = 0; k < rows; ++k) moments.set(k, merge(moments.get(k, i), more.get(k, n)));
     }
     save(m, rows, moments);
-    normalize_block(x, m, rows, 0, g.N, w, b);
+    normalize_block(x, moments, m, rows, 0, g.N, w, b);
   }
 
   // Few long rows: the statistics of all of them piece by piece, then each piece of all rows.
@@ -167,7 +199,8 @@ struct RowForward {
         const int64_t i = item * PIECE, n = std::min(PIECE, g.N - i);
         const T* at[FEW];
         for (int64_t m = 0; m < g.M; ++m) at[m] = read(m, m, i, n);
-        with_parameters<T>(weight, bias, i, n, [&](const auto* w, const auto* b) { normalize_block(at, 0, g.M, i, n, w, b); });
+        with_parameters<T>(weight, bias, i, n,
+                           [&](const auto* w, const auto* b) { normalize_block(at, moments, 0, g.M, i, n, w, b); });
       }
       if (stream) stream_end();
     });

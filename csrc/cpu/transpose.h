@@ -58,11 +58,11 @@ void transpose_block(const T* from, int64_t from_stride, T* to, int64_t to_strid
 constexpr int64_t BLOCK = 16;
 #endif
 
-// to[j][i] = from[i][j]
+// to[j][i] = from[i][j]; row after row of `to`, whose cache lines are fetched one after the other then.
 template <class T>
 void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
-  for (int64_t i = 0; i < rows; i += BLOCK)
-    for (int64_t j = 0; j < columns; j += BLOCK) {
+  for (int64_t j = 0; j < columns; j += BLOCK)
+    for (int64_t i = 0; i < rows; i += BLOCK) {
       const int64_t m = std::min(BLOCK, rows - i), n = std::min(BLOCK, columns - j);
       const T* block = from + i * from_stride + j;
       T* turned = to + j * to_stride + i;
