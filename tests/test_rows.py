@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BF16, F32, ROWS, Case
+from cases import BF16, F16, F32, ROWS, Case
 from compare import Rows, assert_no_worse, gradients, laid_out_as, parameter_dtypes, statistics, torch_results
 from oracle import error, layer_norm, wide
 
@@ -76,10 +76,15 @@ def test_not_finite_input_spoils_its_row_alone(N, bad, backend, device):
     assert torch.equal(y.isnan().all(1).cpu(), torch.tensor([False, True, False]))
 
 
-def test_constant_rows_are_zero(backend, device):
-    for value in (0.0, 3.0, 1e4):
-        y = fastnorm.layer_norm(torch.full((4, 33), value, device=device), (33,))
-        assert torch.equal(y, torch.zeros_like(y))
+@pytest.mark.parametrize("N", [33, 700])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_constant_rows_are_zero(dtype, N, backend, device):
+    """Whatever their value, and beside rows that are not constant."""
+    x = torch.randn(16, N)
+    x[::2] = torch.tensor([0.0, 3.0, 1e4, -1 / 3, 0.1, 777.7, 1e-3, -6.1e4])[:, None]
+    y = fastnorm.layer_norm(x.to(dtype).to(device), (N,))
+    assert torch.equal(y[::2], torch.zeros_like(y[::2]))
+    assert (y[1::2].float().std(1) > 0.9).all()
 
 
 @pytest.mark.parametrize("N", [10, 300, 9000])
