@@ -149,7 +149,8 @@ class GridSweep {
     explicit Tiles(const GridSweep& s) : tile(make(s, std::make_index_sequence<P + 1>{})) {}
     template <size_t... I>
     static std::array<Buffer<T>, P + 1> make(const GridSweep& s, std::index_sequence<I...>) {
-      return {Buffer<T>((I < P ? s.direct_[std::min(I, P - 1)] : s.direct_out_) ? 0 : TURNED_ROWS * TURNED_COLUMNS)...};
+      const int64_t elements = std::min(TURNED_ROWS, s.rows_) * TURNED_COLUMNS;
+      return {Buffer<T>((I < P ? s.direct_[std::min(I, P - 1)] : s.direct_out_) ? 0 : elements)...};
     }
   };
 
