@@ -67,11 +67,11 @@ void moments_of(const T* const* rows, int64_t count, int64_t n, BlockMoments& ou
 
 // x_hat of the rows of a block, from x, each row's mean pair and its rstd.
 template <class T>
-struct XHats {
+struct WideXHats {
   using A = Acc<T>;
   using V = Vec<T>;
   const A *high, *low, *rstd;
-  XHats(const A* h, const A* l, const A* r, const BlockMoments&, int64_t) : high(h), low(l), rstd(r) {}
+  WideXHats(const A* h, const A* l, const A* r, const BlockMoments&, int64_t) : high(h), low(l), rstd(r) {}
   FN_INLINE auto operator[](int64_t k) const {
     return [h = V(high[k]), l = V(low[k]), r = V(rstd[k])](V x) FN_LAMBDA { return normalize(x, h, l, r); };
   }
@@ -98,14 +98,8 @@ struct HalfXHats {
     return [s = V(slope[k]), t = V(shift[k])](V x) FN_LAMBDA { return affine(x, s, t); };
   }
 };
-template <>
-struct XHats<BFloat16> : HalfXHats<BFloat16> {
-  using HalfXHats::HalfXHats;
-};
-template <>
-struct XHats<Half> : HalfXHats<Half> {
-  using HalfXHats::HalfXHats;
-};
+template <class T>
+using XHats = std::conditional_t<sizeof(T) == 2, HalfXHats<T>, WideXHats<T>>;
 
 template <class T>
 struct RowForward {
