@@ -112,7 +112,8 @@ def test_a_missing_extra_is_named(train, module, monkeypatch, capsys):
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
 def test_ctrl_c_ends_quietly(tmp_path):
     command = [sys.executable, str(BENCH / "train.py"), "--jobs", "2", "--epochs", "1000", "--plot", str(tmp_path / "p.png")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # which is ignored where the tests run in a shell's background
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed)
     process.stderr.read(1)  # the progress bar is there, so the runs have begun
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
