@@ -116,7 +116,11 @@ def test_ctrl_c_ends_quietly(tmp_path):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed)
     process.stderr.read(1)  # the progress bar is there, so the runs have begun
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # it would train on beside the tests that follow
+        raise
     assert process.returncode == 130
     assert "Traceback" not in err
 
