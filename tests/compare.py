@@ -5,6 +5,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from oracle import batch_norm, error, layer_norm, ulp
+from torch._prims_common import suggest_memory_format
 
 DRAWS = 8
 
@@ -99,9 +100,13 @@ def torch_results(kind, case, x, dy, weight, bias):
         return {name: out[name].to(t.dtype) for name, t in given.items() if t is not None}
 
 
-def laid_out_as(t, peer):
-    """Whether a result has torch's strides. On GPUs that is not asked: there each of torch's kernels has layouts of its own."""
-    return t.device.type != "cpu" or t.stride() == peer.stride()
+def laid_out_as(t, peer, x):
+    """Whether y or dx of channels has x's memory format, and the strides that torch gives it on the CPU.
+
+    On a GPU each of torch's kernels has layouts of its own, so the peer's are not asked for there.
+    """
+    formatted = torch.empty_like(x, memory_format=suggest_memory_format(x)).stride() if t.shape == x.shape else (1,)
+    return t.stride() == formatted and (t.device.type != "cpu" or t.stride() == peer.stride())
 
 
 def written_out(kind, case, x, dy, weight, bias):

@@ -56,13 +56,14 @@ def test_without_process_group_it_is_batch_norm(backend, device, shape, training
 def net():
     """Every kind of batch norm; one module in two places, and one with children of its own."""
     shared = fastnorm.BatchNorm1d(6, momentum=None)
+    without_bias = {"bias": False} if "bias" in inspect.signature(torch.nn.SyncBatchNorm).parameters else {}
     inner = torch.nn.ModuleDict({"two": torch.nn.BatchNorm2d(6, affine=False), "again": shared, "same": shared})
     return torch.nn.Sequential(
         torch.nn.Linear(6, 6),
         shared,
         inner,
         torch.nn.BatchNorm3d(6, track_running_stats=False),
-        torch.nn.SyncBatchNorm(6, affine=False),
+        torch.nn.SyncBatchNorm(6, **without_bias),
         torch.nn.LayerNorm(6),
         torch.nn.InstanceNorm1d(6),
     )

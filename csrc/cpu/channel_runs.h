@@ -177,7 +177,7 @@ class RunSweep {
       const int64_t before = added;
       for (int64_t j = 0; j < k.channels; ++j) {
         const int64_t c = k.channel + j;
-        if (TOGETHER && b + 1 < w.b + w.samples)
+        if (b + 1 < w.b + w.samples)
           for (const T* next : place(c, b + 1, w.s)) prefetch<false>(next, run());
         added = with_terms<Terms>(
             shift[c], [&](const auto& terms) { return add_run(open[j], place(c, b, w.s), w.positions, before, terms); });
@@ -210,7 +210,7 @@ class RunSweep {
         repeat<Value::K>([&](auto i) FN_LAMBDA { constant[i] = V(constants[i][c]); });
         const auto at = place(c, b, w.s);
         T* to = out + (b * g_.C + c) * g_.S + w.s;
-        if (TOGETHER && k.channels > 1 && b + 1 < w.b + w.samples) prefetch<true>(to + g_.C * g_.S, run());
+        if (k.channels > 1 && b + 1 < w.b + w.samples) prefetch<true>(to + g_.C * g_.S, run());
         for_groups<V, 4>(w.positions, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
           std::array<V, J> v;
           repeat<J>([&](auto j) FN_LAMBDA {

@@ -56,13 +56,6 @@ inline bool streams(const void* out, int64_t row_bytes, int64_t bytes) {
   return bytes >= CACHES && row_bytes % LINE == 0 && reinterpret_cast<uintptr_t>(out) % LINE == 0;
 }
 
-// Asks for the cache lines of so many bytes, to be read or to be written.
-template <bool WRITE>
-FN_INLINE void prefetch(const void* p, int64_t bytes) {
-  constexpr int64_t LINE = 64;
-  for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(static_cast<const char*>(p) + i, WRITE, 3);
-}
-
 inline int64_t threads() {
   uint32_t n = 1;
   torch_get_num_threads(&n);

@@ -85,7 +85,7 @@ struct RowBackward {
         if (!out) continue;
         put_all<T, J>(out + k * N, v, count, stream);
         if (J > 1 && !stream)
-          prefetch_for_write<T, J>(out + k * N + J * W);  // the way over the rows hides it from the processor
+          prefetch<true>(out + k * N + J * W, J * W * sizeof(T));  // the way over the rows hides it from the processor
       }
       repeat<J>([&](auto j) FN_LAMBDA {
         if (dw) store(dw + i + j * W, load(dw + i + j * W) + dwi[j]);

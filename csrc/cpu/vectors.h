@@ -260,12 +260,11 @@ FN_INLINE void for_groups(int64_t n, const F& f) {
   for (; i < n; i += W) f(std::integral_constant<size_t, 1>{}, i, std::min(W, n - i));
 }
 
-// Asks for the cache lines of J vectors, which will be written soon.
-template <class T, size_t J>
-FN_INLINE void prefetch_for_write(const T* p) {
-  constexpr size_t LINE = 64, BYTES = J * lanes<Vec<T>> * sizeof(T);
-  repeat<(BYTES + LINE - 1) / LINE>([&](auto k)
-                                        FN_LAMBDA { __builtin_prefetch(reinterpret_cast<const char*>(p) + k * LINE, 1); });
+// Asks for the cache lines of so many bytes, to be read or to be written.
+template <bool WRITE>
+FN_INLINE void prefetch(const void* p, int64_t bytes) {
+  constexpr int64_t LINE = 64;
+  for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(static_cast<const char*>(p) + i, WRITE, 3);
 }
 
 // v with zeros in the lanes that do not exist.
