@@ -4,6 +4,7 @@
 
 #include "contract.h"
 #include "eager.h"
+#include "replay.h"
 
 #define FASTNORM_STRING(x) #x
 #define FASTNORM_QUOTE(x) FASTNORM_STRING(x)
@@ -23,6 +24,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("channel_fwd", &channel_fwd, no_gil);
   m.def("channel_bwd", &channel_bwd, no_gil);
   if (PyModule_AddFunctions(m.ptr(), eager_functions) != 0) throw py::error_already_set();
+  m.def("set_config", [](const py::object& config) { set_config(config.ptr()); });
   m.def("set_differentiable",
         [](py::object layer_norm, py::object batch_norm) { set_differentiable(layer_norm.ptr(), batch_norm.ptr()); });
+  m.def("serve_natively", &serve_natively);
+  const auto type = [](const std::string& device) { return c10::Device(device).type(); };
+  m.def("serve_replays",
+        [type](const std::string& device, const py::dict& functions, const py::object& record, uintptr_t launch,
+               uintptr_t stream) { replay::serve(type(device), functions, record, launch, stream); });
+  m.def("close_replays", &replay::close);
+  m.def("forget_replays", &replay::forget);
+  m.def("count_replays", [type](const std::string& device) { return replay::counts(type(device)); });
 }

@@ -36,7 +36,7 @@ Tensor empty_result(const Tensor& x, at::MemoryFormat format = at::MemoryFormat:
 // dy may come in another dtype, for example from a wider sum.
 Tensor as(const Tensor& dy, at::ScalarType dtype) { return dy.scalar_type() == dtype ? dy : dy.to(dtype); }
 
-Maybe empty_grad(std::optional<at::ScalarType> dtype, int64_t n) { return dtype ? Maybe(empty({n}, *dtype)) : std::nullopt; }
+Maybe empty_grad(MaybeType dtype, int64_t n) { return dtype ? Maybe(empty({n}, *dtype)) : std::nullopt; }
 
 Array maybe(const Maybe& t) { return t ? output(*t) : Array{}; }
 
@@ -151,7 +151,7 @@ Tensor row_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, doub
 }
 
 std::tuple<Tensor, Tensor, Tensor> row_fwd(const Tensor& x_, const Maybe& weight, const Maybe& bias, double eps, int64_t N,
-                                           std::optional<at::ScalarType> dtype) {
+                                           MaybeType dtype) {
   check_cpu(x_, "x");
   TORCH_CHECK(N > 0 && x_.numel() > 0 && x_.numel() % N == 0, "x with ", text(x_.numel()), " elements is not rows of ",
               text(N));

@@ -1,8 +1,10 @@
-// The eager path at torch's own cost: what functional.py and autograd.py do in Python for every backend, in C++ for this one.
+// The eager path at torch's own cost: what functional.py and autograd.py do in Python for every backend, in C++ for the CPU's
+// kernels and for replayed ones.
 // Raw CPython entries and a C++ autograd node: an 8 x 64 call is a few microseconds, so each crossing counts.
 #include "eager.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -10,6 +12,7 @@
 
 #include "checks.h"
 #include "contract.h"
+#include "replay.h"
 
 namespace fastnorm {
 namespace {
@@ -21,6 +24,8 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 PyObject *layer_norm_formula = nullptr, *batch_norm_formula = nullptr;
+PyObject* config = nullptr;  // fastnorm.config
+std::atomic<bool> native_serves{false};
 
 // ---------------------------------------------------------------- the gate
 
@@ -33,11 +38,13 @@ bool unwatched() {
   return within(c10::impl::tls_local_dispatch_key_set().included_, usual) && !at::impl::torch_function_mode_enabled();
 }
 
-// A dense CPU tensor with its own memory: no wrapper, no batching, no lazy conjugation or negation, no tangent.
+// A dense tensor with its own memory: no wrapper, no batching, no lazy conjugation or negation, no tangent.
 bool plain(const Tensor& t) {
-  static const DispatchKeySet usual(
+  static const DispatchKeySet cpu(
       {DispatchKey::CPU, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU});
-  return within(t.key_set(), usual) && !t._fw_grad(/*level=*/0).defined();
+  static const DispatchKeySet cuda(
+      {DispatchKey::CUDA, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA});
+  return within(t.key_set(), t.is_cuda() ? cuda : cpu) && !t._fw_grad(/*level=*/0).defined();
 }
 
 bool readable(const Tensor& t) {
@@ -45,12 +52,13 @@ bool readable(const Tensor& t) {
   return plain(t) && (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble);
 }
 
-// An argument as a tensor that the kernels read, of the shape given; none for None. False where it is anything else.
-bool parse(PyObject* object, Maybe& t, at::IntArrayRef sizes) {
+// An argument as a tensor that the kernels read, beside x and of the shape given; none for None. False where it is anything
+// else.
+bool parse(PyObject* object, Maybe& t, const Tensor& x, at::IntArrayRef sizes) {
   if (object == Py_None) return true;
   if (!THPVariable_CheckExact(object)) return false;
   t = THPVariable_Unpack(object);
-  return readable(*t) && t->sizes() == sizes;
+  return readable(*t) && t->device() == x.device() && t->sizes() == sizes;
 }
 
 bool parse(PyObject* object, Tensor& x) {
@@ -93,7 +101,7 @@ bool wants_grad(const Tensor& x, const Maybe& weight, const Maybe& bias) {
 
 Maybe given(const Tensor& t) { return t.defined() ? Maybe(t) : std::nullopt; }
 
-// Statistics for a call without a graph: forgotten at its end.
+// Statistics of a call without a graph: forgotten at its end.
 class ScratchStatistics {
  public:
   Statistics make(const Tensor& x, int64_t n) {
@@ -104,6 +112,31 @@ class ScratchStatistics {
 
  private:
   c10::SmallVector<double, 32> all_;
+};
+
+// The two that serve: one contract, with `saved` for a call with a graph.
+struct Native {
+  static Tensor row_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, double eps, int64_t N, MaybeType,
+                            SavedStatistics* saved) {
+    ScratchStatistics scratch;  // no CPU autocast asks for a dtype
+    const int64_t M = x.numel() / N;
+    return fastnorm::row_forward(x, weight, bias, eps, N, [&] { return saved ? saved->make(x, M) : scratch.make(x, M); });
+  }
+  static Tensor channel_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, const BatchOptions& o,
+                                SavedStatistics* saved) {
+    ScratchStatistics scratch;
+    const int64_t C = x.size(1);
+    return fastnorm::channel_forward(x, weight, bias, o, [&] { return saved ? saved->make(x, C) : scratch.make(x, C); });
+  }
+  static constexpr auto row_bwd = fastnorm::row_bwd;
+  static constexpr auto channel_bwd = fastnorm::channel_bwd;
+};
+
+struct Replayed {
+  static constexpr auto row_forward = replay::row_forward;
+  static constexpr auto channel_forward = replay::channel_forward;
+  static constexpr auto row_bwd = replay::row_bwd;
+  static constexpr auto channel_bwd = replay::channel_bwd;
 };
 
 // What backward has to know beside the saved tensors, in few entries, for each has its price; of bias, whose values it does not
@@ -175,11 +208,13 @@ Tensor apply(const Tensor& x, const Maybe& weight, const Maybe& bias, const Args
 
 Tensor shaped(const Maybe& d, at::IntArrayRef shape) { return !d ? Tensor() : shape.size() == 1 ? *d : d->view(shape); }
 
-struct FastnormLayerNorm : torch::autograd::Function<FastnormLayerNorm> {
+template <class Backend>
+struct FastnormLayerNorm : torch::autograd::Function<FastnormLayerNorm<Backend>> {
   static constexpr bool is_traceable = true;  // compiled autograd: all that backward reads is saved, the formula is torch's
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Maybe& weight, const Maybe& bias, double eps, int64_t N) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Maybe& weight, const Maybe& bias, double eps, int64_t N,
+                        MaybeType dtype) {
     SavedStatistics s;
-    Tensor y = row_forward(x, weight, bias, eps, N, [&] { return s.make(x, x.numel() / N); });
+    Tensor y = Backend::row_forward(x, weight, bias, eps, N, dtype, &s);
     remember(ctx, x, weight, bias, s, eps);
     ctx->saved_data["N"] = N;  // compiled autograd asks again with symbols in the place of sizes
     const Maybe& parameter = weight ? weight : bias;
@@ -193,18 +228,19 @@ struct FastnormLayerNorm : torch::autograd::Function<FastnormLayerNorm> {
     const int64_t N = ctx->saved_data["N"].toInt();
     const auto [dx, dweight, dbias] = differentiable(dy[0]) ? call_formula(layer_norm_formula, dy[0], x, given(weight), N,
                                                                            ctx->saved_data["eps"].toDouble(), need)
-                                                            : row_bwd(dy[0], x, given(weight), saved[2], rstd, need);
+                                                            : Backend::row_bwd(dy[0], x, given(weight), saved[2], rstd, need);
     const auto shape = ctx->saved_data.find("shape");
     const auto sizes = shape == ctx->saved_data.end() ? std::vector<int64_t>{N} : shape->second.toIntVector();
     return {dx.value_or(Tensor()), shaped(dweight, sizes), shaped(dbias, sizes)};
   }
 };
 
-struct FastnormBatchNorm : torch::autograd::Function<FastnormBatchNorm> {
+template <class Backend>
+struct FastnormBatchNorm : torch::autograd::Function<FastnormBatchNorm<Backend>> {
   static constexpr bool is_traceable = true;
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Maybe& weight, const Maybe& bias, const BatchOptions& o) {
     SavedStatistics s;
-    Tensor y = channel_forward(x, weight, bias, o, [&] { return s.make(x, x.size(1)); });
+    Tensor y = Backend::channel_forward(x, weight, bias, o, &s);
     remember(ctx, x, weight, bias, s, o.eps);
     ctx->saved_data["training"] = o.training;
     return y;
@@ -217,12 +253,38 @@ struct FastnormBatchNorm : torch::autograd::Function<FastnormBatchNorm> {
     const auto [dx, dweight, dbias] = differentiable(dy[0])
                                           ? call_formula(batch_norm_formula, dy[0], x, given(weight), mean, rstd, training,
                                                          ctx->saved_data["eps"].toDouble(), need)
-                                          : channel_bwd(dy[0], x, given(weight), mean, rstd, training, need);
+                                          : Backend::channel_bwd(dy[0], x, given(weight), mean, rstd, training, need);
     return {dx.value_or(Tensor()), dweight.value_or(Tensor()), dbias.value_or(Tensor())};
   }
 };
 
 // ---------------------------------------------------------------- entries
+
+// Which of the two serves x's device, if one does.
+enum class Serving { nobody, native, replayed };
+Serving serving(const Tensor& x) {
+  if (x.is_cpu() && native_serves) return Serving::native;
+  return replay::serves(x.device().type()) ? Serving::replayed : Serving::nobody;
+}
+
+// CUDA's autocast computes layer_norm in float32. The kernels do so anyway, so all it changes is y's dtype.
+MaybeType autocast_dtype(const Tensor& x) {
+  if (!x.is_cuda() || !at::isReducedFloatingType(x.scalar_type()) || !at::autocast::is_autocast_enabled(at::kCUDA))
+    return std::nullopt;
+  return py::handle(config).attr("autocast_keeps_dtype").cast<bool>() ? std::nullopt : MaybeType(at::kFloat);
+}
+
+template <class Backend>
+Tensor layer_norm_on(const Tensor& x, const Maybe& weight, const Maybe& bias, double eps, int64_t N, MaybeType dtype) {
+  return wants_grad(x, weight, bias) ? apply<FastnormLayerNorm<Backend>>(x, weight, bias, eps, N, dtype)
+                                     : Backend::row_forward(x, weight, bias, eps, N, dtype, nullptr);
+}
+
+template <class Backend>
+Tensor batch_norm_on(const Tensor& x, const Maybe& weight, const Maybe& bias, const BatchOptions& o) {
+  return wants_grad(x, weight, bias) ? apply<FastnormBatchNorm<Backend>>(x, weight, bias, o)
+                                     : Backend::channel_forward(x, weight, bias, o, nullptr);
+}
 
 PyObject* layer_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -230,18 +292,19 @@ PyObject* layer_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Maybe weight, bias;
   double eps = 0;
   c10::SmallVector<int64_t, 4> shape;
-  if (count != 5 || !unwatched() || !parse(args[0], x) || !parse(args[1], shape) || !parse(args[2], weight, shape) ||
-      !parse(args[3], bias, shape) || !parse(args[4], eps))
+  if (count != 5 || !unwatched() || !parse(args[0], x) || !parse(args[1], shape) || !parse(args[2], weight, x, shape) ||
+      !parse(args[3], bias, x, shape) || !parse(args[4], eps))
     Py_RETURN_NONE;
   const auto sizes = x.sizes();
   if (sizes.size() < shape.size() || sizes.slice(sizes.size() - shape.size()) != at::IntArrayRef(shape)) Py_RETURN_NONE;
   const int64_t N = c10::multiply_integers(shape);
+  const Serving by = serving(x);
+  if (by == Serving::nobody) Py_RETURN_NONE;
+  const MaybeType dtype = autocast_dtype(x);
   Tensor y;
   {
     const py::gil_scoped_release no_gil;
-    ScratchStatistics s;
-    y = wants_grad(x, weight, bias) ? apply<FastnormLayerNorm>(x, weight, bias, eps, N)
-                                    : row_forward(x, weight, bias, eps, N, [&] { return s.make(x, x.numel() / N); });
+    y = (by == Serving::native ? layer_norm_on<Native> : layer_norm_on<Replayed>)(x, weight, bias, eps, N, dtype);
   }
   return THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS
@@ -259,17 +322,17 @@ PyObject* batch_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Maybe running_mean, running_var, weight, bias;
   const auto C = x.sizes().slice(1, 1);
   BatchOptions o{running_mean, running_var, args[5] == Py_True, 0, 0};
-  if (!parse(args[1], running_mean, C) || !parse(args[2], running_var, C) || !parse(args[3], weight, C) ||
-      !parse(args[4], bias, C) || !parse(args[6], o.momentum) || !parse(args[7], o.eps) ||
+  if (!parse(args[1], running_mean, x, C) || !parse(args[2], running_var, x, C) || !parse(args[3], weight, x, C) ||
+      !parse(args[4], bias, x, C) || !parse(args[6], o.momentum) || !parse(args[7], o.eps) ||
       !buffers_fit(running_mean, running_var, o.training))
     Py_RETURN_NONE;
   if (!(o.eps >= 0) || (o.training && (o.eps == 0 || x.numel() == C[0]))) Py_RETURN_NONE;
+  const Serving by = serving(x);
+  if (by == Serving::nobody) Py_RETURN_NONE;
   Tensor y;
   {
     const py::gil_scoped_release no_gil;
-    ScratchStatistics s;
-    y = wants_grad(x, weight, bias) ? apply<FastnormBatchNorm>(x, weight, bias, o)
-                                    : channel_forward(x, weight, bias, o, [&] { return s.make(x, C[0]); });
+    y = (by == Serving::native ? batch_norm_on<Native> : batch_norm_on<Replayed>)(x, weight, bias, o);
   }
   return THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS
@@ -287,9 +350,13 @@ PyMethodDef eager_functions[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
+void set_config(PyObject* choices) { Py_XSETREF(config, Py_NewRef(choices)); }
+
 void set_differentiable(PyObject* layer_norm_backward, PyObject* batch_norm_backward) {
   Py_XSETREF(layer_norm_formula, Py_NewRef(layer_norm_backward));
   Py_XSETREF(batch_norm_formula, Py_NewRef(batch_norm_backward));
 }
+
+void serve_natively(bool on) { native_serves = on; }
 
 }  // namespace fastnorm

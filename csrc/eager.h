@@ -1,4 +1,4 @@
-// Whole calls of the public functions for plain CPU tensors: gate, autograd and kernel in one.
+// Whole calls of the public functions for plain tensors: gate, autograd and kernel in one.
 #pragma once
 
 #include <Python.h>
@@ -12,5 +12,12 @@ extern PyMethodDef eager_functions[];
 
 // fastnorm.composite's layer_norm_backward and batch_norm_backward: what a backward that is itself differentiated calls.
 void set_differentiable(PyObject* layer_norm_backward, PyObject* batch_norm_backward);
+
+// Whether calls on the CPU run on its C++ kernels. Where they do not, and the device is none that is replayed, calls are not
+// covered.
+void serve_natively(bool on);
+
+// fastnorm.config
+void set_config(PyObject* choices);
 
 }  // namespace fastnorm

@@ -11,7 +11,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.nn.parameter import Parameter
 
-from . import composite, native
+from . import composite, extension
 
 PLAIN = (torch.Tensor, Parameter)
 _is_compiling = torch.compiler.is_compiling
@@ -92,4 +92,4 @@ def _apply_of(function):
 
 
 layer_norm, batch_norm = _apply_of(LayerNormFunction), _apply_of(BatchNormFunction)
-native.differentiate_with(composite.layer_norm_backward, composite.batch_norm_backward)
+extension.differentiate_with(composite.layer_norm_backward, composite.batch_norm_backward)

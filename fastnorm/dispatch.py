@@ -2,7 +2,7 @@
 
 A backend is a module with the functions of `reference.py` (the contract is written there) plus
 `unavailable() -> str | None`, why it cannot run here, and `devices()`, the device types it serves (None: any). It may have
-whole calls as well, see `direct`.
+`whole_calls(device_type)` as well, see `direct`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import warnings
 from dataclasses import dataclass
 
 import torch
+
+from . import extension
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -60,18 +62,21 @@ def _not_covered(*args):
 class _Direct:
     """Whole calls, at torch's own overhead: layer_norm and batch_norm with all their arguments in torch's order.
 
-    They are the chosen backend's where it has them (checks, autograd and kernel in one), and return None for every call that
-    they do not cover, so the general path follows. Until a backend is chosen nothing is covered.
+    One pair of C++ functions serves every device whose backend has opened it (checks, autograd and kernel in one). They
+    return None for every call that they do not cover, so the general path follows. Until a backend is chosen nothing is.
     """
 
     layer_norm = batch_norm = staticmethod(_not_covered)
 
-    def install(self, module):
-        if hasattr(module, "layer_norm"):
-            self.layer_norm, self.batch_norm = module.layer_norm, module.batch_norm
+    def install(self, module, device_type):
+        if hasattr(module, "whole_calls") and (calls := module.whole_calls(device_type)):
+            self.layer_norm, self.batch_norm = calls
 
     def clear(self):
         vars(self).clear()
+        if module := extension.loaded():
+            module.serve_natively(False)
+            module.close_replays()
 
 
 direct = _Direct()
@@ -117,6 +122,12 @@ def _choose_anew() -> None:
     direct.clear()
 
 
+def forget() -> None:
+    """Launches that are kept for calls like earlier ones are worked out anew: something that they depend on has changed."""
+    if module := extension.loaded():
+        module.forget_replays()
+
+
 def forced() -> str | None:
     return _forced or _checked(os.environ.get("FASTNORM_BACKEND") or None)
 
@@ -131,7 +142,7 @@ def select(device_type: str):
         return _selected[device_type]
     except KeyError:
         _selected[device_type] = module = _choose(device_type)
-        direct.install(module)
+        direct.install(module, device_type)
         return module
 
 

@@ -1,12 +1,15 @@
 """The Triton backend, installed as fastnorm.kernels: the only place that imports triton."""
 
 import traceback
+import warnings
 from functools import cache
 
 import torch
 
+from .. import extension
+from . import plans
 from .channel import channel_apply, channel_bwd, channel_fwd, channel_grad, channel_stats, channel_sums
-from .launch import INTERPRETED
+from .launch import INTERPRETED, check
 from .row import row_bwd, row_fwd
 
 __all__ = [
@@ -20,7 +23,11 @@ __all__ = [
     "row_bwd",
     "row_fwd",
     "unavailable",
+    "whole_calls",
 ]
+
+# What whole calls are made of.
+CONTRACT = {f.__name__: f for f in (row_fwd, row_bwd, channel_fwd, channel_bwd)}
 
 
 @cache
@@ -30,7 +37,8 @@ def unavailable() -> str | None:
     if not torch.cuda.is_available():
         return "Triton needs a CUDA device, and there is none"
     try:
-        row_fwd(torch.ones(1, 16, device="cuda"), None, None, 1e-5, 16)
+        x = torch.arange(256.0, device="cuda").view(16, 16)
+        check(lambda: row_fwd(x, None, None, 1e-5, 16)[0])
     except Exception as e:  # whatever keeps Triton from compiling and launching: a missing C compiler, a driver, a version
         return f"its first kernel did not run ({''.join(traceback.format_exception_only(e)).splitlines()[0]})"
     return None
@@ -38,3 +46,34 @@ def unavailable() -> str | None:
 
 def devices() -> tuple[str, ...]:
     return ("cuda", "cpu") if INTERPRETED else ("cuda",)
+
+
+def whole_calls(device_type: str):
+    """layer_norm and batch_norm, see `dispatch.direct`; None where the compiled extension is missing or gives other results."""
+    module = extension.load()
+    reason = module if isinstance(module, str) else _open(module, device_type)
+    if reason is None:
+        return module.layer_norm, module.batch_norm
+    warnings.warn(f"norms of {device_type} tensors cost the host several times what torch.nn's do: {reason}", RuntimeWarning,
+                  stacklevel=6)  # fmt: skip
+    return None
+
+
+def _open(module, device_type: str) -> str | None:
+    """Opens the device for replayed calls, and holds one to its original; why not, where that fails."""
+    try:
+        launch, stream = plans.driver()
+    except (OSError, AttributeError) as e:
+        return f"there is no driver to launch kernels with ({e})"
+    module.serve_replays(device_type, CONTRACT, plans.record, launch, stream)
+    if INTERPRETED:
+        return None
+    if torch.cuda.is_current_stream_capturing():
+        module.close_replays()
+        return "fastnorm was used first while a CUDA graph was captured"
+    x = torch.arange(256.0, device=device_type).view(16, 16)
+    results = [module.layer_norm(x, (16,), None, None, 1e-5) for _ in range(3)]  # seen, planned, replayed
+    if module.count_replays(device_type)[1] and torch.equal(results[0], results[2]):
+        return None
+    module.close_replays()
+    return "a replayed call does not give what the call gave"

@@ -1,12 +1,17 @@
-"""What all launches share: the device, the fixed options, and how a tensor is described to a kernel."""
+"""What all launches share: device, fixed options, how a tensor is described to a kernel, and compiled kernels at hand."""
+
+from __future__ import annotations
 
 import contextlib
 import ctypes
 import functools
+import threading
+from dataclasses import dataclass
 from math import gcd
 
 import torch
 import triton
+from torch.utils._python_dispatch import _disable_current_modes
 
 # Decided once, as triton.jit decides it: by the environment at import.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -18,11 +23,118 @@ def sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
+class Count(int):
+    """A number that follows M, the rows of the call: ceil(M / per), at most `most`.
+
+    A launch whose numbers are such counts is right for other M as well, see plans.py.
+    """
+
+    def __new__(cls, M: int, per: int = 1, most: int = 2**63 - 1):
+        count = super().__new__(cls, min(most, -(-M // per)))
+        count.per, count.most = per, most
+        return count
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that took place; `compiled` is Triton's compiled kernel, None in the interpreter."""
+
+    kernel: object
+    compiled: object
+    programs: int
+    arguments: dict[str, object]  # of the kernel, in its order
+
+
+class _Thread(threading.local):
+    recorder = None  # a function that is told of every Launch
+
+
+thread = _Thread()
+
+
 def launch(kernel, programs: int, device: torch.device, *args, warps: int, stages: int = 2, **constants) -> None:
-    """Run a one-dimensional grid on `device`, on its current stream. FP fusion is what later Tritons turn off by default."""
+    """Run a one-dimensional grid on `device`, on its current stream."""
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-        kernel[(programs,)](*args, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **constants)
+    watched = thread.recorder is not None
+    with (
+        torch.cuda.device(device) if elsewhere else contextlib.nullcontext(),
+        _disable_current_modes() if watched else contextlib.nullcontext(),  # the interpreter is made of torch's operators
+    ):
+        compiled = _start(kernel, programs, device, args, warps, stages, constants)
+    if watched:
+        arguments = dict(zip(kernel.arg_names, args, strict=False)) | constants
+        thread.recorder(Launch(kernel, compiled, programs, {name: arguments[name] for name in kernel.arg_names}))
+
+
+# ---------------------------------------------------------------- compiled kernels
+
+
+class _Compiled:
+    """Compiled kernels by all that Triton specialises on, so that its front end (7 us and more) is passed once a variant.
+
+    `trusted` is set by `check`, which holds such a launch to an ordinary one: how a compiled kernel is called is Triton's own
+    affair and may change.
+    """
+
+    def __init__(self):
+        self.kernels, self.trusted = {}, False
+
+
+_compiled = _Compiled()
+
+
+def _kind(a):
+    """What Triton specialises on in an argument; on the values of integers in tuples alone, for the others say not to."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype, a.data_ptr() % 16 == 0
+    if isinstance(a, int):
+        return -(2**31) <= a < 2**31
+    return tuple((_kind(n), n == 1, n % 16 == 0) for n in a) if isinstance(a, tuple) else type(a)
+
+
+def _start(kernel, programs, device, args, warps, stages, constants):
+    key = (id(kernel), device.index, warps, stages, *constants.values(), *map(_kind, args)) if _compiled.trusted else None
+    at_hand = _compiled.kernels.get(key) if key else None
+    if at_hand is None or triton.knobs.runtime.launch_enter_hook.calls:  # a profiler's hook is called by Triton alone
+        # FP fusion is what later Tritons turn off by default.
+        options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+        compiled = kernel[(int(programs),)](*map(_plain, args), **options, **constants)
+        if key:
+            order = tuple(constants[name] for name in kernel.arg_names[len(args) :])
+            _compiled.kernels[key] = compiled, order
+        return compiled
+    compiled, order = at_hand
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    addresses = (a.data_ptr() if isinstance(a, torch.Tensor) else _plain(a) for a in args)
+    compiled.run(int(programs), 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *addresses, *order)
+    return compiled
+
+
+def _plain(a):
+    return int(a) if type(a) is Count else a
+
+
+def check(call) -> None:
+    """Decides whether compiled kernels are launched without Triton's front end: results have to be those of an ordinary launch.
+
+    Args:
+        call: returns a tensor that one launch has filled. During the capture of a CUDA graph nothing can be compared.
+    """
+    if INTERPRETED or torch.cuda.is_current_stream_capturing():
+        return
+    expected = call()
+    _compiled.trusted = True
+    try:
+        call()  # keeps the kernel
+        _compiled.trusted = torch.equal(call(), expected)
+    except (AttributeError, TypeError, ValueError):  # another Triton calls its kernels in another way
+        _compiled.trusted = False
+    finally:
+        if not _compiled.trusted:
+            _compiled.kernels.clear()
+
+
+# ---------------------------------------------------------------- arguments
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -15,7 +15,7 @@ from cases import BF16, F16, F32, F64, LAYOUTS, Case
 from test_dispatch import python
 from torch.utils import cpp_extension
 
-from fastnorm import build, native, reference
+from fastnorm import build, extension, native, reference
 
 # Around the widths of vectors of every dtype, of unrolled loops, register tiles, pieces and chunks.
 SIZES = (1, 3, 7, 8, 9, 15, 16, 17, 31, 33, 49, 64, 65, 100, 129, 255, 513, 1025, 8193, 70001)
@@ -208,10 +208,10 @@ def test_a_changed_byte_of_an_input_is_seen(guards):
 
 def test_the_sanitizers_are_there_where_they_are_asked_for_and_nowhere_else(library):
     """In the library in use, in the process, and in the environment: all three or none."""
-    content = Path(native._extension().__file__).read_bytes()
+    content = Path(extension.load().__file__).read_bytes()
     expected = [build.sanitized()] * 3
     assert [b"__asan_report" in content, b"__ubsan_handle" in content, hasattr(ctypes.CDLL(None), "__asan_init")] == expected
-    assert native._extension().build_key in build.accepted_keys()
+    assert extension.load().build_key in build.accepted_keys()
 
 
 @pytest.mark.skipif(not build.sanitized(), reason="only what FASTNORM_SANITIZE=1 compiles stops there (make sanitize)")

@@ -1,0 +1,240 @@
+"""Replayed calls of the Triton backend: the bits of the call in Python, and a plan wherever there should be one."""
+
+import ctypes
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from cases import BF16, CHANNELS, F16, F32, F64, ROWS
+from compare import gradients
+
+import fastnorm
+from fastnorm import autograd, dispatch, extension
+
+kernels = pytest.importorskip("fastnorm.kernels", reason="triton is not installed")
+plans = kernels.plans
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _replaying():
+    if reason := dispatch.BACKENDS[0].why_not(DEVICE) or (isinstance(extension.load(), str) and extension.load()):
+        pytest.skip(f"calls are not replayed here: {reason}")
+    with fastnorm.use_backend("triton"):
+        dispatch.select(DEVICE)
+        dispatch.forget()
+        yield
+
+
+def counts():
+    """(plans, replayed calls)"""
+    return extension.load().count_replays(DEVICE)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].stride() == b[k].stride() for k in a)
+
+
+def layer_norm(case, eps=None):
+    return lambda x, w, b: fastnorm.layer_norm(x, case.normalized_shape, w, b, case.eps if eps is None else eps)
+
+
+def layer_norm_in_python(case):
+    N = torch.Size(case.normalized_shape).numel()
+    return lambda x, w, b: autograd.LayerNormFunction.apply(x, w, b, case.eps, N, kernels, None)
+
+
+def batch_norm(case, buffers, training):
+    return lambda x, w, b: fastnorm.batch_norm(x, *buffers, w, b, training, 0.1, case.eps)
+
+
+def batch_norm_in_python(case, buffers, training):
+    return lambda x, w, b: autograd.BatchNormFunction.apply(x, w, b, *buffers, training, 0.1, case.eps, kernels)
+
+
+# Rows whose elements do not stand beside each other are copied first, and a copy is no launch.
+COPIED = ("column_strided", "mT", "transposed", "channels_last", "expanded")
+
+
+@pytest.mark.parametrize("case", ROWS[::2], ids=str)
+def test_rows(case):
+    inputs = case.make_rows(DEVICE)
+    expected = gradients(layer_norm_in_python(case), *inputs)
+    before = counts()[1]
+    for _ in range(2):  # seen, planned
+        assert same(gradients(layer_norm(case), *inputs), expected)
+    assert counts()[1] == before
+    elsewhere = case.make_rows(DEVICE)
+    assert same(gradients(layer_norm(case), *elsewhere), expected)
+    assert counts()[1] == before + 2 or case.layout in COPIED
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", CHANNELS[::3], ids=str)
+def test_channels(case, training):
+    inputs = case.make_channels(DEVICE)
+    buffers = case.running(DEVICE)
+    expected = gradients(batch_norm_in_python(case, buffers, training), *inputs)
+    before = counts()[1]
+    for i in range(4):
+        ours = case.running(DEVICE)
+        assert same(gradients(batch_norm(case, ours, training), *inputs), expected)
+        assert all(torch.equal(a, b) for a, b in zip(ours, buffers, strict=True))
+        assert counts()[1] == before + 2 * max(0, i - 1) or case.layout in COPIED
+
+
+def test_other_values_of_options_have_plans_of_their_own():
+    x = torch.randn(6, 40, device=DEVICE)
+    for eps in (1e-5, 0.1, 1e-5, 0.1, 1e-5, 0.1):
+        assert torch.equal(fastnorm.layer_norm(x, (40,), eps=eps), kernels.row_fwd(x, None, None, eps, 40)[0])
+    buffers = torch.zeros(40, device=DEVICE), torch.ones(40, device=DEVICE)
+    for momentum in (0.1, 0.5, 0.1, 0.5, 0.1, 0.5):
+        ours, theirs = ([b.clone() for b in buffers] for _ in range(2))
+        fastnorm.batch_norm(x, *ours, training=True, momentum=momentum)
+        kernels.channel_fwd(x, None, None, *theirs, True, momentum, 1e-5)
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
+    assert counts()[1] >= 4
+
+
+@pytest.mark.parametrize("needs", list(itertools.product((True, False), repeat=3))[:-1], ids=str)
+@pytest.mark.parametrize("norm", ["layer_norm", "batch_norm"])
+def test_only_what_is_needed(norm, needs):
+    shape = (6, 40)
+    results = []
+    for _ in range(4):
+        torch.manual_seed(1)
+        x, w, b = (torch.randn(s, device=DEVICE).requires_grad_(n) for s, n in zip((shape, 40, 40), needs, strict=True))
+        arguments = ((40,), w, b) if norm == "layer_norm" else (None, None, w, b, True)
+        y = getattr(fastnorm, norm)(x, *arguments)
+        results.append(torch.autograd.grad(y, [t for t in (x, w, b) if t.requires_grad], torch.ones_like(y) + x.detach()))
+    assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(r, results[0], strict=True))
+    assert counts()[1] == 4
+
+
+def test_an_odd_address_has_a_plan_of_its_own():
+    """16-byte accesses are compiled for addresses that allow them."""
+    memory = torch.randn(6 * 64 + 1, device=DEVICE)
+    for _ in range(3):
+        for start in (0, 1):
+            x = memory[start : start + 6 * 64].view(6, 64)
+            assert torch.equal(fastnorm.layer_norm(x, (64,)), kernels.row_fwd(x, None, None, 1e-5, 64)[0])
+    assert counts() == (2, 2)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
+def test_no_grad_and_inference_mode(dtype):
+    x = torch.randn(6, 40, device=DEVICE).to(dtype)
+    expected = kernels.row_fwd(x, None, None, 1e-5, 40)[0]
+    for context in (torch.no_grad, torch.inference_mode):
+        for _ in range(3):
+            with context():
+                y = fastnorm.layer_norm(x, (40,))
+            assert torch.equal(y, expected)
+            assert y.is_inference() == (context is torch.inference_mode)
+    assert counts()[1] == 4
+
+
+def test_parameters_that_share_one_storage_have_a_plan():
+    """As FSDP's flat parameters do."""
+    flat = torch.randn(80, device=DEVICE)
+    w, b = flat[:40], flat[40:]
+    x = torch.randn(6, 40, device=DEVICE)
+    for _ in range(3):
+        assert torch.equal(fastnorm.layer_norm(x, (40,), w, b), kernels.row_fwd(x, w, b, 1e-5, 40)[0])
+    assert counts() == (1, 1)
+
+
+def test_tensors_that_cannot_be_told_apart_have_no_plan():
+    """A plan from a call with weight = bias would be wrong for the next one."""
+    x, w, b = torch.randn(6, 40, device=DEVICE), torch.randn(40, device=DEVICE), torch.randn(40, device=DEVICE)
+    for bias in (w, w, w, b, b, b):
+        assert torch.equal(fastnorm.layer_norm(x, (40,), w, bias), kernels.row_fwd(x, w, bias, 1e-5, 40)[0])
+    assert counts() == (0, 0)
+
+
+def test_parameters_that_have_to_be_copied_have_no_plan():
+    x, w = torch.randn(6, 40, device=DEVICE), torch.randn(80, device=DEVICE)
+    for _ in range(3):
+        assert torch.equal(fastnorm.layer_norm(x, (40,), w[::2]), kernels.row_fwd(x, w[::2].clone(), None, 1e-5, 40)[0])
+    assert counts() == (0, 0)
+
+
+def test_shapes_that_never_come_again_do_not_fill_the_memory():
+    for n in range(1, 30):
+        fastnorm.layer_norm(torch.randn(2, n, device=DEVICE), (n,))
+    assert counts()[0] == 0
+
+
+def test_a_launch_that_fails_is_done_in_python(monkeypatch):
+    """As in a thread that has no CUDA context yet: the driver declines, nothing has happened, and Triton launches."""
+    if DEVICE == "cuda":
+        pytest.skip("a GPU's driver cannot be replaced")
+    x = torch.randn(6, 40, device=DEVICE)
+    expected = kernels.row_fwd(x, None, None, 1e-5, 40)[0]
+    for _ in range(3):
+        fastnorm.layer_norm(x, (40,))
+    replayed = counts()[1]
+    monkeypatch.setattr(plans, "_interpreted", [])  # the stand-in driver knows no kernel any more, and answers with an error
+    assert torch.equal(fastnorm.layer_norm(x, (40,)), expected)
+    assert counts()[1] == replayed == 1
+
+
+def test_backward_runs_where_its_forward_ran():
+    x = torch.randn(6, 40, device=DEVICE, requires_grad=True)
+    for _ in range(3):
+        dispatch.select(DEVICE)
+        y = fastnorm.layer_norm(x, (40,))
+        before = counts()[1]
+        with fastnorm.use_backend("reference"):
+            dx = torch.autograd.grad(y.square().sum(), x)[0]
+    assert counts()[1] == before + 1
+    assert torch.allclose(dx, torch.autograd.grad(torch.nn.functional.layer_norm(x, (40,)).square().sum(), x)[0], atol=1e-5)
+
+
+def test_closed_devices_are_not_served():
+    x = torch.randn(6, 40, device=DEVICE)
+    for _ in range(3):
+        fastnorm.layer_norm(x, (40,))
+    assert counts()[1] == 1
+    with fastnorm.use_backend("reference"):
+        assert dispatch.direct.layer_norm(x, (40,), None, None, 1e-5) is None
+        fastnorm.layer_norm(x, (40,))
+    assert counts()[1] == 1
+
+
+def test_many_threads(monkeypatch):
+    """Replays at once, from user threads and from the engine's. Triton's interpreter is for one thread, so nothing computes."""
+    launched = itertools.count()
+    shape = [ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3]
+    counting = ctypes.CFUNCTYPE(ctypes.c_int, *shape)(lambda *args: 0 * next(launched))
+    inputs = [torch.randn(6, n, device=DEVICE, requires_grad=True) for n in (8, 16, 24)]
+
+    def work(i):
+        y = fastnorm.layer_norm(inputs[i % 3], inputs[i % 3].shape[1:])
+        return torch.autograd.grad(y, inputs[i % 3], torch.ones_like(y))[0].shape
+
+    for i in range(6):
+        work(i)
+    if DEVICE == "cpu":
+        launch, stream = ctypes.cast(counting, ctypes.c_void_p).value, 0
+        extension.load().serve_replays(DEVICE, kernels.CONTRACT, plans.record, launch, stream)
+    with ThreadPoolExecutor(8) as pool:
+        shapes = list(pool.map(work, range(200)))
+    assert shapes == [inputs[i % 3].shape for i in range(200)]
+    assert counts() == (6, 400)
+    assert DEVICE == "cuda" or next(launched) == 400
+
+
+def test_an_exception_of_the_planner_is_passed_on(monkeypatch):
+    class Odd(Exception):
+        pass
+
+    def broken(*args):
+        raise Odd("this")
+
+    functions = dict.fromkeys(kernels.CONTRACT, broken)
+    extension.load().serve_replays(DEVICE, functions, plans.record, *plans.driver())
+    with pytest.raises(Odd, match="this"):
+        fastnorm.layer_norm(torch.randn(2, 3, device=DEVICE, requires_grad=True), (3,))
