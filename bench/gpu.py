@@ -108,15 +108,15 @@ def fits(path: Path, about: dict) -> bool:
     return all(found.get(key) == about[key] for key in IDENTITY)
 
 
-def default_path(about: dict) -> Path:
+def default_path(about: dict, prefix: str = "") -> Path:
     """Today's file of this GPU, or the last one that can be gone on with; the results of other sources are left alone."""
     folder = RESULTS / slug(about["gpu"])
     day = datetime.date.today().isoformat()
-    for path in sorted(folder.glob("[0-9]*.json"), reverse=True):
+    for path in sorted(folder.glob(f"{prefix}[0-9]*.json"), reverse=True):
         if fits(path, about):
             return path
     for number in range(1, 1000):
-        path = folder / (f"{day}.json" if number == 1 else f"{day}-{number}.json")
+        path = folder / f"{prefix}{day}{'' if number == 1 else f'-{number}'}.json"
         if not path.exists():
             return path
     raise RuntimeError(f"{folder} has a thousand results of today")
