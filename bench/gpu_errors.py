@@ -18,7 +18,7 @@ def measure_errors(section: Section, device: str, jobs=None) -> None:
             print(*errors.line(row), sep="  ", flush=True)
         return {"results": results, **({"failed": f"larger than torch's: {', '.join(larger)}"} if larger else {})}
 
-    section.each(jobs, measure, least=5.0)
+    section.each(jobs, measure, least=lambda name: 5.0)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def graphs(section: Section, device: str, norms=tuple(NORMS), capture=captured) 
         print(f"{row}: {wrong or 'the same bits'}", flush=True)
         return {"failed": wrong} if wrong else {}
 
-    section.each(cells, measure, least=5.0)
+    section.each(cells, measure, least=lambda name: 5.0)
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def report(section: Section, device: str) -> None:
         plots.copies(base.with_name(f"{base.name}-{name}.png"), f"{name} on {section.document['machine']['gpu']}", panels)
         return {}
 
-    section.each(("table", *OPS), measure)
+    section.each(("table", *OPS), measure, least=lambda name: 0.0)
 
 
 if __name__ == "__main__":

@@ -43,14 +43,14 @@ class Section:
     def save(self) -> None:
         write(self.path, self.document)
 
-    def each(self, names: Iterable[str], measure: Callable[[str], dict], least: float = 0.0) -> None:
-        """Measure, in order, the rows that are not there yet, while `least` seconds are left; each is saved as it comes."""
+    def each(self, names: Iterable[str], measure: Callable[[str], dict], least: Callable[[str], float]) -> None:
+        """Measure, in order, the rows that are not there yet, each while its `least` seconds are left; saved as they come."""
         rows = self.data["rows"]
         there = {row["row"] for row in rows}
         for name in names:
             if name in there:
                 continue
-            if self.left() < least or os.getppid() != self.parent:
+            if self.left() < least(name) or os.getppid() != self.parent:
                 return
             try:
                 rows.append({"row": name, **self._attempt(name, measure)})

@@ -70,12 +70,12 @@ class GraphClock:
 
     LONG = 300.0  # microseconds of replays in one warm figure; a short call is captured several times in one graph
     MOST_CALLS = 20
-    COLD = 3  # replays of one cold figure
+    REPLAYS = 3  # of one figure
+    FILL = 256 << 20  # bytes, at least twice L2: written to empty it, which has to take longer than to queue a replay
 
     def __init__(self):
         self._stream = torch.cuda.Stream()
-        # Writing it takes the device long enough for the host to put event and replay behind it.
-        size = max(2 * torch.cuda.get_device_properties(self._stream.device).L2_cache_size, 256 << 20)
+        size = max(2 * torch.cuda.get_device_properties(self._stream.device).L2_cache_size, self.FILL)
         self._other = torch.empty(size, dtype=torch.int8, device=self._stream.device)
 
     @contextlib.contextmanager
@@ -85,7 +85,8 @@ class GraphClock:
             yield
         torch.cuda.synchronize()
 
-    synchronize = staticmethod(torch.cuda.synchronize)
+    def synchronize(self):
+        torch.cuda.synchronize()
 
     def _captured(self, function, calls):
         graph = torch.cuda.CUDAGraph()
@@ -100,7 +101,7 @@ class GraphClock:
             function()
         single = self._captured(function, 1)
         self._between(single.replay, 1)
-        calls = min(self.MOST_CALLS, max(1, int(self.LONG / self._between(single.replay, 3) / 3)))
+        calls = min(self.MOST_CALLS, max(1, int(self.LONG / self._between(single.replay, self.REPLAYS))))
         return single, single if calls == 1 else self._captured(function, calls), calls
 
     def _between(self, replay, number):
@@ -113,11 +114,11 @@ class GraphClock:
         return begin.elapsed_time(end) * 1e3
 
     def warm(self, single, several, calls):
-        return self._between(several.replay, 3) / 3 / calls
+        return self._between(several.replay, self.REPLAYS) / self.REPLAYS / calls
 
     def cold(self, single, several, calls):
         figures = []
-        for _ in range(self.COLD):
+        for _ in range(self.REPLAYS):
             self._other.zero_()
             figures.append(self._between(single.replay, 1))
         return median(figures)

@@ -329,7 +329,7 @@ def tune(section: Section, device: str, jobs: dict, timer=None) -> None:
         return row
 
     with fastnorm.use_backend("triton"), clock_of_device(device).stream():
-        section.each(progress(jobs), measure, least=5.0)
+        section.each(progress(jobs), measure, least=lambda name: 5.0)
 
 
 HEAD = ["norm", "number", "present", "best", "gain", "+-"]

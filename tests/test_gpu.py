@@ -39,7 +39,7 @@ def measure(section, device):
         if name == "two" and trouble == "late":
             raise OutOfTime({{"counted": 1}})
         return {{"value": 1}}
-    section.each(("one", "two", "three"), row)
+    section.each(("one", "two", "three"), row, least=lambda name: 0.0)
 
 sys.exit(script(measure, None))
 """
@@ -172,6 +172,15 @@ sys.exit(gpu.command())
     child.wait()
 
 
+def test_what_is_made_of_the_others_is_made_each_time(toys):
+    """Without any time left as well: the table of what there is."""
+    toys.sections["second"] = gpu.Spec(toys.toy, anew=True)
+    assert toys.run("--budget", "0") == 3
+    assert toys.measured() == EVERY[3:]
+    assert toys.run() == 0
+    assert toys.measured() == EVERY
+
+
 def test_killed_at_any_time_it_goes_on(toys, hanging):
     """SIGKILL in the middle of a row: the JSON is whole, and the rows that are there stay."""
     for pid in (hanging[0].pid, hanging[1]):
@@ -188,7 +197,7 @@ def test_a_section_without_its_command_ends_before_its_next_row(toys, monkeypatc
     assert toys.run() == 0
     section = gpu_state.Section(toys.path, "first")
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    section.each(["four"], lambda name: {})
+    section.each(["four"], lambda name: {}, least=lambda name: 0.0)
     assert len(section.data["rows"]) == 3
 
 

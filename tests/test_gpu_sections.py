@@ -1,5 +1,6 @@
 """The sections of `make gpu`, tried out on the CPU: what they count, what they refuse to time, and what they say of it."""
 
+import contextlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ import gpu_report
 import gpu_state
 import gpu_tests
 import peers
+import timing
 from shapes import Model
 
 
@@ -84,6 +86,79 @@ def test_bench_stops_in_time(section):
     gpu_bench.bench(section("bench", 5.0), "cpu", SMALL[:1], ("fp32",), ("fastnorm",))
     assert section("bench").data["rows"] == []
     assert not section("bench").data["complete"]
+
+
+class Recorder:
+    """As much of torch.cuda as GraphClock takes: a call costs 7 us, emptying L2 100; `log` is what the device is told to do."""
+
+    def __init__(self):
+        self.now, self.log, self.capturing, self.synchronize = 0.0, [], None, lambda: None
+        recorder = self
+
+        class Graph:
+            def __init__(self):
+                self.calls = 0
+
+            def replay(self):
+                recorder.now += 7.0 * self.calls
+                recorder.log.append(f"replay {self.calls}")
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = recorder.now
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return (end.at - self.at) / 1e3  # milliseconds
+
+        self.CUDAGraph, self.Event = Graph, Event
+        self.Stream = lambda: SimpleNamespace(device=torch.device("cpu"))
+        self.get_device_properties = lambda device: SimpleNamespace(L2_cache_size=1 << 10)
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        yield
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream):
+        self.capturing = graph
+        yield
+        self.capturing = None
+
+    def call(self):
+        if self.capturing:
+            self.capturing.calls += 1
+        else:
+            self.now += 7.0
+
+
+def test_device_times_are_of_replays(monkeypatch):
+    """A call of 7 us: several of them in one graph when warm, one of them after each emptying of L2 when cold."""
+    cuda = Recorder()
+    monkeypatch.setattr(timing.torch, "cuda", cuda)
+    monkeypatch.setattr(timing.GraphClock, "FILL", 1 << 10)
+    clock = timing.clock_of("cuda")
+    clock._other = SimpleNamespace(zero_=lambda: cuda.log.append("empty L2"))
+    with clock.stream():
+        times = timing.device_in_turn({"a": cuda.call, "b": cuda.call}, 2, clock)
+    assert times == {state: {"a": [7.0, 7.0], "b": [7.0, 7.0]} for state in ("cold", "warm")}
+    calls = int(clock.LONG / (7 * clock.REPLAYS))
+    assert cuda.log[-9:] == [f"replay {calls}"] * 3 + ["empty L2", "replay 1"] * 3
+
+
+def test_host_times_do_not_wait_for_the_device():
+    clock = SimpleNamespace(waits=0)
+    clock.synchronize = lambda: setattr(clock, "waits", clock.waits + 1)
+    called = []
+    times = timing.host_in_turn({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, 3, 5, clock)
+    assert "".join(called) == "aaaaabbbbb" * 3
+    assert clock.waits == 3 * 2 + 1, "before each figure and at the end"
+    assert all(len(values) == 3 and min(values) > 0 for values in times.values())
 
 
 def test_every_shape_of_the_benchmark_has_a_name_of_its_own():

@@ -51,7 +51,7 @@ def only(table, kind):
 
 
 def planted(number):
-    """Where to go from a present number, whatever the ladders say today: a first and a second step, in the direction with room."""
+    """A first and a second step from a present number, whatever the ladders say today, in the direction that has room."""
     return (number // 2, number // 4) if number >= 4 else (2 * number, 4 * number)
 
 
