@@ -132,7 +132,10 @@ def opened(path: Path, about: dict) -> dict:
 
 
 def run(name: str, spec: Spec, path: Path, seconds: float, device: str, surroundings) -> None:
-    """One section in a process of its own, which is killed when it does not end by itself; the JSON says how it ended."""
+    """One section in a process of its own. One that dies has failed; one that is killed is not complete, and goes on later.
+
+    What hangs is not hidden by that: a row that is running when its process ends twice has failed, too.
+    """
     folder, environment = surroundings
     command = [sys.executable, str(spec.script), name, "--json", str(path), "--device", device, "--seconds", f"{seconds:.0f}"]
     began = time.monotonic()
@@ -142,7 +145,7 @@ def run(name: str, spec: Spec, path: Path, seconds: float, device: str, surround
         if status := child.wait(seconds + GRACE):
             ended = f"the process ended with status {status}"
     except subprocess.TimeoutExpired:
-        ended = f"the process was killed after {seconds + GRACE:.0f} s"
+        print(f"{name}: killed after {seconds + GRACE:.0f} s", flush=True)
     finally:
         with contextlib.suppress(ProcessLookupError):  # what it has started goes with it
             os.killpg(child.pid, signal.SIGKILL)

@@ -121,11 +121,14 @@ def test_a_section_that_died_and_then_works_is_whole(toys):
     assert "ended" not in toys.read()["first"]
 
 
-def test_a_section_that_hangs_is_killed(toys, capsys):
+def test_a_section_that_hangs_is_killed_and_given_up(toys, capsys):
     toys.trouble("first", "hangs")
-    assert toys.run() == 1
-    assert "the process was killed after 2 s" in capsys.readouterr().out
+    assert toys.run() == 3
+    assert "first: killed after 2 s" in capsys.readouterr().out
     assert toys.read()["second"]["complete"]
+    assert toys.run() == 3
+    assert toys.run() == 1, "it has hung twice"
+    assert "FAILED first: two: the process died here 2 times" in capsys.readouterr().out
 
 
 def test_a_row_that_is_cut_short_is_kept_and_measured_anew(toys, capsys):
