@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import sys
 from itertools import product
 from pathlib import Path
@@ -366,6 +367,8 @@ def main(argv=None) -> int:
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tries out the command in Triton's interpreter"
     )
     args = p.parse_args(argv)
+    if args.device == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported, which is at their first use
     if reason := gpu.cannot_run(args.device):
         print(reason, file=sys.stderr)
         return 2

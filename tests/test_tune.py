@@ -248,6 +248,16 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "no norm has 'nothing' in its name" in capsys.readouterr().err
 
 
+def test_the_command_in_the_interpreter_with_real_times(tmp_path):
+    command = [sys.executable, str(ROOT / "bench" / "checkout.py"), str(ROOT / "bench" / "tune.py"), "--device", "cpu"]
+    command += ["--out", str(tmp_path / "out.json"), "--shapes", "LN 8x64 fp32 forward", "--budget", "8"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stderr
+    data = json.loads((tmp_path / "out.json").read_text())["sections"]["tune"]
+    assert [*data["rows"], data.get("partial")][0]["tried"] > 0
+
+
 def test_every_norm_has_a_name_of_its_own():
     jobs = tune.jobs_of(SimpleNamespace(ops=["layer_norm", "batch_norm"], shapes=[""]))
     assert len(jobs) == len(tune.SHAPES) * len(tune.DTYPES) * 2
