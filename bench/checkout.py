@@ -6,6 +6,7 @@ The folder kernels/ has to be importable as fastnorm.kernels, which an install m
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -31,7 +32,17 @@ def importable():
         yield folder, {**os.environ, "PYTHONPATH": folder + (os.pathsep + before if before else "")}
 
 
+def without_torch() -> str | None:
+    """What to say, in one line, where this Python has no torch."""
+    if importlib.util.find_spec("torch"):
+        return None
+    return f"{sys.executable} has no torch: install it first, or give another Python (make ... PYTHON=/path/to/python)"
+
+
 def main(argv) -> int:
+    if reason := without_torch():
+        print(reason, file=sys.stderr)
+        return 2
     with importable() as (_, environment):
         return subprocess.run([sys.executable, *argv], env=environment, check=False).returncode
 

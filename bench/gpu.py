@@ -26,7 +26,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkout import ROOT, importable
+from checkout import ROOT, importable, without_torch
 from gpu_state import failures, write
 
 HERE = Path(__file__).resolve().parent
@@ -59,8 +59,8 @@ SECTIONS = {
 
 def cannot_run(device: str) -> str | None:
     """Why nothing can be measured here, in one line."""
-    if importlib.util.find_spec("torch") is None:
-        return f"{sys.executable} has no torch: install it first, or give another Python (make gpu PYTHON=...)"
+    if reason := without_torch():
+        return reason
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():

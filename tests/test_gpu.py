@@ -246,6 +246,15 @@ def test_without_cuda_it_says_so_in_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("main", [gpu.main, checkout.main], ids=["gpu", "checkout"])
+def test_without_torch_it_says_so_in_one_line(main, monkeypatch, capsys):
+    monkeypatch.setattr(checkout.importlib.util, "find_spec", lambda name: None)
+    assert main(["--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "has no torch" in err
+
+
 def test_this_checkout_is_importable_without_an_install(tmp_path):
     calls = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Call)]
     (mapped,) = (ast.literal_eval(k.value) for call in calls for k in call.keywords if k.arg == "package_dir")
