@@ -50,15 +50,22 @@ class Section:
         for name in names:
             if name in there:
                 continue
-            if self.left() < least(name) or os.getppid() != self.parent:
+            if self.left() < least(name) or self._orphaned():
                 return
             try:
-                rows.append({"row": name, **self._attempt(name, measure)})
+                row, late = self._attempt(name, measure), False
             except OutOfTime as e:
-                self.data["partial"] = {"row": name, **e.partial}
-                self._end_attempt()
+                row, late = e.partial, True
+            if self._orphaned():
                 return
-            self._end_attempt()
+            row = {"row": name, **row}
+            self.data.pop("running", None)
+            if late:
+                self.data["partial"] = row
+                self.save()
+                return
+            rows.append(row)
+            self.save()
         self.data["complete"] = True
         self.save()
 
@@ -72,9 +79,9 @@ class Section:
         self.save()
         return measure(name)
 
-    def _end_attempt(self):
-        self.data.pop("running", None)
-        self.save()
+    def _orphaned(self) -> bool:
+        """The command was killed; another one may write into the file by now."""
+        return os.getppid() != self.parent
 
 
 def progress(names):

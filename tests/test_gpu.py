@@ -204,6 +204,19 @@ def test_a_section_without_its_command_ends_before_its_next_row(toys, monkeypatc
     assert len(section.data["rows"]) == 3
 
 
+def test_a_section_that_loses_its_command_leaves_the_file_to_the_next(toys, monkeypatch):
+    assert toys.run() == 0
+    section = gpu_state.Section(toys.path, "first")
+
+    def measure(name):
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        gpu_state.write(toys.path, {"sections": {"first": "of the next command"}})
+        return {}
+
+    section.each(["four"], measure, least=lambda name: 0.0)
+    assert toys.read() == {"first": "of the next command"}
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_section_as_well(hanging, number, status):
     child, section = hanging
