@@ -9,12 +9,14 @@ ARGS ?=
 
 ifdef PYTHON
 ready := checked
+bare := $(PYTHON)
 else
+bare := python3
 PYTHON := .venv/bin/python
 ready := .venv/ready
 endif
 
-.PHONY: train bench test sanitize lint checked clean
+.PHONY: train bench test gpu tune sanitize lint checked clean
 
 train: $(ready)
 	$(PYTHON) bench/train.py $(ARGS)
@@ -24,6 +26,13 @@ bench: $(ready)
 
 test: $(ready)
 	$(PYTHON) -m pytest -n auto $(ARGS)
+
+# These two take a Python that has torch as it is, python3 if none is given: nothing is installed.
+gpu:
+	$(bare) bench/gpu.py $(ARGS)
+
+tune:
+	$(bare) bench/checkout.py bench/tune.py $(ARGS)
 
 # The C++ kernels under ASAN and UBSAN. The process needs gcc's runtimes before Python, the compiler goes without; Python leaks
 # by intent; the words of the sanitizers go to an uncaptured stderr.

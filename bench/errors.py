@@ -14,12 +14,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from run import DTYPES, OPS, Job, gradients, machine, make, number, publish, truth_of
-from shapes import MODELS
+from run import DTYPES, OPS, RESULTS, Job, gradients, machine, make, number, publish, truth_of
+from shapes import MODELS, label
 
 import fastnorm
 
-RESULTS = ("y", "dx", "dweight", "dbias")
 HEAD = ["norm", "dtype", "result", "error", "torch's error", "allowed", ""]
 
 
@@ -38,13 +37,12 @@ def measure(job: Job, device: str) -> list[dict]:
 
 
 def line(row: dict) -> list[str]:
-    shape = "x".join(map(str, row["shape"])) + ("" if row["layout"] == "dense" else f" {row['layout']}")
     figures = [f"{row[k]:.1e}" for k in ("error", "torch_error", "allowed")]
     verdict = "" if row["error"] <= row["allowed"] else "LARGER"
-    return [f"{'LN' if row['kind'] == 'rows' else 'BN'} {shape}", row["dtype"], row["result"], *figures, verdict]
+    return [label(row["kind"], row["shape"], row["layout"]), row["dtype"], row["result"], *figures, verdict]
 
 
-def main(argv=None) -> int:
+def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
     p.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16", "fp16"], help="default: fp32 bf16 fp16")
@@ -52,11 +50,20 @@ def main(argv=None) -> int:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--threads", type=number(int), default=torch.get_num_threads(), help="default: all that torch uses")
     p.add_argument("--json", type=Path, metavar="PATH", help="write the figures and the machine as JSON, too")
-    args = p.parse_args(argv)
-    torch.set_num_threads(args.threads)
+    return p
+
+
+def jobs_of(args) -> list[Job]:
     kinds = {OPS[op] for op in args.op}
     jobs = [Job(m, dtype, "backward") for m in MODELS if m.kind in kinds for dtype in args.dtype]
-    jobs = [job for job in jobs if args.filter in str(job)]
+    return [job for job in jobs if args.filter in str(job)]
+
+
+def main(argv=None) -> int:
+    p = parser()
+    args = p.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    jobs = jobs_of(args)
     if not jobs:
         p.error(f"no norm has {args.filter!r} in its description")
     rows = [row for job in jobs for row in measure(job, args.device)]

@@ -7,13 +7,16 @@ from pathlib import Path
 COLORS = {"none": "0.45", "batch": "tab:blue", "layer": "tab:orange", "both": "tab:green"}
 
 
-def _figure(panels: int):
+PEERS = {"fastnorm": "tab:blue", "torch": "black", "compile": "tab:orange", "max-autotune": "tab:red"}
+
+
+def _figure(panels: int, rows: int = 1, height: float = 4.8):
     import matplotlib
 
     matplotlib.use("Agg")  # writes files, needs no display
     from matplotlib import pyplot
 
-    return pyplot.subplots(1, panels, figsize=(5.2 * panels, 4.8), layout="constrained")
+    return pyplot.subplots(rows, panels, figsize=(5.2 * panels, height * rows), layout="constrained", squeeze=False)
 
 
 def _save(figure, path: Path):
@@ -30,7 +33,7 @@ def training(path: Path, title: str, curves: list[dict], accuracy: dict[str, lis
         accuracy: norm -> (batch_size, mean, std), by growing batch size.
         limit: the largest difference that is allowed, drawn as a line.
     """
-    figure, (losses, differences, accuracies) = _figure(3)
+    figure, ((losses, differences, accuracies),) = _figure(3)
     figure.suptitle(title)
     smallest = min(c["batch_size"] for c in curves)
     largest = max(c["batch_size"] for c in curves)
@@ -56,6 +59,32 @@ def training(path: Path, title: str, curves: list[dict], accuracy: dict[str, lis
     figure.legend(*losses.get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize=8, handlelength=5)
     for axes in (losses, differences):
         axes.xaxis.get_major_locator().set_params(integer=True)
+    _save(figure, path)
+
+
+def copies(path: Path, title: str, panels: dict[str, dict[str, dict[str, dict[str, float]]]]):
+    """Device time in copies of x, one line of points for each norm; a row of panels for each dtype, a panel for each mode.
+
+    Args:
+        panels: dtype -> mode -> by whom -> norm -> copies.
+    """
+    every = [points for modes in panels.values() for by in modes.values() for points in by.values()]
+    norms = list(dict.fromkeys(norm for points in every for norm in points))
+    figure, grid = _figure(2, len(panels), height=1.2 + 0.22 * len(norms))
+    figure.suptitle(title)
+    for row, (dtype, modes) in zip(grid, panels.items(), strict=True):
+        for axes, (mode, by) in zip(row, modes.items(), strict=True):
+            for name, points in by.items():
+                at = [norms.index(norm) for norm in points]
+                axes.plot(list(points.values()), at, "o", color=PEERS.get(name), label=name, markersize=4)
+            axes.set_xscale("log", subs=())
+            axes.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.set_yticks(range(len(norms)), norms, fontsize=7)
+            axes.invert_yaxis()
+            _finish(axes, f"{dtype} {mode}", "device time from a cold L2, in copies of x", "")
+    named = {name: handle for axes in grid.flat for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named, loc="outside lower left", ncols=8, fontsize=8)
     _save(figure, path)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from statistics import median
+from time import perf_counter
 
+import torch
 from torch.utils.benchmark import Timer
 
 
@@ -29,3 +32,114 @@ def spread(values: list[float]) -> float:
     ordered = sorted(values)
     n = len(ordered)
     return (ordered[(3 * n) // 4] - ordered[n // 4]) / 2 / median(ordered)
+
+
+def host_in_turn(functions: dict[str, Callable], rounds: int, calls: int, clock) -> dict[str, list[float]]:
+    """Microseconds that one call takes the host: it puts work in the queue of a device and does not wait for it.
+
+    `calls` is small, so that the queue does not fill up; the device is waited for between the figures.
+    """
+    times = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            clock.synchronize()
+            begin = perf_counter()
+            for _ in range(calls):
+                function()
+            times[name].append((perf_counter() - begin) / calls * 1e6)
+    clock.synchronize()
+    return times
+
+
+def device_in_turn(functions: dict[str, Callable], rounds: int, clock) -> dict[str, dict[str, list[float]]]:
+    """Microseconds that one call takes the device, "warm": one right after another, and "cold": what L2 held is gone."""
+    replays = {name: clock.prepare(function) for name, function in functions.items()}
+    times = {state: {name: [] for name in functions} for state in ("cold", "warm")}
+    for _ in range(rounds):
+        for name, replay in replays.items():
+            times["warm"][name].append(clock.warm(*replay))
+            times["cold"][name].append(clock.cold(*replay))
+    return times
+
+
+class GraphClock:
+    """Times replays of CUDA graphs between two events, so that no time of the host is in them.
+
+    Everything has to happen within `stream()`, and a backward's forward too: autograd runs it on its forward's stream.
+    """
+
+    LONG = 300.0  # microseconds of replays in one warm figure; a short call is captured several times in one graph
+    MOST_CALLS = 20
+    REPLAYS = 3  # of one figure
+    FILL = 256 << 20  # bytes, at least twice L2: written to empty it, which has to take longer than to queue a replay
+
+    def __init__(self):
+        self._stream = torch.cuda.Stream()
+        size = max(2 * torch.cuda.get_device_properties(self._stream.device).L2_cache_size, self.FILL)
+        self._other = torch.empty(size, dtype=torch.int8, device=self._stream.device)
+
+    @contextlib.contextmanager
+    def stream(self):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.synchronize()
+
+    def synchronize(self):
+        torch.cuda.synchronize()
+
+    def _captured(self, function, calls):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            for _ in range(calls):
+                function()
+        return graph
+
+    def prepare(self, function):
+        """A graph of one call, one of `calls` calls, and that number."""
+        for _ in range(2):  # compiles, and allocates what is kept
+            function()
+        single = self._captured(function, 1)
+        self._between(single.replay, 1)
+        calls = min(self.MOST_CALLS, max(1, int(self.LONG / self._between(single.replay, self.REPLAYS))))
+        return single, single if calls == 1 else self._captured(function, calls), calls
+
+    def _between(self, replay, number):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(number):
+            replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e3
+
+    def warm(self, single, several, calls):
+        return self._between(several.replay, self.REPLAYS) / self.REPLAYS / calls
+
+    def cold(self, single, several, calls):
+        figures = []
+        for _ in range(self.REPLAYS):
+            self._other.zero_()
+            figures.append(self._between(single.replay, 1))
+        return median(figures)
+
+
+class WallClock:
+    """For a device without graphs: the time of the call itself, whose caches nobody empties."""
+
+    CALLS = 3
+
+    stream = staticmethod(contextlib.nullcontext)
+    synchronize = staticmethod(lambda: None)
+
+    def prepare(self, function):
+        return (Timer("f()", globals={"f": function}),)
+
+    def warm(self, timer):
+        return timer.timeit(self.CALLS).mean * 1e6
+
+    cold = warm
+
+
+def clock_of(device: str):
+    return GraphClock() if device.startswith("cuda") else WallClock()

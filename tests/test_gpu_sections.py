@@ -1,0 +1,367 @@
+"""The sections of `make gpu`, tried out on the CPU: what they count, what they refuse to time, and what they say of it."""
+
+import contextlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CHANNELS, ROWS
+from test_dispatch import ROOT
+
+import fastnorm
+
+sys.path.append(str(ROOT / "bench"))
+import errors
+import gpu_bench
+import gpu_errors
+import gpu_graphs
+import gpu_report
+import gpu_state
+import gpu_tests
+import peers
+import timing
+from shapes import Model
+
+
+@pytest.fixture
+def section(tmp_path):
+    path = tmp_path / "out.json"
+    gpu_state.write(path, {"machine": {"gpu": "none"}, "sections": {}})
+    return lambda name, seconds=600.0: gpu_state.Section(path, name, seconds)
+
+
+SMALL = (Model("", "rows", (8, 24)), Model("", "channels", (4, 6, 3, 3), "channels_last"))
+
+
+def off(function):
+    return lambda x, *rest: function(x, *rest) * 1.01
+
+
+def test_bench_times_what_matches(section, monkeypatch, capsys):
+    wrong = SimpleNamespace(layer_norm=off(F.layer_norm))
+    half = SimpleNamespace(layer_norm=lambda x, *rest: F.layer_norm(x, *rest).detach())
+    planted = {
+        "fastnorm": peers.PEERS["fastnorm"],
+        "missing": peers.Peer(lambda: __import__("there_is_no_such_module")),
+        "wrong": peers.Peer(lambda: wrong, ("rows",)),
+        "forward alone": peers.Peer(lambda: half, ("rows",), ("forward",)),
+        "broken": peers.Peer(lambda: half, ("rows",)),
+    }
+    monkeypatch.setattr(peers, "PEERS", planted)
+    monkeypatch.setattr(gpu_bench, "PEERS", planted)
+    gpu_bench.bench(section("bench"), "cpu", SMALL, ("bf16", "fp32"), tuple(planted))
+    data = section("bench").data
+    assert data["complete"]
+    assert "there_is_no_such_module" in data["peers"]["missing"]
+    rows = {row["row"]: row for row in data["rows"]}
+    assert len(rows) == 2 * 2 + 3 * 2
+    for name, model in (("fastnorm, LN 8x24, bf16", SMALL[0]), ("fastnorm, BN 4x6x3x3 channels_last, fp32", SMALL[1])):
+        assert rows[name]["model"]["shape"] == list(model.shape)
+        for mode in ("forward", "backward"):
+            figures = rows[name][mode]
+            for state in ("cold", "warm", "host"):
+                assert all(figures["us"][state][by] > 0 for by in ("fastnorm", "torch", "copy"))
+                assert figures["x torch"][state] > 0
+    assert rows["wrong, LN 8x24, fp32"]["not timed"].startswith("wrong: y is off by")
+    assert "forward" not in rows["wrong, LN 8x24, fp32"]
+    assert "RuntimeError" in rows["broken, LN 8x24, bf16"]["not timed"]
+    assert rows["forward alone, LN 8x24, fp32"]["forward"]["x fastnorm"]["cold"] > 0
+    assert "backward" not in rows["forward alone, LN 8x24, fp32"]
+    assert gpu_state.failures(data) == [], "that a peer is wrong is no failure of ours"
+    assert "fastnorm: LN 8x24 bf16 backward: cold" in capsys.readouterr().out
+
+
+def test_bench_of_a_wrong_norm_fails(section, monkeypatch):
+    monkeypatch.setattr(fastnorm, "layer_norm", off(fastnorm.layer_norm))
+    gpu_bench.bench(section("bench"), "cpu", SMALL[:1], ("fp32",), ("fastnorm",))
+    data = section("bench").data
+    assert "wrong: y is off by" in gpu_state.failures(data)[0]
+    assert "forward" not in data["rows"][0]
+
+
+def test_bench_stops_in_time(section):
+    gpu_bench.bench(section("bench", 5.0), "cpu", SMALL[:1], ("fp32",), ("fastnorm",))
+    assert section("bench").data["rows"] == []
+    assert not section("bench").data["complete"]
+
+
+class Recorder:
+    """As much of torch.cuda as GraphClock takes: a call costs 7 us, emptying L2 100; `log` is what the device is told to do."""
+
+    def __init__(self):
+        self.now, self.log, self.capturing, self.synchronize = 0.0, [], None, lambda: None
+        recorder = self
+
+        class Graph:
+            def __init__(self):
+                self.calls = 0
+
+            def replay(self):
+                recorder.now += 7.0 * self.calls
+                recorder.log.append(f"replay {self.calls}")
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = recorder.now
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return (end.at - self.at) / 1e3  # milliseconds
+
+        self.CUDAGraph, self.Event = Graph, Event
+        self.Stream = lambda: SimpleNamespace(device=torch.device("cpu"))
+        self.get_device_properties = lambda device: SimpleNamespace(L2_cache_size=1 << 10)
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        yield
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream):
+        self.capturing = graph
+        yield
+        self.capturing = None
+
+    def call(self):
+        if self.capturing:
+            self.capturing.calls += 1
+        else:
+            self.now += 7.0
+
+
+def test_device_times_are_of_replays(monkeypatch):
+    """A call of 7 us: several of them in one graph when warm, one of them after each emptying of L2 when cold."""
+    cuda = Recorder()
+    monkeypatch.setattr(timing.torch, "cuda", cuda)
+    monkeypatch.setattr(timing.GraphClock, "FILL", 1 << 10)
+    clock = timing.clock_of("cuda")
+    clock._other = SimpleNamespace(zero_=lambda: cuda.log.append("empty L2"))
+    with clock.stream():
+        times = timing.device_in_turn({"a": cuda.call, "b": cuda.call}, 2, clock)
+    assert times == {state: {"a": [7.0, 7.0], "b": [7.0, 7.0]} for state in ("cold", "warm")}
+    calls = int(clock.LONG / (7 * clock.REPLAYS))
+    assert cuda.log[-9:] == [f"replay {calls}"] * 3 + ["empty L2", "replay 1"] * 3
+
+
+def test_host_times_do_not_wait_for_the_device():
+    clock = SimpleNamespace(waits=0)
+    clock.synchronize = lambda: setattr(clock, "waits", clock.waits + 1)
+    called = []
+    times = timing.host_in_turn({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, 3, 5, clock)
+    assert "".join(called) == "aaaaabbbbb" * 3
+    assert clock.waits == 3 * 2 + 1, "before each figure and at the end"
+    assert all(len(values) == 3 and min(values) > 0 for values in times.values())
+
+
+def test_every_shape_of_the_benchmark_has_a_name_of_its_own():
+    assert len({(m.kind, m.shape, m.layout) for m in gpu_bench.SHAPES}) == len(gpu_bench.SHAPES) == 26
+
+
+NORM = "layer_norm 64 x 96"
+
+
+def test_graphs(section, monkeypatch):
+    gpu_graphs.graphs(section("graphs"), "cpu", (NORM,), capture=lambda function: function)
+    data = section("graphs").data
+    assert len(data["rows"]) == 3 * 3
+    assert [row["row"] for row in data["rows"] if "not there" not in row] == [f"graph, {d}, {NORM}" for d in gpu_graphs.DTYPES]
+    assert gpu_state.failures(data) == []
+
+
+def test_graphs_that_are_not_replayed_or_cannot_be_captured_fail(section):
+    def stale(function):
+        results = [t.clone() for t in function()]
+        return lambda: results
+
+    gpu_graphs.graphs(section("stale"), "cpu", (NORM,), capture=stale)
+    assert f"graph, bf16, {NORM}: other bits in y, dx, dweight, dbias" in gpu_state.failures(section("stale").data)[1]
+
+    def refuses(function):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    gpu_graphs.graphs(section("refused"), "cpu", (NORM,), capture=refuses)
+    assert gpu_state.failures(section("refused").data)[0].endswith("operation not permitted when stream is capturing")
+
+
+def test_graphs_compare_bits():
+    nan, x = torch.tensor([float("nan")]), torch.ones(6)
+    assert gpu_graphs.difference([nan] * 6, [nan] * 6) is None
+    assert gpu_graphs.difference([x] * 6, [x] * 5 + [x + 1e-7]) == "other bits in running_var"
+    half = x.bfloat16()
+    assert gpu_graphs.difference([half] * 6, [half, -half, *[half] * 4]) == "other bits in dx"
+
+
+def test_graphs_cover_running_statistics():
+    name = "batch_norm 256 x 48"
+    inputs = gpu_graphs.make(name, "fp32", "cpu", 1)
+    before = inputs[-1].clone()
+    assert len(gpu_graphs.compute(name, *inputs)) == len(gpu_graphs.RESULTS)
+    assert not torch.equal(inputs[-1], before)
+
+
+def test_errors(section, monkeypatch):
+    jobs = errors.jobs_of(errors.parser().parse_args(["--filter", "8 x 64", "--dtype", "fp32"]))
+    gpu_errors.measure_errors(section("errors"), "cpu", jobs)
+    data = section("errors").data
+    assert [len(row["results"]) for row in data["rows"]] == [4, 4]
+    assert gpu_state.failures(data) == []
+    monkeypatch.setattr(fastnorm, "batch_norm", off(fastnorm.batch_norm))
+    gpu_errors.measure_errors(section("again"), "cpu", jobs)
+    assert len(gpu_state.failures(section("again").data)) == 1
+
+
+BAD = """
+import time, pytest
+slow = False
+@pytest.mark.parametrize("backend", ["triton-cpu", "reference-cpu", "native-cpu"])
+@pytest.mark.parametrize("case", ["good", "bad", "skipped", "slow"])
+def test_it(case, backend):
+    if case == "skipped":
+        pytest.skip()
+    if case == "slow" and slow:
+        time.sleep(60)
+    assert case != "bad"
+"""
+GOOD = BAD.replace('assert case != "bad"', "")
+
+
+def files_of(tmp_path, **sources):
+    for name, source in sources.items():
+        (tmp_path / f"test_{name}.py").write_text(source)
+    return {name: [str(tmp_path / f"test_{name}.py")] for name in sources}
+
+
+def test_tests_are_counted_and_failures_named(section, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_tests, "workers", list)
+    files = files_of(tmp_path, good=GOOD, bad=BAD, broken="import there_is_no_such_module")
+    files = {"good": files["good"], "all": files["broken"] + files["bad"], "none": [str(tmp_path / "nothing.py")]}
+    gpu_tests.run_tests(section("tests"), "cpu", files)
+    rows = {row["row"]: row for row in section("tests").data["rows"]}
+    assert len(rows) == 2 * 3
+    assert [rows["triton, good"][k] for k in ("passed", "skipped", "failures")] == [3, 1, 0]
+    assert "failed" not in rows["triton, good"]
+    row = rows["reference, all"]
+    assert [row[k] for k in ("passed", "skipped", "failures", "failed")] == [2, 1, 2, "2 of 4 tests fail"]
+    assert any("there_is_no_such_module" in line for line in row["failing"])
+    assert any("[bad-reference-cpu]: AssertionError" in line for line in row["failing"])
+    assert "pytest ended with status 4" in rows["triton, none"]["failed"]
+
+
+def test_tests_on_several_workers(section, tmp_path, monkeypatch):
+    pytest.importorskip("xdist")
+    assert gpu_tests.workers() == ["-n", "auto"]
+    monkeypatch.setattr(gpu_tests, "workers", lambda: ["-n", "2"])
+    monkeypatch.setattr(gpu_tests, "BACKENDS", ("native",))
+    gpu_tests.run_tests(section("tests"), "cpu", files_of(tmp_path, bad=BAD))
+    row = section("tests").data["rows"][0]
+    assert [row[k] for k in ("passed", "skipped", "failures")] == [2, 1, 1]
+
+
+def test_tests_that_take_too_long_keep_what_they_have(section, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_tests, "workers", list)
+    monkeypatch.setattr(gpu_tests, "LEAST", 1.0)
+    gpu_tests.run_tests(section("tests", 10.0), "cpu", files_of(tmp_path, slow=BAD.replace("slow = False", "slow = True")))
+    data = section("tests").data
+    assert not data["complete"]
+    assert data["rows"] == []
+    assert [data["partial"][k] for k in ("passed", "skipped", "failures")] == [1, 1, 1], "the one that was running is not there"
+    assert gpu_state.failures(data) == ["triton, slow: 1 of 2 tests fail"]
+
+
+def test_tests_without_pytest(section, monkeypatch):
+    monkeypatch.setattr(gpu_tests.importlib.util, "find_spec", lambda name: None)
+    gpu_tests.run_tests(section("tests"), "cpu", {"good": []})
+    assert gpu_state.failures(section("tests").data) == [f"{b}, good: pytest is not installed" for b in gpu_tests.BACKENDS]
+
+
+def test_every_test_file_is_in_one_group():
+    assert all(Path(path).is_file() for path in gpu_tests.numerics())
+    assert len(gpu_tests.numerics()) + len(gpu_tests.others()) == len(list((ROOT / "tests").glob("test_*.py")))
+
+
+def fake_sanitizer(tmp_path, log):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f'#!/bin/sh\nwhile [ "$1" != --log-file ]; do shift; done\nprintf "{log}" > "$2"\nexit 0\n')
+    tool.chmod(0o755)
+    return str(tool)
+
+
+@pytest.mark.parametrize(
+    ("log", "failed"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", None),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", None),
+        ("========= Invalid __global__ read\\n========= ERROR SUMMARY: 10 errors", "10 errors"),
+        ("========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)", "1 hazard"),
+        ("", "no summary"),
+    ],
+)
+def test_sanitizer(section, tmp_path, log, failed):
+    gpu_tests.run_sanitizer(section("sanitizer"), "cpu", fake_sanitizer(tmp_path, log))
+    found = gpu_state.failures(section("sanitizer").data)
+    assert all(failed in line for line in found) if failed else found == []
+    assert bool(found) == bool(failed)
+
+
+def test_sanitizer_that_is_not_there(section, monkeypatch):
+    monkeypatch.setattr(gpu_tests, "tool", lambda: None)
+    gpu_tests.run_sanitizer(section("sanitizer"), "cpu")
+    assert [row["not there"] for row in section("sanitizer").data["rows"]] == ["compute-sanitizer"] * 2
+
+
+def test_the_sanitizer_s_tests_are_there():
+    """One for each part of the expression, so that none is dropped from the table of cases without a word."""
+    names = [str(case) for case in (*ROWS, *CHANNELS)]
+    assert all(any(part in name for name in names) for part in gpu_tests.FEW.split(" or "))
+
+
+def bench_row(peer, kind, shape, dtype, copies, x_torch, **others):
+    each = lambda value: dict.fromkeys(gpu_report.STATES, value)
+    figures = {"us": each({peer: 2.0, "torch": 2.0 * x_torch, "copy": 2.0 / copies}), "spread": each(0.01)}
+    figures |= {"copies": each(copies), "x torch": each(x_torch), **{k.replace("_", " "): each(v) for k, v in others.items()}}
+    model = {"kind": kind, "shape": shape, "layout": "dense"}
+    return {"row": f"{peer} {kind} {shape} {dtype}", "peer": peer, "model": model, "dtype": dtype, "forward": figures}
+
+
+TIMED = [
+    bench_row("fastnorm", "rows", [8192, 1024], "bf16", 1.02, 2.0),
+    bench_row("fastnorm", "rows", [8192, 4096], "bf16", 1.10, 0.5),
+    bench_row("fastnorm", "rows", [8, 64], "bf16", 9.0, 1.0),
+    bench_row("fastnorm", "channels", [64, 256, 56, 56], "bf16", 1.11, 4.0),
+    bench_row("fastnorm", "channels", [64, 256, 56, 56], "fp32", 5.0, 4.0),
+    bench_row("compile", "rows", [8192, 1024], "bf16", 1.0, 2.5, x_fastnorm=1.25),
+    bench_row("compile", "rows", [8192, 4096], "bf16", 2.0, 0.3, x_fastnorm=0.6),
+]
+
+
+def test_summary():
+    lines = gpu_report.summary(TIMED).splitlines()
+    assert "LN  bf16   forward  fastnorm  3      1.00  1.00  1.00" in lines  # of 2, 0.5 and 1
+    assert "slower than torch.nn or torch.compile: 2" in lines
+    assert "LN 8192x4096 bf16 forward, x torch: cold 0.50, warm 0.50, host 0.50" in lines
+    assert "LN 8192x1024 bf16 forward, x compile: cold 0.80, warm 0.80, host 0.80" in lines
+    assert "LN forward, N 1024 to 16384: 97% of a copy: 1 of 2" in lines
+    assert "  missed by LN 8192x4096 bf16: 1.10 copies, 91%" in lines
+    assert "LN forward, N 64 to 512: 92% of a copy: 0 of 0" in lines
+    assert "BN 64x256x56x56 bf16 forward: 1.1 copies: 0 of 1" in lines
+
+
+def test_report(section, tmp_path):
+    pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+    document = section("bench")
+    document.data["rows"] = [*TIMED, {**TIMED[0], "peer": "wrong", "not timed": "wrong: y is off"}]
+    document.data["rows"][-1].pop("forward")
+    document.save()
+    gpu_report.report(section("plots"), "cpu")
+    assert section("plots").data["complete"]
+    assert "LN 8192x1024 bf16, wrong: wrong: y is off" in (tmp_path / "out.txt").read_text()
+    for op in ("layer_norm", "batch_norm"):
+        assert (tmp_path / f"out-{op}.png").stat().st_size > 10_000
