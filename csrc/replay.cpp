@@ -336,11 +336,11 @@ void forget() {
   }
 }
 
-std::pair<int64_t, int64_t> counts(DeviceType type) {
+std::tuple<int64_t, int64_t, int64_t> counts(DeviceType type) {
   Device& device = of(type);
   const std::lock_guard lock(device.mutex);
   const auto plans = std::count_if(device.entries.begin(), device.entries.end(), [](const auto& e) { return !!e.second.plan; });
-  return {plans, device.replays};
+  return {static_cast<int64_t>(device.entries.size()), plans, device.replays};
 }
 
 Tensor row_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, double eps, int64_t N, MaybeType dtype,

@@ -25,8 +25,8 @@ void serve(c10::DeviceType device, const pybind11::dict& functions, const pybind
 void close();
 // Every plan is made anew, and replays are counted anew.
 void forget();
-// (plans, replayed calls) of a device.
-std::pair<int64_t, int64_t> counts(c10::DeviceType device);
+// Of a device: kinds of calls that are remembered, plans among them, replayed calls.
+std::tuple<int64_t, int64_t, int64_t> counts(c10::DeviceType device);
 
 // The contract, with `saved` for statistics that outlive the call; without it they live in scratch memory.
 Tensor row_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, double eps, int64_t N, MaybeType dtype,
