@@ -1,6 +1,6 @@
 """Launch choices as data: (sizes, itemsize, SM count) in, a frozen configuration out. Nothing is measured at run time.
 
-The ladders were chosen by reading compiled code (registers, spills, bytes in flight per SM); tests/test_triton_compile.py
+The ladders were chosen by reading compiled code (registers, spills, bytes in flight per SM); tests/test_audit.py
 holds them to "no spill". What a row's result depends on (rows, block, warps) is a function of N and the itemsize alone, so
 y and dx of a row never depend on the batch around it.
 """
