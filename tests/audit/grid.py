@@ -13,7 +13,29 @@ from torch import bfloat16, float16, float32, float64
 import fastnorm.kernels as K
 from fastnorm import heuristics
 
-LENGTHS = (10, 64, 96, 256, 512, 768, 1000, 1024, 2048, 4096, 5120, 8192, 10240, 12288, 16384, 20000, 32768, 40000)
+LENGTHS = (
+    10,
+    64,
+    96,
+    256,
+    512,
+    768,
+    1000,
+    1001,
+    1024,
+    2048,
+    4096,
+    4098,
+    5120,
+    8190,
+    8192,
+    10240,
+    12288,
+    16384,
+    20000,
+    32768,
+    40000,
+)
 FEW_LENGTHS = (10, 64, 768, 1024, 4096, 8192, 12288, 16384, 20000)
 
 # dtype of the input, of the parameters, of row_fwd's result (None: the input's)
