@@ -1,6 +1,6 @@
 """Launch choices as data: (sizes, itemsize, SM count) in, a frozen configuration out. Nothing is measured at run time.
 
-The ladders were chosen by reading compiled code (registers, spills, bytes in flight per SM); tests/test_triton_compile.py
+The ladders were chosen by reading compiled code (registers, spills, bytes in flight per SM); tests/test_audit.py
 holds them to "no spill". What a row's result depends on (rows, block, warps) is a function of N and the itemsize alone, so
 y and dx of a row never depend on the batch around it.
 """
@@ -24,7 +24,7 @@ class RowForward:
 
 @dataclass(frozen=True)
 class RowBackward:
-    """`programs` persistent programs, each with fp32 weight and bias gradients of the whole row in registers."""
+    """`programs` persistent programs take `rows` rows at a time, with fp32 weight and bias gradients of those in registers."""
 
     rows: int
     block: int
@@ -32,17 +32,25 @@ class RowBackward:
     stages: int
     programs: int
 
+    @property
+    def partial_rows(self) -> int:
+        return self.programs
+
 
 @dataclass(frozen=True)
 class RowBackwardSplit:
-    """Rows too long for the registers: row sums, then column tiles, in panels of rows that stay in L2 between the two."""
+    """Rows too long for the registers: row sums, then tiles of rows x block columns, in panels of rows that stay in L2 between
+    the two."""
 
     sums_block: int
     sums_warps: int
+    rows: int
     block: int
     warps: int
+    stages: int
     panel_rows: int
     rows_per_program: int
+    partial_rows: int
 
 
 @dataclass(frozen=True)
@@ -81,23 +89,35 @@ FORWARD = {
 CHUNK_BLOCK, CHUNK_WARPS = {2: 4096, 4: 4096, 8: 2048}, 8
 
 # itemsize -> {bucket of N: (rows, warps, stages, programs that fit one SM)}; a longer row is split.
+#
+# A program prefetches stages - 1 tiles of x and dy: (stages - 1) * 2 * rows * block * itemsize bytes are on their way while it
+# reduces and stores. An SM needs about 32 KB of them to keep the memory busy, whatever M is.
+# * From 256 on one program of 16 warps gives them alone: 4096 elements are 8 per thread and at most 118 registers, and sm_count
+#   programs write the fewest partial rows. 2 bytes: 3 tiles of 16 KB; 4 bytes: 2 tiles of 32 KB; both fit 99 KB.
+# * 8192: 2 bytes hold 16 elements per thread, because 32 warps leave 64 registers; 4 bytes need those 32 warps, at 64
+#   registers, and prefetch one tile of 64 KB.
+# * Below 256 a row lies within a warp, so that programs of 4 warps hardly wait for each other: 4 or 8 KB each, as many as the
+#   share of partial rows allows.
+# * float64 is bound by its arithmetic.
 BACKWARD = {
-    # 4096: 8 warps hold 16 elements per thread in 118 registers, with half the warps for the same bytes.
-    2: {16: (64, 4, 2, 7), 32: (32, 4, 2, 7), 64: (16, 4, 2, 7), 128: (8, 4, 3, 7), 256: (4, 4, 3, 7), 512: (1, 2, 3, 16),
-        1024: (1, 4, 3, 8), 2048: (1, 8, 3, 4), 4096: (1, 8, 3, 2), 8192: (1, 16, 3, 1)},
-    # 8 elements per thread: 62 registers; 16 would stand at the limit of 128. 256 fits one warp: no barrier at all.
-    4: {16: (32, 4, 2, 10), 32: (16, 4, 2, 10), 64: (8, 4, 2, 10), 128: (4, 4, 2, 10), 256: (1, 1, 2, 32), 512: (1, 2, 2, 16),
-        1024: (1, 4, 2, 8), 2048: (1, 8, 2, 4), 4096: (1, 16, 2, 2), 8192: (1, 32, 2, 1)},
+    2: {16: (64, 4, 2, 7), 32: (32, 4, 2, 7), 64: (16, 4, 2, 7), 128: (8, 4, 3, 7), 256: (16, 16, 4, 1), 512: (8, 16, 4, 1),
+        1024: (4, 16, 4, 1), 2048: (2, 16, 4, 1), 4096: (1, 16, 4, 1), 8192: (1, 16, 3, 1)},
+    4: {16: (32, 4, 2, 10), 32: (16, 4, 2, 10), 64: (8, 4, 2, 10), 128: (4, 4, 2, 10), 256: (16, 16, 3, 1), 512: (8, 16, 3, 1),
+        1024: (4, 16, 3, 1), 2048: (2, 16, 3, 1), 4096: (1, 16, 3, 1), 8192: (1, 32, 2, 1)},
     8: {16: (16, 4, 1, 4), 32: (8, 4, 1, 4), 64: (4, 4, 1, 4), 128: (2, 4, 1, 4), 256: (1, 4, 1, 4), 512: (1, 4, 1, 4),
         1024: (1, 8, 1, 2), 2048: (1, 16, 1, 1)},
 }  # fmt: skip
-COLUMN_BLOCK = {2: 1024, 4: 512, 8: 256}
-COLUMN_PROGRAMS_PER_SM = 4
+
+# Split rows: rows and columns of a tile, one row a warp. Narrow tiles leave few programs to a column, and so few partial rows.
+# 4 KB of x and dy, 2 of them prefetched by each of 4 programs: 32 KB on their way.
+COLUMN_TILE = {2: (4, 256), 4: (4, 128), 8: (4, 64)}
+COLUMN_WARPS, COLUMN_STAGES, COLUMN_PROGRAMS_PER_SM = 4, 3, 4
 # x and dy of one panel, in bytes: half of a 50 MB L2, so that the second kernel still finds them there.
 PANEL_BYTES = 25 << 20
 
-# Partial rows may cost 1/20 of the ideal traffic of a backward, 3 * itemsize bytes per element.
-PARTIAL_SHARE = 20
+# A partial row is two fp32 numbers per column, written and read: 16 bytes. Where several programs fit an SM, their partial rows
+# may cost 1/6 of the ideal traffic of a backward, 3 * itemsize bytes per element; half of that, the reading, comes from L2.
+PARTIAL_SHARE = 6
 
 # Halved where loads are narrower than 8 bytes: every load in flight then holds a pointer of its own, two registers.
 TILE_ELEMENTS = {2: 2048, 4: 2048, 8: 1024}
@@ -126,28 +146,33 @@ def row_forward(N: int, itemsize: int) -> RowForward:
 
 
 def row_backward(M: int, N: int, itemsize: int, sm_count: int) -> RowBackward | RowBackwardSplit:
+    ladder = BACKWARD[itemsize]
     block = max(SMALLEST_BLOCK, power_of_two(N))
-    rung = BACKWARD[itemsize].get(block)
-    if rung is None:
+    # The top rung has no registers left for loads of less than 16 bytes, each of which holds a pointer of its own.
+    if block > max(ladder) or (block == max(ladder) and N * itemsize % 16):
         return _row_backward_split(M, N, itemsize, sm_count)
-    rows, warps, stages, fit = rung
-    # A partial row is two fp32 numbers per column, written and read: 16 bytes.
+    rows, warps, stages, fit = ladder[block]
     affordable = 3 * itemsize * M // (PARTIAL_SHARE * 16 * sm_count)
     programs = min(sm_count * min(fit, max(1, affordable)), cdiv(M, rows))
     return RowBackward(rows, block, warps, stages, programs)
 
 
 def _row_backward_split(M: int, N: int, itemsize: int, sm_count: int) -> RowBackwardSplit:
-    panel_rows = min(M, max(1, PANEL_BYTES // (2 * N * itemsize)))
-    block = COLUMN_BLOCK[itemsize]
+    panel_rows = cdiv(M, cdiv(M, max(1, PANEL_BYTES // (2 * N * itemsize))))
+    rows, block = COLUMN_TILE[itemsize]
     row_programs = max(1, COLUMN_PROGRAMS_PER_SM * sm_count // cdiv(N, block))
+    rows_per_program = rows * cdiv(panel_rows, rows * row_programs)
+    panels, rest = divmod(M, panel_rows)
     return RowBackwardSplit(
         sums_block=CHUNK_BLOCK[itemsize],
         sums_warps=CHUNK_WARPS,
+        rows=rows,
         block=block,
-        warps=4,
+        warps=COLUMN_WARPS,
+        stages=COLUMN_STAGES,
         panel_rows=panel_rows,
-        rows_per_program=cdiv(panel_rows, row_programs),
+        rows_per_program=rows_per_program,
+        partial_rows=panels * cdiv(panel_rows, rows_per_program) + cdiv(rest, rows_per_program),
     )
 
 

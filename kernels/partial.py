@@ -13,33 +13,36 @@ from .launch import dense, launch
 def _sums_kernel(dw_partial_ptr, db_partial_ptr, dw_ptr, db_ptr, weight_ptr, c1_ptr, c2_ptr, P, N, count,
                  BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     """dw and db are sums over P partial rows of N columns, in a fixed order; c1 and c2 are weight * sum / count."""
+    ACC: tl.constexpr = (db_partial_ptr if dw_partial_ptr is None else dw_partial_ptr).dtype.element_ty
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = cols < N
-    weight = 1.0
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
-    if dw_partial_ptr is not None:
-        dw = _column_sums(dw_partial_ptr, cols, P, N, BLOCK_P, BLOCK_C)
-        if dw_ptr is not None:
-            tl.store(dw_ptr + cols, dw.to(dw_ptr.dtype.element_ty), mask=mask)
-        if c1_ptr is not None:
-            tl.store(c1_ptr + cols, tl.cast(weight, dw.dtype) * dw / tl.cast(count, dw.dtype), mask=mask)
-    if db_partial_ptr is not None:
-        db = _column_sums(db_partial_ptr, cols, P, N, BLOCK_P, BLOCK_C)
-        if db_ptr is not None:
-            tl.store(db_ptr + cols, db.to(db_ptr.dtype.element_ty), mask=mask)
-        if c2_ptr is not None:
-            tl.store(c2_ptr + cols, tl.cast(weight, db.dtype) * db / tl.cast(count, db.dtype), mask=mask)
-
-
-@triton.jit
-def _column_sums(partial_ptr, cols, P, N, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    total = tl.zeros((BLOCK_P, BLOCK_C), partial_ptr.dtype.element_ty)
+    dw = tl.zeros((BLOCK_P, BLOCK_C), ACC)
+    db = tl.zeros((BLOCK_P, BLOCK_C), ACC)
     for first in range(0, P, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)
         mask = (p < P)[:, None] & (cols < N)[None, :]
-        total += tl.load(partial_ptr + p.to(tl.int64)[:, None] * N + cols[None, :], mask=mask, other=0.0)
-    return tl.sum(total, axis=0)
+        at = p.to(tl.int64)[:, None] * N + cols[None, :]
+        if dw_partial_ptr is not None:
+            dw += tl.load(dw_partial_ptr + at, mask=mask, other=0.0)
+        if db_partial_ptr is not None:
+            db += tl.load(db_partial_ptr + at, mask=mask, other=0.0)
+    mask = cols < N
+    if dw_partial_ptr is not None:
+        _store_sum(dw, dw_ptr, c1_ptr, weight_ptr, cols, mask, count)
+    if db_partial_ptr is not None:
+        _store_sum(db, db_ptr, c2_ptr, weight_ptr, cols, mask, count)
+
+
+@triton.jit
+def _store_sum(parts, sum_ptr, mean_ptr, weight_ptr, cols, mask, count):
+    """The sum over axis 0, and weight * sum / count, each where it has a pointer."""
+    total = tl.sum(parts, axis=0)
+    if sum_ptr is not None:
+        tl.store(sum_ptr + cols, total.to(sum_ptr.dtype.element_ty), mask=mask)
+    if mean_ptr is not None:
+        weight = 1.0
+        if weight_ptr is not None:
+            weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
+        tl.store(mean_ptr + cols, tl.cast(weight, total.dtype) * total / tl.cast(count, total.dtype), mask=mask)
 
 
 def finalise_sums(dw_partial, db_partial, dw_dtype, db_dtype, weight=None, count=1, means=False):

@@ -34,13 +34,18 @@ def _load_statistics(mean_ptr, rstd_ptr, rows, end, M):
 
 
 @triton.jit
-def _store_y(y_ptr, weight_ptr, bias_ptr, x_hat, cols, weight_cols, N, mask):
-    """weight_cols has the shape of x_hat: the parameters are then loaded in its layout, whatever their dtype."""
+def _load_parameter(ptr, cols, N, LONGEST: tl.constexpr):
+    """In the layout of x, whatever the dtype: that takes `cols` of the shape of x, and vectors no longer than those of x."""
+    return tl.load(tl.max_contiguous(ptr + cols, (1, LONGEST)), mask=cols < N, other=0.0)
+
+
+@triton.jit
+def _store_y(y_ptr, weight_ptr, bias_ptr, x_hat, cols, parameter_cols, N, mask, LONGEST: tl.constexpr):
     y = x_hat
     if weight_ptr is not None:
-        y = y * tl.load(weight_ptr + weight_cols, mask=weight_cols < N, other=0.0).to(y.dtype)
+        y = y * _load_parameter(weight_ptr, parameter_cols, N, LONGEST).to(y.dtype)
     if bias_ptr is not None:
-        y = y + tl.load(bias_ptr + weight_cols, mask=weight_cols < N, other=0.0).to(y.dtype)
+        y = y + _load_parameter(bias_ptr, parameter_cols, N, LONGEST).to(y.dtype)
     tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -61,7 +66,8 @@ def _row_fwd_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, M, N
     rstd = rstd_of(m2, N.to(ACC), scale, pair_of(eps, eps_low, ACC))
     _store_statistics(mean_ptr, rstd_ptr, rows, M, high, low, rstd)
     x_hat = normalize(x, high[:, None], low[:, None], rstd[:, None])
-    _store_y(y_ptr + rows[:, None] * N_v * VEC, weight_ptr, bias_ptr, x_hat, cols, cols + (r * 0)[:, None], N, mask)
+    _store_y(y_ptr + rows[:, None] * N_v * VEC, weight_ptr, bias_ptr, x_hat, cols, cols + (r * 0)[:, None], N, mask,
+             128 // x_ptr.dtype.element_ty.primitive_bitwidth)  # fmt: skip
 
 
 @triton.jit
@@ -104,16 +110,27 @@ def _row_fwd_chunked_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_p
         mask = cols < N - start
         x = tl.load(x_ptr + start + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
         x_hat = normalize(x, high[:, None], low[:, None], rstd[:, None])
-        _store_y(y_ptr, weight_ptr, bias_ptr, x_hat, start + cols, start + cols, N, mask)
+        _store_y(y_ptr, weight_ptr, bias_ptr, x_hat, start + cols, start + cols, N, mask,
+                 128 // x_ptr.dtype.element_ty.primitive_bitwidth)  # fmt: skip
+
+
+@triton.jit
+def _store_partials(partial_ptr, dw, db, p, P, cols, N_v, N, VEC: tl.constexpr, DW: tl.constexpr, DB: tl.constexpr):
+    """Row p of partial (2, P, N): the sums over axis 0 of dw and of db, each where it is wanted."""
+    at = partial_ptr + p.to(tl.int64) * N_v * VEC + cols
+    if DW:
+        tl.store(at, tl.sum(dw, axis=0), mask=cols < N)
+    if DB:
+        tl.store(at + tl.cast(P, tl.int64) * N_v * VEC, tl.sum(db, axis=0), mask=cols < N)
 
 
 @triton.jit(do_not_specialize=["M", "N_v", "dy_stride_v", "x_stride_v"])
-def _row_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_partial_ptr, db_partial_ptr, M, N_v,
-                    dy_stride_v, x_stride_v, ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+def _row_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, partial_ptr, M, N_v, dy_stride_v, x_stride_v,
+                    DW: tl.constexpr, DB: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
                     STAGES: tl.constexpr):  # fmt: skip
     """Persistent single sweep: dx row by row, weight and bias gradients summed in registers, one partial row per program.
 
-    What is not wanted has no pointer. Lanes outside a row hold dz = 0, which is all that keeps them out of the sums.
+    Lanes outside a row hold dz = 0, which is all that keeps them out of the sums.
     """
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     N = N_v * VEC
@@ -122,8 +139,8 @@ def _row_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_pa
     cols = tl.arange(0, BLOCK)[None, :]
     dw = tl.zeros((ROWS, BLOCK), ACC)
     db = tl.zeros((ROWS, BLOCK), ACC)
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + cols, mask=cols < N, other=0.0)
+    if dx_ptr is not None and weight_ptr is not None:
+        weight = _load_parameter(weight_ptr, cols + (r * 0)[:, None], N, VEC)
     for group in tl.range(pid, tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = (group * ROWS + r).to(tl.int64)
         mask = cols < N
@@ -140,21 +157,18 @@ def _row_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_pa
             c1, c2 = sum2(g * x_hat, g, 1)
             dx = grad_input(g, x_hat, rstd, (c1 / N.to(ACC))[:, None], (c2 / N.to(ACC))[:, None])
             tl.store(dx_ptr + rows[:, None] * N_v * VEC + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if dw_partial_ptr is not None:
+        if DW:
             dw += dz * x_hat
-        if db_partial_ptr is not None:
+        if DB:
             db += dz
-    partial = pid.to(tl.int64) * N_v * VEC + tl.arange(0, BLOCK)
-    if dw_partial_ptr is not None:
-        tl.store(dw_partial_ptr + partial, tl.sum(dw, axis=0), mask=tl.arange(0, BLOCK) < N)
-    if db_partial_ptr is not None:
-        tl.store(db_partial_ptr + partial, tl.sum(db, axis=0), mask=tl.arange(0, BLOCK) < N)
+    if partial_ptr is not None:
+        _store_partials(partial_ptr, dw, db, pid, tl.num_programs(0), tl.arange(0, BLOCK), N_v, N, VEC, DW, DB)
 
 
 @triton.jit(do_not_specialize=["first_row", "M", "N_v", "dy_stride_v", "x_stride_v"])
-def _row_bwd_sums_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c1_ptr, c2_ptr, first_row, M, N_v,
-                         dy_stride_v, x_stride_v, BLOCK: tl.constexpr, VEC: tl.constexpr):  # fmt: skip
-    """c1 and c2 of one long row."""
+def _row_bwd_sums_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c_ptr, first_row, M, N_v, dy_stride_v, x_stride_v,
+                         BLOCK: tl.constexpr, VEC: tl.constexpr):  # fmt: skip
+    """c (2, M): c1 and c2 of one long row."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     N = N_v * VEC
     row = tl.program_id(0).to(tl.int64) + first_row
@@ -170,51 +184,54 @@ def _row_bwd_sums_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c1_ptr, 
         x_hat = normalize(tl.load(x_ptr + start + cols, mask=mask, other=0.0).to(ACC), high, low, rstd)
         g = tl.load(dy_ptr + start + cols, mask=mask, other=0.0).to(ACC)
         if weight_ptr is not None:
-            g = g * tl.load(weight_ptr + start + cols, mask=mask, other=0.0).to(ACC)
+            g = g * _load_parameter(weight_ptr, start + cols, N, VEC).to(ACC)
         s1 += g * x_hat
         s2 += g
     c1, c2 = sum2(s1, s2, 1)
-    tl.store(c1_ptr + rows, c1 / N.to(ACC))
-    tl.store(c2_ptr + rows, c2 / N.to(ACC))
+    tl.store(c_ptr + rows, c1 / N.to(ACC))
+    tl.store(c_ptr + M + rows, c2 / N.to(ACC))
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "rows_per", "first_partial", "M", "N_v", "dy_stride_v", "x_stride_v"])
-def _row_bwd_columns_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c1_ptr, c2_ptr, dx_ptr, dw_partial_ptr,
-                            db_partial_ptr, first_row, last_row, rows_per, first_partial, M, N_v, dy_stride_v, x_stride_v,
-                            BLOCK: tl.constexpr, VEC: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["first_row", "last_row", "rows_per", "first_partial", "P", "M", "N_v", "dy_stride_v",
+                               "x_stride_v"])  # fmt: skip
+def _row_bwd_columns_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c_ptr, dx_ptr, partial_ptr, first_row, last_row,
+                            rows_per, first_partial, P, M, N_v, dy_stride_v, x_stride_v, DW: tl.constexpr, DB: tl.constexpr,
+                            ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """BLOCK columns of rows_per rows: dx with the known c1 and c2, and one partial row of the weight and bias gradients."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     N = N_v * VEC
     blocks = tl.cdiv(N, BLOCK)
     p = tl.program_id(0) // blocks
-    cols = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    mask = cols < N
-    dw = tl.zeros((1, BLOCK), ACC)
-    db = tl.zeros((1, BLOCK), ACC)
+    first_col = (tl.program_id(0) % blocks) * BLOCK
+    r = tl.arange(0, ROWS)
+    cols = first_col + tl.arange(0, BLOCK)[None, :]
+    dw = tl.zeros((ROWS, BLOCK), ACC)
+    db = tl.zeros((ROWS, BLOCK), ACC)
     if dx_ptr is not None and weight_ptr is not None:
-        weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(ACC)
+        weight = _load_parameter(weight_ptr, cols + (r * 0)[:, None], N, VEC)
     begin = first_row + p * rows_per
-    for row in range(begin, tl.minimum(begin + rows_per, last_row)):
-        rows = row + tl.arange(0, 1).to(tl.int64)
+    end = tl.minimum(begin + rows_per, last_row)
+    for row in tl.range(begin, end, ROWS, num_stages=STAGES):
+        rows = (row + r).to(tl.int64)
+        mask = (cols < N) & (rows < end)[:, None]
         x = tl.load(x_ptr + rows[:, None] * x_stride_v * VEC + cols, mask=mask, other=0.0).to(ACC)
         dz = tl.load(dy_ptr + rows[:, None] * dy_stride_v * VEC + cols, mask=mask, other=0.0).to(ACC)
-        high, low, rstd = _load_statistics(mean_ptr, rstd_ptr, rows, last_row, M)
+        high, low, rstd = _load_statistics(mean_ptr, rstd_ptr, rows, end, M)
         x_hat = normalize(x, high, low, rstd)
         if dx_ptr is not None:
             g = dz
             if weight_ptr is not None:
-                g = dz * weight
-            dx = grad_input(g, x_hat, rstd, tl.load(c1_ptr + rows)[:, None], tl.load(c2_ptr + rows)[:, None])
+                g = dz * weight.to(ACC)
+            c1 = tl.load(c_ptr + rows, mask=rows < end, other=0.0)[:, None]
+            c2 = tl.load(c_ptr + M + rows, mask=rows < end, other=0.0)[:, None]
+            dx = grad_input(g, x_hat, rstd, c1, c2)
             tl.store(dx_ptr + rows[:, None] * N_v * VEC + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if dw_partial_ptr is not None:
+        if DW:
             dw += dz * x_hat
-        if db_partial_ptr is not None:
+        if DB:
             db += dz
-    partial = (p + first_partial).to(tl.int64) * N_v * VEC + cols
-    if dw_partial_ptr is not None:
-        tl.store(dw_partial_ptr + partial, dw, mask=mask)
-    if db_partial_ptr is not None:
-        tl.store(db_partial_ptr + partial, db, mask=mask)
+    if partial_ptr is not None:
+        _store_partials(partial_ptr, dw, db, p + first_partial, P, first_col + tl.arange(0, BLOCK), N_v, N, VEC, DW, DB)
 
 
 # ---------------------------------------------------------------- launchers
@@ -249,44 +266,44 @@ def row_fwd(x, weight, bias, eps, N, dtype=None):
 def row_bwd(dy, x, weight, mean, rstd, need):
     rows = Rows(rstd.numel(), x.numel() // rstd.numel())
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need[0] else None
-    if not need[0] and need[1] is None and need[2] is None:
+    wanted = need[1] is not None, need[2] is not None
+    if not need[0] and not any(wanted):
         return None, None, None
     config = heuristics.row_backward(rows.M, rows.N, x.element_size(), sm_count(x.device))
     split = isinstance(config, heuristics.RowBackwardSplit)
-    partial_rows = sum(programs for _, _, programs in _panels(rows.M, config)) if split else config.programs
-    partial = lambda dtype: None if dtype is None else rstd.new_empty((partial_rows, rows.N))
-    dw_partial, db_partial = partial(need[1]), partial(need[2])
+    partial = None
+    if any(wanted):
+        partial = torch.empty((2, config.partial_rows, rows.N), dtype=rstd.dtype, device=x.device)
     dy, dy_stride = _in_place(rows, dy)
     x, x_stride = _in_place(rows, x)
     vec = vector(min(x.element_size(), dy.element_size()), rows.N, dy_stride, x_stride)
-    sizes = (rows.M, rows.N // vec, dy_stride // vec, x_stride // vec)
     inputs = (dy, x, dense(weight), dense(mean), dense(rstd))
+    sizes = (rows.M, rows.N // vec, dy_stride // vec, x_stride // vec)
     if split:
-        _row_bwd_split(config, rows, inputs, dx, dw_partial, db_partial, sizes, vec)
+        _row_bwd_split(config, rows, inputs, dx, partial, sizes, vec, wanted)
     else:
-        launch(_row_bwd_kernel, config.programs, x.device, *inputs, dx, dw_partial, db_partial, *sizes, ROWS=config.rows,
-               BLOCK=config.block, VEC=vec, STAGES=config.stages, warps=config.warps, stages=config.stages)  # fmt: skip
-    if dw_partial is None and db_partial is None:
+        launch(_row_bwd_kernel, config.programs, x.device, *inputs, dx, partial, *sizes, DW=wanted[0], DB=wanted[1],
+               ROWS=config.rows, BLOCK=config.block, VEC=vec, STAGES=config.stages, warps=config.warps,
+               stages=config.stages)  # fmt: skip
+    if partial is None:
         return dx, None, None
-    dweight, dbias, _, _ = finalise_sums(dw_partial, db_partial, need[1], need[2])
+    halves = (half if want else None for half, want in zip(partial.unbind(), wanted, strict=True))
+    dweight, dbias, _, _ = finalise_sums(*halves, need[1], need[2])
     return dx, dweight, dbias
 
 
-def _panels(M, config):
-    """(first row, last row, row programs) of every panel."""
-    panels = [(first, min(first + config.panel_rows, M)) for first in range(0, M, config.panel_rows)]
-    return [(first, last, heuristics.cdiv(last - first, config.rows_per_program)) for first, last in panels]
-
-
-def _row_bwd_split(config, rows, inputs, dx, dw_partial, db_partial, sizes, vec):
+def _row_bwd_split(config, rows, inputs, dx, partial, sizes, vec, wanted):
     rstd = inputs[-1]
-    c1, c2 = (None, None) if dx is None else (torch.empty_like(rstd), torch.empty_like(rstd))
-    partial = 0
-    for first, last, programs in _panels(rows.M, config):
+    c = None if dx is None else torch.empty((2, rows.M), dtype=rstd.dtype, device=rstd.device)
+    partial_row = 0
+    for first in range(0, rows.M, config.panel_rows):
+        last = min(first + config.panel_rows, rows.M)
+        programs = heuristics.cdiv(last - first, config.rows_per_program)
         if dx is not None:
-            launch(_row_bwd_sums_kernel, last - first, rstd.device, *inputs, c1, c2, first, *sizes,
+            launch(_row_bwd_sums_kernel, last - first, rstd.device, *inputs, c, first, *sizes,
                    BLOCK=config.sums_block, VEC=vec, warps=config.sums_warps)  # fmt: skip
-        launch(_row_bwd_columns_kernel, programs * heuristics.cdiv(rows.N, config.block), rstd.device, *inputs, c1, c2, dx,
-               dw_partial, db_partial, first, last, config.rows_per_program, partial, *sizes,
-               BLOCK=config.block, VEC=vec, warps=config.warps)  # fmt: skip
-        partial += programs
+        launch(_row_bwd_columns_kernel, programs * heuristics.cdiv(rows.N, config.block), rstd.device, *inputs, c, dx, partial,
+               first, last, config.rows_per_program, partial_row, config.partial_rows, *sizes, DW=wanted[0], DB=wanted[1],
+               ROWS=config.rows, BLOCK=config.block, VEC=vec, STAGES=config.stages, warps=config.warps,
+               stages=config.stages)  # fmt: skip
+        partial_row += programs

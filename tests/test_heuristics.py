@@ -67,12 +67,34 @@ def test_backward_programs(M):
             assert c.programs <= 132 or partial_traffic * H.PARTIAL_SHARE <= ideal
 
 
-def test_split_backward_covers_every_row():
-    for M, N, itemsize in itertools.product((1, 100, 10_000), (9000, 50_000, 2**20), ITEMSIZES):
+@pytest.mark.parametrize("M", [2112, 8192, 10**6])
+@pytest.mark.parametrize("N", [512, 1024, 2048, 4096, 8192])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_backward_keeps_the_memory_busy_at_few_partial_rows(itemsize, N, M):
+    """32 KB of x and dy prefetched by every SM, at 16 bytes of partial rows for at most 1/6 of the ideal 3 * itemsize."""
+    sms = 132
+    c = H.row_backward(M, N, itemsize, sms)
+    assert c.programs % sms == 0
+    assert c.programs // sms * (c.stages - 1) * 2 * c.rows * N * itemsize >= 32 << 10
+    assert 6 * 16 * c.programs <= 3 * itemsize * M
+
+
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+def test_split_backward_covers_every_row(itemsize):
+    for M, N in itertools.product((1, 100, 383, 10_000), (8191, 9000, 50_000, 2**20)):
         c = H.row_backward(M, N, itemsize, 132)
         assert 1 <= c.panel_rows <= M
-        assert 1 <= c.rows_per_program <= c.panel_rows
+        assert c.rows_per_program % c.rows == 0
         assert c.panel_rows == 1 or 2 * c.panel_rows * N * itemsize <= H.PANEL_BYTES
+        panels = [min(c.panel_rows, M - first) for first in range(0, M, c.panel_rows)]
+        assert c.partial_rows == sum(H.cdiv(panel, c.rows_per_program) for panel in panels)
+
+
+def test_split_backward_writes_few_partial_rows():
+    for N in (12288, 16384, 40000):
+        c = H.row_backward(4096, N, 2, 132)
+        assert 6 * 16 * c.partial_rows <= 3 * 2 * 4096
+        assert c.panel_rows / c.rows_per_program * H.cdiv(N, c.block) >= 3 * 132, "the GPU is not filled"
 
 
 SHAPES = [(32, 64, 3136), (8, 3, 50176), (256, 2048, 49), (1, 1, 1), (2, 5, 3), (5, 65, 49), (1, 64, 10**7), (10**6, 16, 1)]

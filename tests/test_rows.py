@@ -8,6 +8,7 @@ from compare import Rows, assert_no_worse, gradients, parameter_dtypes, statisti
 from oracle import error, layer_norm, wide
 
 import fastnorm
+from fastnorm import heuristics
 
 cases = pytest.mark.parametrize("case", ROWS, ids=str)
 
@@ -35,7 +36,7 @@ def test_backward_alone(case, device, backend):
             assert_no_worse(Rows, case, name, t, truth, backend)
 
 
-@pytest.mark.parametrize("shape", [(5, 40), (3, 12000)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 40), (37, 300), (3, 12000)], ids=str)
 @pytest.mark.parametrize("need", [(a, b, c) for a in (True, False) for b in (F32, None) for c in (F32, None)], ids=str)
 def test_only_what_is_needed(shape, need, backend, device):
     x, dy, weight, _ = Case(shape).make_rows(device)
@@ -44,6 +45,28 @@ def test_only_what_is_needed(shape, need, backend, device):
     for got, expected, wanted in zip(backend.row_bwd(dy, x, weight, mean, rstd, need), full, need, strict=True):
         assert (got is not None) == bool(wanted)
         assert got is None or torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("M", [1, 3, 40, 41, 61])
+def test_a_backward_of_several_panels(M, backend, device, monkeypatch):
+    """Panels of 20 rows, the last one shorter, a program with fewer rows than its tile: no row is lost or counted twice."""
+    case = Case((M, 9000))
+    monkeypatch.setattr(heuristics, "PANEL_BYTES", 20 * 2 * 9000 * 4)
+    inputs = case.make_rows(device)
+    truth = Rows.truth(case, *inputs)
+    for name, t in gradients(Rows.call(fastnorm.layer_norm, case), *inputs).items():
+        assert_no_worse(Rows, case, name, t, truth, backend)
+
+
+@pytest.mark.parametrize("M", [33, 130])
+@pytest.mark.parametrize("N", [200, 1000, 2050])
+def test_a_backward_of_many_tiles_of_rows(M, N, backend, device):
+    """More rows than the programs take at once, and a last tile that is not full."""
+    case = Case((M, N), dtype=BF16)
+    inputs = case.make_rows(device)
+    truth = Rows.truth(case, *inputs)
+    for name, t in gradients(Rows.call(fastnorm.layer_norm, case), *inputs).items():
+        assert_no_worse(Rows, case, name, t, truth, backend)
 
 
 @pytest.mark.parametrize("shape", [(3, 40), (2, 3000)], ids=str)

@@ -1,0 +1,94 @@
+"""Reads what a compiled variant is made of: registers, spills, FP64, and how wide each pointer is accessed.
+
+Registers and spills are the assembler's own report. Widths and FP64 are read from the PTX, where every address can be followed
+back to the kernel's parameter it came from; tests/test_audit.py holds that the assembler keeps both as they are.
+"""
+
+import re
+import subprocess
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+
+from .dryrun import DEVICES, Compiled
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+# The tensors whose every access must be 16 bytes wide where sizes, strides and alignment allow it.
+WHOLE = ("x_ptr", "dy_ptr", "y_ptr", "dx_ptr")
+
+_ACCESS = re.compile(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[a-z](\d+)\s[^\[]*\[\s*(%rd\d+)")
+_ASYNC = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S*\s*\[[^\]]*\]\s*,\s*\[\s*(%rd\d+)[^\]]*\]\s*,\s*(0x[0-9a-f]+|\d+)")
+_PARAMETER = re.compile(r"\bld\.param\.\w+\s+(%rd\d+),\s*\[\w+_param_(\d+)\]")
+_STEP = re.compile(r"\b[a-z][\w.]*\s+(%rd\d+)\s*,\s*([^;]*);")
+
+
+@dataclass(frozen=True)
+class Code:
+    registers: int
+    spill: int  # bytes a thread
+    fp64: int
+    loads: dict[str, dict[int, int]]  # pointer -> {bytes of one access: how many of them}
+    stores: dict[str, dict[int, int]]
+
+
+def read(variant: Compiled) -> Code:
+    return _read_amd(variant) if "amdgcn" in variant.files else _read_nvidia(variant)
+
+
+def _read_nvidia(variant):
+    used = subprocess.run(
+        [TOOLS / "cuobjdump", "-res-usage", variant.files["cubin"]], capture_output=True, text=True, check=True
+    )
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", used.stdout)}
+    ptx = variant.files["ptx"].read_text()
+    fp64 = len(re.findall(r"^\s*(?:@!?%p\d+\s+)?(?!ld|st|mov|selp)[a-z]\w*\.[\w.]*f64\b", ptx, re.M))
+    loads, stores = _widths(ptx, [name for name, _ in variant.parameters])
+    return Code(usage["REG"], usage["STACK"] + usage["LOCAL"], fp64, loads, stores)
+
+
+def _widths(ptx, names):
+    """Follow addresses from the parameters to the accesses; a value that was loaded is no address of the same tensor."""
+    origins = defaultdict(set)
+    for register, index in _PARAMETER.findall(ptx):
+        if int(index) < len(names):
+            origins[register].add(names[int(index)])
+    steps = [(to, re.findall(r"%rd\d+", of)) for to, of in _STEP.findall(ptx)]
+    size = -1
+    while size != (size := sum(map(len, origins.values()))):
+        for to, of in steps:
+            origins[to].update(*(origins[register] for register in of))
+    found = {"ld": defaultdict(Counter), "st": defaultdict(Counter)}
+    accesses = [(kind, int(v or 1) * int(bits) // 8, at) for kind, v, bits, at in _ACCESS.findall(ptx)]
+    accesses += [("ld", int(size, 0), at) for at, size in _ASYNC.findall(ptx)]
+    for kind, width, at in accesses:
+        pointers = {name for name in origins[at] if name.endswith("_ptr")}
+        if len(pointers) != 1:
+            raise ValueError(f"an access at {at} that comes from {sorted(origins[at])}, and not from one pointer")
+        found[kind][pointers.pop()][width] += 1
+    return found["ld"], found["st"]
+
+
+def _read_amd(variant):
+    text = variant.files["amdgcn"].read_text()
+    number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
+    return Code(number("vgpr_count"), number("private_segment_fixed_size"), 0, {}, {})
+
+
+def violations(variant: Compiled, code: Code, wide: bool) -> list[str]:
+    """`wide`: sizes, strides and alignment allow 16-byte accesses. AMD's code has only to compile."""
+    if "amdgcn" in variant.files:
+        return []
+    found = []
+    if code.spill:
+        found.append("SPILL")
+    if code.fp64 and not variant.is_float64:
+        found.append("FP64")
+    if variant.shared > DEVICES[variant.arch].shared:
+        found.append("SHARED")
+    accesses = [(name, width) for kind in (code.loads, code.stores) for name, widths in kind.items() for width in widths]
+    if wide and any(name in WHOLE and width < 16 for name, width in accesses):
+        found.append("NARROW")
+    return found

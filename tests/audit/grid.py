@@ -1,0 +1,152 @@
+"""The calls whose kernels are compiled: functions of the backend contract over shapes, dtypes, layouts and options."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import bfloat16, float16, float32, float64
+
+import fastnorm.kernels as K
+from fastnorm import heuristics
+
+LENGTHS = (
+    10,
+    64,
+    96,
+    256,
+    512,
+    768,
+    1000,
+    1001,
+    1024,
+    2048,
+    4096,
+    4098,
+    5120,
+    8190,
+    8192,
+    10240,
+    12288,
+    16384,
+    20000,
+    32768,
+    40000,
+)
+FEW_LENGTHS = (10, 64, 768, 1024, 4096, 8192, 12288, 16384, 20000)
+
+# dtype of the input, of the parameters, of row_fwd's result (None: the input's)
+ROW_DTYPES = (
+    (bfloat16, bfloat16, None),
+    (bfloat16, float32, None),
+    (bfloat16, None, None),
+    (bfloat16, float32, float32),  # autocast
+    (float16, float16, None),
+    (float16, None, None),
+    (float16, float32, float32),
+    (float32, float32, None),
+    (float32, bfloat16, None),
+    (float32, None, None),
+    (float64, float64, None),
+)
+FEW_ROW_DTYPES = ((bfloat16, float32, None), (float32, float32, None), (float32, bfloat16, None))
+
+CHANNEL_DTYPES = (
+    (bfloat16, bfloat16),
+    (bfloat16, float32),
+    (bfloat16, None),
+    (float16, float32),
+    (float32, float32),
+    (float32, bfloat16),
+    (float32, None),
+    (float64, float64),
+)
+FEW_CHANNEL_DTYPES = ((bfloat16, float32), (float32, float32))
+
+CHANNEL_SHAPES = (
+    ((32, 10), "dense"), ((64, 64), "dense"), ((2048, 512), "dense"), ((5, 65), "dense"), ((64, 64), "strided"),
+    ((16, 64, 56, 56), "dense"), ((16, 64, 56, 56), "channels_last"), ((8, 64, 56, 56), "strided"),
+    ((64, 256, 14, 14), "dense"), ((64, 256, 14, 14), "channels_last"), ((64, 512, 7, 7), "dense"),
+    ((64, 512, 7, 7), "channels_last"), ((8, 65, 7, 7), "dense"), ((8, 65, 7, 7), "channels_last"), ((7, 16, 3), "dense"),
+    ((16, 128, 1000), "dense"), ((16, 128, 1000), "mT"), ((2, 3, 480, 640), "dense"), ((1, 32, 8, 40, 40), "dense"),
+    ((32, 64, 64, 64), "dense"), ((256, 64, 112, 112), "dense"), ((256, 64, 112, 112), "channels_last"),
+)  # fmt: skip
+FEW_CHANNEL_SHAPES = (
+    ((2048, 512), "dense"), ((16, 64, 56, 56), "dense"), ((16, 64, 56, 56), "channels_last"), ((64, 512, 7, 7), "dense"),
+    ((16, 128, 1000), "mT"), ((8, 65, 7, 7), "channels_last"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Call:
+    """`wide`: sizes, strides and alignment allow 16-byte accesses to x, dy, y and dx."""
+
+    name: str
+    wide: bool
+    run: Callable[[], None]
+
+
+def rows(M, N, dtype, parameter, y_dtype=None, needs=((True, True, True),), strided=False):
+    """row_fwd, and row_bwd for each of `needs`: whether dx, dweight and dbias are wanted."""
+    x = torch.empty(M, 2 * N if strided else N, dtype=dtype)[:, :N]
+    p = None if parameter is None else torch.empty(N, dtype=parameter)
+    y, mean, rstd = K.row_fwd(x, p, p, 1e-5, N, y_dtype)
+    for dx, *wanted in needs:
+        K.row_bwd(y, x, p, mean, rstd, (dx, *(parameter if want else None for want in wanted)))
+
+
+def channels(shape, layout, dtype, parameter, pieces=False):
+    """Training, and with `pieces` evaluation, every piece, and gradients that are wanted alone."""
+    x = _laid_out(shape, layout, dtype)
+    p = None if parameter is None else torch.empty(shape[1], dtype=parameter)
+    _, mean, rstd = K.channel_fwd(x, p, p, p, p, True, 0.1, 1e-5)
+    K.channel_bwd(x, x, p, mean, rstd, True, (True, parameter, parameter))
+    if pieces:
+        running = torch.empty(shape[1], dtype=parameter or float32)
+        K.channel_fwd(x, p, p, running, running, False, 0.1, 1e-5)
+        for need in ((True, None, None), (True, parameter, parameter), (False, parameter, None), (False, None, parameter)):
+            for training in (True, False):
+                K.channel_bwd(x, x, p, mean, rstd, training, need)
+        K.channel_stats(x)
+        K.channel_apply(x, mean, rstd, p, p)
+        K.channel_sums(x, x, mean, rstd)
+        K.channel_grad(x, x, mean, rstd, p, rstd, rstd)
+
+
+def _laid_out(shape, layout, dtype):
+    if layout == "strided":  # in the batch
+        return torch.empty(2 * shape[0], *shape[1:], dtype=dtype)[::2]
+    if layout in ("channels_last", "mT"):
+        return torch.empty(shape[0], *shape[2:], shape[1], dtype=dtype).movedim(-1, 1)
+    return torch.empty(shape, dtype=dtype)
+
+
+def _row_calls(few: bool) -> Iterator[Call]:
+    ladders = (*heuristics.FORWARD.values(), *heuristics.BACKWARD.values())
+    lengths = FEW_LENGTHS if few else sorted({*LENGTHS, *itertools.chain(*ladders)})
+    for N, dtypes in itertools.product(lengths, FEW_ROW_DTYPES if few else ROW_DTYPES):
+        parts = not few and dtypes[0] == dtypes[1] != float16
+        needs = ((True, True, True), *(((True, False, False), (False, True, True)) if parts else ()))
+        wide = N % (16 // dtypes[0].itemsize) == 0
+        yield Call(f"rows {N} {dtypes}", wide, lambda N=N, d=dtypes, needs=needs: rows(512, N, *d, needs))
+    for N, dtype in itertools.product((768, 20000), () if few else (bfloat16, float32)):
+        parts = ((False, True, False), (False, False, True), (True, True, False), (True, False, True))
+        call = lambda N=N, dtype=dtype, parts=parts: rows(512, N, dtype, float32, None, parts, strided=True)
+        yield Call(f"strided rows {N} {dtype}", True, call)
+
+
+def _channel_calls(few: bool) -> Iterator[Call]:
+    shapes, kinds = (FEW_CHANNEL_SHAPES, FEW_CHANNEL_DTYPES) if few else (CHANNEL_SHAPES, CHANNEL_DTYPES)
+    for (shape, layout), (dtype, parameter) in itertools.product(shapes, kinds):
+        fastest = shape[1] if layout in ("channels_last", "mT") or len(shape) == 2 else prod(shape[2:])
+        pieces = dtype == float32 == parameter if few else parameter in (dtype, float32)
+        call = lambda args=(shape, layout, dtype, parameter, pieces): channels(*args)
+        yield Call(f"channels {shape} {layout} {dtype} {parameter}", fastest % (16 // dtype.itemsize) == 0, call)
+
+
+def calls(few: bool = False) -> list[Call]:
+    """A variant is judged by the first call that reaches it: those that allow wide accesses come first."""
+    return sorted(itertools.chain(_row_calls(few), _channel_calls(few)), key=lambda call: not call.wide)

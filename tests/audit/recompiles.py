@@ -1,0 +1,45 @@
+"""What is compiled anew when nothing but the number of rows or samples changes."""
+
+import json
+import sys
+from itertools import islice
+
+from torch import float16, float32
+
+from . import grid
+from .dryrun import record
+
+BATCHES = (2, 16, 1, 3, 4, 5, 7, 8, 12, 15, 17, 24, 31, 32, 33, 48, 64, 100, 128, 257)
+NEEDS = ((True, True, True), (True, False, True))
+CALLS = {
+    "rows": lambda M: grid.rows(M, 1000, float16, float32, None, NEEDS),
+    "short rows": lambda M: grid.rows(M, 10, float32, float32),
+    "odd rows": lambda M: grid.rows(M, 77, float16, float32, None, NEEDS),
+    "long rows": lambda M: grid.rows(M, 20000, float16, float32),
+    "NCHW": lambda B: grid.channels((B, 8, 6, 6), "dense", float16, float32),
+    "odd NCHW": lambda B: grid.channels((B, 5, 7, 7), "dense", float32, float32),
+    "channels_last": lambda B: grid.channels((B, 24, 6, 6), "channels_last", float16, float32),
+    "NC": lambda B: grid.channels((B, 65), "dense", float32, float32),
+}
+
+
+def late(call, batches, arch="sm_90"):
+    """Kernels that a batch after the second compiled; how many were compiled before."""
+    batches = iter(batches)
+    with record(arch, []) as compiled:
+        for batch in islice(batches, 2):
+            call(batch)
+        early = len(compiled)
+        for batch in batches:
+            call(batch)
+    return sorted({c.kernel for c in compiled[early:]}), early
+
+
+def main():
+    found = {name: late(call, BATCHES) for name, call in CALLS.items()}
+    found["rows, 1000 batches"] = late(lambda M: grid.rows(M, 1000, float32, float32), (2, 16, *range(1, 999)))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(print(json.dumps(main())))
