@@ -31,10 +31,7 @@ class RowBackward:
     warps: int
     stages: int
     programs: int
-
-    @property
-    def partial_rows(self) -> int:
-        return self.programs
+    partial_rows: int  # the most programs for any M in the same power of two
 
 
 @dataclass(frozen=True)
@@ -152,9 +149,10 @@ def row_backward(M: int, N: int, itemsize: int, sm_count: int) -> RowBackward | 
     if block > max(ladder) or (block == max(ladder) and N * itemsize % 16):
         return _row_backward_split(M, N, itemsize, sm_count)
     rows, warps, stages, fit = ladder[block]
-    affordable = 3 * itemsize * M // (PARTIAL_SHARE * 16 * sm_count)
-    programs = min(sm_count * min(fit, max(1, affordable)), cdiv(M, rows))
-    return RowBackward(rows, block, warps, stages, programs)
+    least = 1 << (M.bit_length() - 1)
+    affordable = 3 * itemsize * least // (PARTIAL_SHARE * 16 * sm_count)
+    partial_rows = min(sm_count * min(fit, max(1, affordable)), cdiv(2 * least - 1, rows))
+    return RowBackward(rows, block, warps, stages, min(partial_rows, cdiv(M, rows)), partial_rows)
 
 
 def _row_backward_split(M: int, N: int, itemsize: int, sm_count: int) -> RowBackwardSplit:

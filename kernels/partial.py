@@ -45,8 +45,11 @@ def _store_sum(parts, sum_ptr, mean_ptr, weight_ptr, cols, mask, count):
         tl.store(mean_ptr + cols, tl.cast(weight, total.dtype) * total / tl.cast(count, total.dtype), mask=mask)
 
 
-def finalise_sums(dw_partial, db_partial, dw_dtype, db_dtype, weight=None, count=1, means=False):
-    """dw, db, c1, c2 from partials (P, N); a result that is not asked for (dtype None, means False) is None."""
+def finalise_sums(dw_partial, db_partial, dw_dtype, db_dtype, weight=None, count=1, means=False, filled=None):
+    """dw, db, c1, c2 from partials (P, N), of which `filled` rows are filled, all by default.
+
+    A result that is not asked for (dtype None, means False) is None.
+    """
     partial = db_partial if dw_partial is None else dw_partial
     P, N = partial.shape
     config = heuristics.finalise(N)
@@ -54,5 +57,6 @@ def finalise_sums(dw_partial, db_partial, dw_dtype, db_dtype, weight=None, count
     dw, db = empty(dw_dtype), empty(db_dtype)
     c1, c2 = (empty(partial.dtype), empty(partial.dtype)) if means else (None, None)
     launch(_sums_kernel, heuristics.cdiv(N, config.block_c), partial.device, dw_partial, db_partial, dw, db, dense(weight),
-           c1, c2, P, N, count, BLOCK_P=config.block_p, BLOCK_C=config.block_c, warps=config.warps)  # fmt: skip
+           c1, c2, P if filled is None else filled, N, count,
+           BLOCK_P=config.block_p, BLOCK_C=config.block_c, warps=config.warps)  # fmt: skip
     return dw, db, c1, c2

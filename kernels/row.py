@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .. import heuristics
 from ..geometry import Rows
-from .launch import accumulate_dtype, dense, float_pair, launch, sm_count, vector
+from .launch import Count, accumulate_dtype, dense, float_pair, launch, sm_count, vector
 from .math import BIG_SCALE, any_inf, grad_input, moments, normalize, pair_of, rstd_of, shifted_moments, sum2
 from .partial import finalise_sums
 
@@ -124,8 +124,8 @@ def _store_partials(partial_ptr, dw, db, p, P, cols, N_v, N, VEC: tl.constexpr, 
         tl.store(at + tl.cast(P, tl.int64) * N_v * VEC, tl.sum(db, axis=0), mask=cols < N)
 
 
-@triton.jit(do_not_specialize=["M", "N_v", "dy_stride_v", "x_stride_v"])
-def _row_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, partial_ptr, M, N_v, dy_stride_v, x_stride_v,
+@triton.jit(do_not_specialize=["P", "M", "N_v", "dy_stride_v", "x_stride_v"])
+def _row_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, partial_ptr, P, M, N_v, dy_stride_v, x_stride_v,
                     DW: tl.constexpr, DB: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
                     STAGES: tl.constexpr):  # fmt: skip
     """Persistent single sweep: dx row by row, weight and bias gradients summed in registers, one partial row per program.
@@ -162,7 +162,7 @@ def _row_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, parti
         if DB:
             db += dz
     if partial_ptr is not None:
-        _store_partials(partial_ptr, dw, db, pid, tl.num_programs(0), tl.arange(0, BLOCK), N_v, N, VEC, DW, DB)
+        _store_partials(partial_ptr, dw, db, pid, P, tl.arange(0, BLOCK), N_v, N, VEC, DW, DB)
 
 
 @triton.jit(do_not_specialize=["first_row", "M", "N_v", "dy_stride_v", "x_stride_v"])
@@ -254,11 +254,12 @@ def row_fwd(x, weight, bias, eps, N, dtype=None):
     source, stride = _in_place(rows, x)
     config = heuristics.row_forward(N, x.element_size())
     vec = vector(x.element_size(), N, stride)
-    args = (source, dense(weight), dense(bias), y, mean, rstd, rows.M, N // vec, stride // vec, *float_pair(eps))
+    M = Count(rows.M)
+    args = (source, dense(weight), dense(bias), y, mean, rstd, M, N // vec, stride // vec, *float_pair(eps))
     if config.chunked:
-        launch(_row_fwd_chunked_kernel, rows.M, x.device, *args, BLOCK=config.block, VEC=vec, warps=config.warps)
+        launch(_row_fwd_chunked_kernel, M, x.device, *args, BLOCK=config.block, VEC=vec, warps=config.warps)
     else:
-        launch(_row_fwd_kernel, heuristics.cdiv(rows.M, config.rows), x.device, *args,
+        launch(_row_fwd_kernel, Count(rows.M, config.rows), x.device, *args,
                ROWS=config.rows, BLOCK=config.block, VEC=vec, warps=config.warps)  # fmt: skip
     return y, mean, rstd
 
@@ -278,17 +279,19 @@ def row_bwd(dy, x, weight, mean, rstd, need):
     x, x_stride = _in_place(rows, x)
     vec = vector(min(x.element_size(), dy.element_size()), rows.N, dy_stride, x_stride)
     inputs = (dy, x, dense(weight), dense(mean), dense(rstd))
-    sizes = (rows.M, rows.N // vec, dy_stride // vec, x_stride // vec)
+    # The split's panels are others for another M, so that its M is a number like others.
+    sizes = (rows.M if split else Count(rows.M), rows.N // vec, dy_stride // vec, x_stride // vec)
+    programs = config.partial_rows if split else Count(rows.M, config.rows, config.partial_rows)
     if split:
         _row_bwd_split(config, rows, inputs, dx, partial, sizes, vec, wanted)
     else:
-        launch(_row_bwd_kernel, config.programs, x.device, *inputs, dx, partial, *sizes, DW=wanted[0], DB=wanted[1],
-               ROWS=config.rows, BLOCK=config.block, VEC=vec, STAGES=config.stages, warps=config.warps,
-               stages=config.stages)  # fmt: skip
+        launch(_row_bwd_kernel, programs, x.device, *inputs, dx, partial, config.partial_rows, *sizes,
+               DW=wanted[0], DB=wanted[1], ROWS=config.rows, BLOCK=config.block, VEC=vec, STAGES=config.stages,
+               warps=config.warps, stages=config.stages)  # fmt: skip
     if partial is None:
         return dx, None, None
     halves = (half if want else None for half, want in zip(partial.unbind(), wanted, strict=True))
-    dweight, dbias, _, _ = finalise_sums(*halves, need[1], need[2])
+    dweight, dbias, _, _ = finalise_sums(*halves, need[1], need[2], filled=programs)
     return dx, dweight, dbias
 
 

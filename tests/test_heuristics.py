@@ -53,8 +53,19 @@ def test_pipelined_backward_fits_shared_memory(itemsize):
 def test_a_row_is_reduced_the_same_way_in_every_batch(itemsize):
     for N in (1, 10, 100, 768, 1000, 2048, 8192):
         kinds = {H.row_backward(M, N, itemsize, sms) for M in (1, 2, 33, 10**6) for sms in (8, 132)}
-        kinds = {dataclasses.replace(c, programs=0) if isinstance(c, H.RowBackward) else type(c) for c in kinds}
+        kinds = {dataclasses.replace(c, programs=0, partial_rows=0) if isinstance(c, H.RowBackward) else type(c) for c in kinds}
         assert len(kinds) == 1
+
+
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+def test_backward_of_all_numbers_of_rows_in_a_power_of_two(itemsize):
+    """All but the number of programs is the same, and that follows M: one plan serves them, see plans.py."""
+    for N, bits in itertools.product((10, 100, 600, 1024, 2048), range(17)):
+        numbers = {2**bits, 2**bits + 2**bits // 3, 2 ** (bits + 1) - 1}
+        all_c = {M: H.row_backward(M, N, itemsize, 132) for M in numbers}
+        assert len({dataclasses.replace(c, programs=0) for c in all_c.values()}) == 1
+        for M, c in all_c.items():
+            assert c.programs == min(c.partial_rows, H.cdiv(M, c.rows))
 
 
 @pytest.mark.parametrize("M", [1, 7, 512, 100_000])
@@ -62,7 +73,7 @@ def test_backward_programs(M):
     for N, itemsize in itertools.product((16, 100, 1024, 8192), ITEMSIZES):
         c = H.row_backward(M, N, itemsize, 132)
         if isinstance(c, H.RowBackward):
-            assert 1 <= c.programs <= H.cdiv(M, c.rows)
+            assert 1 <= c.programs <= min(c.partial_rows, H.cdiv(M, c.rows))
             partial_traffic, ideal = 16 * c.programs, 3 * itemsize * M
             assert c.programs <= 132 or partial_traffic * H.PARTIAL_SHARE <= ideal
 

@@ -83,8 +83,8 @@ def plans():
 
 def direct():
     """Launches at hand whose arguments are not those of an ordinary launch."""
-    import dryrun
     import torch
+    from audit import dryrun
     from fastnorm.kernels import launch
 
     started = []
@@ -132,9 +132,9 @@ def specialised():
 
 
 if __name__ == "__main__":
-    from dryrun import record
+    from audit.dryrun import record
 
-    with record(90, []):
+    with record("sm_90", []):
         print(json.dumps({"plans": plans, "direct": direct, "specialised": specialised}[sys.argv[1]]()))
 else:
     import pytest

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import BF16, CHANNELS, F16, F32, F64, ROWS
+from cases import BF16, CHANNELS, F16, F32, F64, ROWS, Case
 from compare import gradients
 
 import fastnorm
@@ -82,6 +82,32 @@ def test_channels(case, training):
         assert same(gradients(batch_norm(case, ours, training), *inputs), expected)
         assert all(torch.equal(a, b) for a, b in zip(ours, buffers, strict=True))
         assert counts()[1] == before + 2 * max(0, i - 1) or case.layout in COPIED
+
+
+@pytest.mark.parametrize(("N", "dtype"), [(10, F32), (40, BF16), (600, F32), (5000, F16)], ids=str)
+def test_rows_of_every_number_in_a_power_of_two_share_a_plan(N, dtype):
+    make = lambda M: Case((M, N), dtype=dtype, weight=F32, bias=F32).make_rows(DEVICE)
+    case = Case((8, N))
+    for M in (8, 15):  # seen, planned
+        gradients(layer_norm(case), *make(M))
+    assert counts() == (2, 0)
+    for i, M in enumerate((8, 9, 11, 14, 15)):
+        inputs = make(M)
+        expected = gradients(layer_norm_in_python(case), *inputs)
+        assert same(gradients(layer_norm(case), *inputs), expected)
+        assert counts() == (2, 2 * i + 2)
+    gradients(layer_norm(case), *make(16))
+    assert counts() == (2, 10)
+
+
+def test_split_rows_have_a_plan_for_each_number():
+    """Their panels are others for another number of rows."""
+    N = 20000
+    for M in (2, 3, 2, 3, 2, 3, 2, 3):
+        inputs = Case((M, N)).make_rows(DEVICE)
+        case = Case((M, N))
+        assert same(gradients(layer_norm(case), *inputs), gradients(layer_norm_in_python(case), *inputs))
+    assert counts()[1] > 4
 
 
 def test_other_values_of_options_have_plans_of_their_own():

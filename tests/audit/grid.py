@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 
+import fastnorm.kernels as K
 import torch
 from torch import bfloat16, float16, float32, float64
 
-import fastnorm.kernels as K
 from fastnorm import heuristics
 
 LENGTHS = (

@@ -5,11 +5,10 @@ import re
 import subprocess
 import sys
 
+import fastnorm.kernels as K
 import torch
 import triton
 import triton.language as tl
-
-import fastnorm.kernels as K
 
 from . import code
 from .dryrun import record
