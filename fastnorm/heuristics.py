@@ -47,12 +47,16 @@ class RowBackwardSplit:
 
 @dataclass(frozen=True)
 class Channel:
-    """Tiles of block_b samples x block_s positions x block_c channels; a program takes `tiles` of them, one after another."""
+    """Tiles of block_b samples x block_s positions x block_c channels; a program takes `tiles` of them, one after another.
+
+    `programs` share the positions of a block of channels; where they sum, each writes one partial row.
+    """
 
     block_b: int
     block_s: int
     block_c: int
     warps: int
+    stages: int
     tiles: int
     programs: int
 
@@ -63,7 +67,7 @@ class Finalise:
 
     block_p: int
     block_c: int
-    warps: int = 4
+    warps: int = 8
 
 
 # itemsize -> {bucket of N: (rows, warps)}; a longer row is chunked.
@@ -99,9 +103,13 @@ PANEL_BYTES = 25 << 20
 # Partial rows may cost 1/20 of the ideal traffic of a backward, 3 * itemsize bytes per element.
 PARTIAL_SHARE = 20
 
-# Halved where loads are narrower than 8 bytes: every load in flight then holds a pointer of its own, two registers.
-TILE_ELEMENTS = {2: 2048, 4: 2048, 8: 1024}
-CHANNEL_PROGRAMS_PER_SM = 8
+# Elements of a tile, warps, and programs per SM. Halved where loads are narrower than 8 bytes: every load in flight then holds
+# a pointer of its own, two registers.
+APPLY_TILE, APPLY_WARPS, APPLY_PROGRAMS_PER_SM = {2: 2048, 4: 2048, 8: 1024}, 4, 8
+# Sums: few programs, because every one is a partial row that the finalising launch walks through; each prefetches, so that
+# the two that fit keep 32 KB on their way to an SM.
+SUMS_TILE, SUMS_WARPS, SUMS_PROGRAMS_PER_SM = {2: 4096, 4: 4096, 8: 2048}, 8, 2
+SUMS_STAGES = {2: 3, 4: 2, 8: 2}
 # A program's sums are shifted by the mean of its first tile, which is off by at most sqrt(tiles) standard deviations: the
 # cancellation then costs at most `tiles` units of the last place of the variance.
 MOST_TILES = 64
@@ -152,10 +160,10 @@ def _row_backward_split(M: int, N: int, itemsize: int, sm_count: int) -> RowBack
 
 
 def channel(
-    B: int, C: int, S: int, itemsize: int, sm_count: int, *, folded: bool, channels_fastest: bool, narrow: bool
+    B: int, C: int, S: int, itemsize: int, sm_count: int, *, folded: bool, channels_fastest: bool, narrow: bool, sums: bool
 ) -> Channel:
     """`folded`: the batch is part of S (B = 1), so S is a batch-like number that no block may depend on."""
-    elements = TILE_ELEMENTS[itemsize] // (2 if narrow else 1)
+    elements = (SUMS_TILE if sums else APPLY_TILE)[itemsize] // (2 if narrow else 1)
     if channels_fastest:
         block_c = min(64, power_of_two(C))
     else:  # few positions: take neighbouring channels rather than many samples, they share cache lines; a thread holds
@@ -165,12 +173,18 @@ def channel(
     block_s = positions if folded else min(positions, power_of_two(S))
     block_b = positions // block_s
     total = cdiv(B, block_b) * cdiv(S, block_s)
-    per_sm = total * cdiv(C, block_c) // (CHANNEL_PROGRAMS_PER_SM * sm_count)
-    tiles = max(1, min(MOST_TILES, per_sm))
-    return Channel(block_b, block_s, block_c, 4, tiles, cdiv(total, tiles))
+    everything = total * cdiv(C, block_c)
+    if sums:
+        tiles = cdiv(everything, SUMS_PROGRAMS_PER_SM * sm_count)
+        warps, stages = SUMS_WARPS, SUMS_STAGES[itemsize]
+    else:
+        tiles = max(1, everything // (APPLY_PROGRAMS_PER_SM * sm_count))
+        warps, stages = APPLY_WARPS, 1
+    tiles = min(MOST_TILES, tiles)
+    return Channel(block_b, block_s, block_c, warps, stages, tiles, cdiv(total, tiles))
 
 
 def finalise(C: int) -> Finalise:
-    """Few columns are summed by tall tiles, so that one program does not walk through many partial rows alone."""
-    block_c = 8 if C <= 64 else 32 if C <= 8192 else 256
-    return Finalise(max(8, 1024 // block_c), block_c)
+    """Tall tiles of the narrowest segments of 32 bytes: one program has all partial rows of its columns on the way at once."""
+    block_c = 8 if C <= 4096 else 32 if C <= 32768 else 256
+    return Finalise(4096 // block_c, block_c)

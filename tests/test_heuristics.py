@@ -82,31 +82,59 @@ SHAPES = [(32, 64, 3136), (8, 3, 50176), (256, 2048, 49), (1, 1, 1), (2, 5, 3), 
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
 @pytest.mark.parametrize("channels_fastest", [False, True])
 @pytest.mark.parametrize("narrow", [False, True])
-def test_channel_tiles(shape, itemsize, channels_fastest, narrow):
+@pytest.mark.parametrize("sums", [False, True])
+def test_channel_tiles(shape, itemsize, channels_fastest, narrow, sums):
     B, C, S = shape
     folded = B == 1 or S == 1
     if folded:
         B, S = 1, B * S
-    c = H.channel(B, C, S, itemsize, 132, folded=folded, channels_fastest=channels_fastest, narrow=narrow)
-    assert c.block_b * c.block_s * c.block_c == H.TILE_ELEMENTS[itemsize] // (2 if narrow else 1)
+    options = dict(folded=folded, channels_fastest=channels_fastest, narrow=narrow, sums=sums)
+    c = H.channel(B, C, S, itemsize, 132, **options)
+    elements = H.SUMS_TILE if sums else H.APPLY_TILE
+    assert c.block_b * c.block_s * c.block_c == elements[itemsize] // (2 if narrow else 1)
     total = H.cdiv(B, c.block_b) * H.cdiv(S, c.block_s)
     assert (c.programs - 1) * c.tiles < total <= c.programs * c.tiles
     assert c.tiles <= H.MOST_TILES
-    more = H.channel(B if folded else 7 * B, C, 7 * S if folded else S, itemsize, 132, folded=folded,
-                     channels_fastest=channels_fastest, narrow=narrow)  # fmt: skip
-    blocks = lambda c: (c.block_b, c.block_s, c.block_c, c.warps)
+    more = H.channel(B if folded else 7 * B, C, 7 * S if folded else S, itemsize, 132, **options)
+    blocks = lambda c: (c.block_b, c.block_s, c.block_c, c.warps, c.stages)
     assert blocks(more) == blocks(c), "a block that depends on the batch is a recompile per batch"
 
 
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+def test_the_partial_rows_of_sums_are_few(itemsize):
+    """One wave of programs, whose partial rows one tall tile of the finalising launch takes at once."""
+    for sms, channels_fastest in itertools.product((108, 132, 148, 170), (False, True)):
+        for B, C, S in [(1, 64, 16 * 3136), (1, 1024, 8192), (1, 64, 256)]:
+            c = H.channel(B, C, S, itemsize, sms, folded=True, channels_fastest=channels_fastest, narrow=False, sums=True)
+            blocks = H.cdiv(C, c.block_c)
+            assert c.programs * blocks < H.SUMS_PROGRAMS_PER_SM * sms + blocks
+            assert c.programs <= H.finalise(C).block_p
+
+
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+def test_prefetched_tiles_fit_shared_memory(itemsize):
+    """x and dy, on the GPU that has least."""
+    assert (H.SUMS_STAGES[itemsize] - 1) * 2 * H.SUMS_TILE[itemsize] * itemsize <= SHARED
+
+
+@pytest.mark.parametrize("C", [1, 64, 4096, 5000, 32768, 10**6])
+def test_finalising_tiles(C):
+    c = H.finalise(C)
+    assert power_of_two(c.block_p)
+    assert power_of_two(c.block_c)
+    assert c.block_c * 4 >= 32
+    assert c.block_p * c.block_c / (32 * c.warps) <= 16
+
+
 def test_few_channels_still_fill_the_gpu():
-    for channels_fastest in (False, True):
-        c = H.channel(1, 4, 256 * 3136, 4, 132, folded=True, channels_fastest=channels_fastest, narrow=False)
+    for channels_fastest, sums in itertools.product((False, True), repeat=2):
+        c = H.channel(1, 4, 256 * 3136, 4, 132, folded=True, channels_fastest=channels_fastest, narrow=False, sums=sums)
         assert c.programs * H.cdiv(4, c.block_c) >= 132
 
 
 def test_configurations_are_frozen_and_printable():
     configs = [H.row_forward(768, 2), H.row_backward(10, 768, 2, 132), H.row_backward(10, 10**5, 2, 132), H.finalise(64),
-               H.channel(2, 3, 49, 4, 132, folded=False, channels_fastest=False, narrow=True)]  # fmt: skip
+               H.channel(2, 3, 49, 4, 132, folded=False, channels_fastest=False, narrow=True, sums=True)]  # fmt: skip
     for c in configs:
         assert type(c).__name__ in repr(c)
         assert hash(c) == hash(dataclasses.replace(c))
