@@ -62,6 +62,16 @@ class Channel:
 
 
 @dataclass(frozen=True)
+class Slab:
+    """One tile that holds all positions of block_c channels."""
+
+    block_b: int
+    block_s: int
+    block_c: int
+    warps: int
+
+
+@dataclass(frozen=True)
 class Finalise:
     """One program sums block_p partial rows at a time, for block_c columns."""
 
@@ -113,6 +123,13 @@ SUMS_STAGES = {2: 3, 4: 2, 8: 2}
 # A program's sums are shifted by the mean of its first tile, which is off by at most sqrt(tiles) standard deviations: the
 # cancellation then costs at most `tiles` units of the last place of the variance.
 MOST_TILES = 64
+
+# itemsize -> (elements of a slab, warps), the smallest that fits.
+SLAB_FORWARD = {2: ((4096, 4), (16384, 16)), 4: ((4096, 4), (16384, 16)), 8: ((4096, 8),)}
+SLAB_BACKWARD = {2: ((4096, 8), (16384, 16)), 4: ((4096, 8), (16384, 16)), 8: ((2048, 8),)}
+SLAB_CHANNELS_FASTEST = {2: ((8192, 8),), 4: ((8192, 8),), 8: ((2048, 8),)}
+# Bytes of neighbouring channels that a slab takes at the least, one sector of memory.
+SEGMENT = 32
 
 
 def power_of_two(n: int) -> int:
@@ -182,6 +199,21 @@ def channel(
         warps, stages = APPLY_WARPS, 1
     tiles = min(MOST_TILES, tiles)
     return Channel(block_b, block_s, block_c, warps, stages, tiles, cdiv(total, tiles))
+
+
+def slab(
+    B: int, C: int, S: int, itemsize: int, *, folded: bool, channels_fastest: bool, backward: bool
+) -> Slab | None:
+    """None where the slab of one segment of channels does not fit. A layer has few variants, whatever its batch sizes."""
+    row = 1 if folded else power_of_two(S)  # positions that lie together whatever the batch is
+    block_c = min(power_of_two(C), max(1, SEGMENT // (itemsize * (1 if channels_fastest else row))))
+    ladder = SLAB_CHANNELS_FASTEST if channels_fastest else SLAB_BACKWARD if backward else SLAB_FORWARD
+    for elements, warps in ladder[itemsize]:
+        positions = elements // block_c
+        block_s = positions if folded else row
+        if block_s >= S and B * block_s <= positions:
+            return Slab(positions // block_s, block_s, block_c, warps)
+    return None
 
 
 def finalise(C: int) -> Finalise:

@@ -7,22 +7,25 @@ writes one partial row, and one finalising launch merges them in a fixed order.
 import torch
 import triton
 import triton.language as tl
-from torch._prims_common import suggest_memory_format
 
 from .. import heuristics
 from ..geometry import Channels
-from .channel_tiles import SIZES, planned, program_tiles, tile_at, tile_corner, tile_exists, tile_inside
+from .channel_tiles import (
+    SIZES,
+    like,
+    load_statistics,
+    planned,
+    program_tiles,
+    tile_at,
+    tile_corner,
+    tile_exists,
+    tile_inside,
+    update_running,
+)
 from .launch import accumulate_dtype, dense, float_pair, launch
 from .math import BIG_SCALE, any_inf, centre, grad_input, if_finite, normalize, pair_of, rstd_of, shifted_moments, sum2
 from .partial import finalise_sums
-
-
-@triton.jit
-def _load_statistics(mean_ptr, rstd_ptr, c, C):
-    mask = c < C
-    high = tl.load(mean_ptr + c, mask=mask, other=0.0)
-    low = tl.load(mean_ptr + C + c, mask=mask, other=0.0)
-    return high, low, tl.load(rstd_ptr + c, mask=mask, other=0.0)
+from .slab import slab_bwd, slab_fwd
 
 
 @triton.jit
@@ -103,12 +106,6 @@ def _merged_m2(partial_ptr, high, low, scale, cols, P, C, BLOCK_P: tl.constexpr)
     return tl.sum(m2, axis=0)
 
 
-@triton.jit
-def _update_running(ptr, cols, C, value, momentum, rest):
-    old = tl.load(ptr + cols, mask=cols < C, other=0.0).to(value.dtype)
-    tl.store(ptr + cols, (old * rest + value * momentum).to(ptr.dtype.element_ty), mask=cols < C)
-
-
 @triton.jit(do_not_specialize=["P", "C", "count", "eps", "eps_low", "momentum", "momentum_low"])
 def _channel_merge_kernel(partial_ptr, mean_ptr, std_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, P, C, count,
                           eps, eps_low, momentum, momentum_low, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
@@ -139,9 +136,9 @@ def _channel_merge_kernel(partial_ptr, mean_ptr, std_ptr, rstd_ptr, running_mean
         tl.store(rstd_ptr + cols, rstd_of(m2, total, scale, pair_of(eps, eps_low, ACC)), mask=mask)
     part = pair_of(momentum, momentum_low, ACC)
     if running_mean_ptr is not None:
-        _update_running(running_mean_ptr, cols, C, high + low, part, 1.0 - part)
+        update_running(running_mean_ptr, cols, C, high + low, part, 1.0 - part)
     if running_var_ptr is not None:
-        _update_running(running_var_ptr, cols, C, m2 / (total - 1.0) / scale / scale, part, 1.0 - part)
+        update_running(running_var_ptr, cols, C, m2 / (total - 1.0) / scale / scale, part, 1.0 - part)
 
 
 @triton.jit(do_not_specialize=["C", "eps", "eps_low"])
@@ -169,7 +166,7 @@ def _channel_apply_kernel(x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, y_ptr
     _, c0, first, last = program_tiles(tiles, blocks, B, S, BLOCK_B, BLOCK_S, BLOCK_C)
     inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
     c = c0 + tl.arange(0, BLOCK_C)[None, :]
-    high, low, rstd = _load_statistics(mean_ptr, rstd_ptr, c, C)
+    high, low, rstd = load_statistics(mean_ptr, rstd_ptr, c, C)
     slope = rstd
     if weight_ptr is not None:  # once per channel, which also saves a rounding per element
         slope = rstd * tl.load(weight_ptr + c, mask=c < C, other=0.0).to(rstd.dtype)
@@ -198,7 +195,7 @@ def _channel_sums_kernel(dy_ptr, x_ptr, mean_ptr, rstd_ptr, partial_ptr, dy_stri
     p, c0, first, last = program_tiles(tiles, blocks, B, S, BLOCK_B, BLOCK_S, BLOCK_C)
     inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
     c = c0 + tl.arange(0, BLOCK_C)[None, :]
-    high, low, _ = _load_statistics(mean_ptr, rstd_ptr, c, C)
+    high, low, _ = load_statistics(mean_ptr, rstd_ptr, c, C)
     dw = tl.zeros((BLOCK_B * BLOCK_S, BLOCK_C), ACC)
     db = tl.zeros((BLOCK_B * BLOCK_S, BLOCK_C), ACC)
     for tile in tl.range(first, last, num_stages=STAGES):
@@ -226,7 +223,7 @@ def _channel_grad_kernel(dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, c1_ptr, 
     _, c0, first, last = program_tiles(tiles, blocks, B, S, BLOCK_B, BLOCK_S, BLOCK_C)
     inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
     c = c0 + tl.arange(0, BLOCK_C)[None, :]
-    high, low, rstd = _load_statistics(mean_ptr, rstd_ptr, c, C)
+    high, low, rstd = load_statistics(mean_ptr, rstd_ptr, c, C)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(rstd.dtype)
     if c1_ptr is not None:
@@ -250,84 +247,102 @@ def _channel_grad_kernel(dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, c1_ptr, 
 # ---------------------------------------------------------------- launchers
 
 
-def _like(x):
-    return torch.empty_like(x, memory_format=suggest_memory_format(x))
-
-
-def _merge(x, momentum=0.0, eps=0.0, std=None, rstd=None, running_mean=None, running_var=None):
-    """Two launches: the mean pair is returned, the rest goes to the tensors given."""
-    (plan, (view,)), acc, C = planned(x, sums=True), accumulate_dtype(x.dtype), x.shape[1]
-    partial = torch.empty((4, plan.P, C), dtype=acc, device=x.device)
+def _merge(x, mean, momentum=0.0, eps=0.0, std=None, rstd=None, running_mean=None, running_var=None):
+    """Two launches: the statistics of x go to the tensors given."""
+    (plan, (view,)), C = planned(x, sums=True), x.shape[1]
+    partial = mean.new_empty((4, plan.P, C))
     plan.launch(_channel_stats_kernel, view, partial, *plan.strides, *plan.sizes, plan.P, X_FASTEST=plan.fastest[0])
-    mean = torch.empty((2, C), dtype=acc, device=x.device)
     config = heuristics.finalise(C)
     launch(_channel_merge_kernel, heuristics.cdiv(C, config.block_c), x.device, partial, mean, std, rstd, running_mean,
            running_var, plan.P, C, x.numel() // C, *float_pair(eps), *float_pair(momentum),
            BLOCK_P=config.block_p, BLOCK_C=config.block_c, warps=config.warps)  # fmt: skip
-    return mean
 
 
-def channel_stats(x):
-    std = torch.empty(x.shape[1], dtype=accumulate_dtype(x.dtype), device=x.device)
-    return Channels.of(x.shape).count, _merge(x, std=std), std
-
-
-def channel_apply(x, mean, rstd, weight, bias):
-    y = _like(x)
+def _apply(x, mean, rstd, weight, bias, y):
     plan, (x, out) = planned(x, y, sums=False)
-    plan.launch(_channel_apply_kernel, x, dense(mean), dense(rstd), dense(weight), dense(bias), out, *plan.strides,
-                *plan.sizes, X_FASTEST=plan.fastest[0], Y_FASTEST=plan.fastest[1])  # fmt: skip
-    return y
+    plan.launch(_channel_apply_kernel, x, mean, rstd, weight, bias, out, *plan.strides, *plan.sizes,
+                X_FASTEST=plan.fastest[0], Y_FASTEST=plan.fastest[1])  # fmt: skip
 
 
 def _sum_partials(dy, x, mean, rstd):
     plan, (x, dy) = planned(x, dy, sums=True)
     partial = rstd.new_empty((2, plan.P, rstd.numel()))
     (x_strides, dy_strides), (x_fastest, dy_fastest) = plan.strides, plan.fastest
-    plan.launch(_channel_sums_kernel, dy, x, dense(mean), dense(rstd), partial, dy_strides, x_strides, *plan.sizes, plan.P,
+    plan.launch(_channel_sums_kernel, dy, x, mean, rstd, partial, dy_strides, x_strides, *plan.sizes, plan.P,
                 DY_FASTEST=dy_fastest, X_FASTEST=x_fastest)  # fmt: skip
     return partial
 
 
+def _grad(dy, x, mean, rstd, weight, c1, c2, dx):
+    plan, (x, dy, out) = planned(x, dy, dx, sums=False)
+    x_strides, dy_strides, dx_strides = plan.strides
+    x_fastest, dy_fastest, dx_fastest = plan.fastest
+    plan.launch(_channel_grad_kernel, dy, x, mean, rstd, weight, c1, c2, out, dy_strides, x_strides, dx_strides, *plan.sizes,
+                DY_FASTEST=dy_fastest, X_FASTEST=x_fastest, DX_FASTEST=dx_fastest)  # fmt: skip
+
+
+def _statistics(x):
+    """Memory for a mean pair and one more number per channel."""
+    acc, C = accumulate_dtype(x.dtype), x.shape[1]
+    return torch.empty((2, C), dtype=acc, device=x.device), torch.empty(C, dtype=acc, device=x.device)
+
+
+def channel_stats(x):
+    mean, std = _statistics(x)
+    _merge(x, mean, std=std)
+    return Channels.of(x.shape).count, mean, std
+
+
+def channel_apply(x, mean, rstd, weight, bias):
+    y = like(x)
+    _apply(x, dense(mean), dense(rstd), dense(weight), dense(bias), y)
+    return y
+
+
 def channel_sums(dy, x, mean, rstd):
-    partial = _sum_partials(dy, x, mean, rstd)
+    partial = _sum_partials(dy, x, dense(mean), dense(rstd))
     sum_dz_x_hat, sum_dz, _, _ = finalise_sums(*partial, rstd.dtype, rstd.dtype)
     return sum_dz, sum_dz_x_hat
 
 
 def channel_grad(dy, x, mean, rstd, weight, c1, c2):
-    dx = _like(x)
-    plan, (x, dy, out) = planned(x, dy, dx, sums=False)
-    x_strides, dy_strides, dx_strides = plan.strides
-    x_fastest, dy_fastest, dx_fastest = plan.fastest
-    plan.launch(_channel_grad_kernel, dy, x, dense(mean), dense(rstd), dense(weight), dense(c1), dense(c2), out,
-                dy_strides, x_strides, dx_strides, *plan.sizes,
-                DY_FASTEST=dy_fastest, X_FASTEST=x_fastest, DX_FASTEST=dx_fastest)  # fmt: skip
+    dx = like(x)
+    _grad(dy, x, dense(mean), dense(rstd), dense(weight), dense(c1), dense(c2), dx)
     return dx
 
 
 def channel_fwd(x, weight, bias, running_mean, running_var, training, momentum, eps):
-    acc, C = accumulate_dtype(x.dtype), x.shape[1]
-    rstd = torch.empty(C, dtype=acc, device=x.device)
-    if training:
-        running = [dense(running_mean), dense(running_var)]
-        mean = _merge(x, momentum, eps, rstd=rstd, running_mean=running[0], running_var=running[1])
-        for new, old in zip(running, (running_mean, running_var), strict=True):
-            if new is not old:  # the buffer is strided: dense made a copy
-                old.data.copy_(new)
-    else:
-        mean = torch.empty((2, C), dtype=acc, device=x.device)
-        launch(_running_statistics_kernel, heuristics.cdiv(C, 1024), x.device, dense(running_mean), dense(running_var), mean,
-               rstd, C, *float_pair(eps), BLOCK_C=1024, warps=4)  # fmt: skip
-    return channel_apply(x, mean, rstd, weight, bias), mean, rstd
+    y, (mean, rstd), weight, bias = like(x), _statistics(x), dense(weight), dense(bias)
+    running = [dense(running_mean), dense(running_var)]
+    if not training:
+        C = x.shape[1]
+        launch(_running_statistics_kernel, heuristics.cdiv(C, 1024), x.device, *running, mean, rstd, C, *float_pair(eps),
+               BLOCK_C=1024, warps=4)  # fmt: skip
+        _apply(x, mean, rstd, weight, bias, y)
+        return y, mean, rstd
+    if not slab_fwd(x, weight, bias, *running, y, mean, rstd, momentum, eps):
+        _merge(x, mean, momentum, eps, None, rstd, *running)
+        _apply(x, mean, rstd, weight, bias, y)
+    for new, old in zip(running, (running_mean, running_var), strict=True):
+        if new is not old:  # the buffer is strided: dense made a copy
+            old.data.copy_(new)
+    return y, mean, rstd
 
 
 def channel_bwd(dy, x, weight, mean, rstd, training, need):
+    if not need[0] and need[1] is None and need[2] is None:
+        return None, None, None
+    weight, mean, rstd = dense(weight), dense(mean), dense(rstd)
+    dx = like(x) if need[0] else None
+    if training:
+        dw, db = (None if dtype is None else rstd.new_empty(rstd.shape, dtype=dtype) for dtype in need[1:])
+        if slab_bwd(dy, x, weight, mean, rstd, dx, dw, db):
+            return dx, dw, db
     dw = db = c1 = c2 = None
     means = training and need[0]
     if means or need[1] is not None or need[2] is not None:
         partial = _sum_partials(dy, x, mean, rstd)
-        count = x.numel() // x.shape[1]
-        dw, db, c1, c2 = finalise_sums(*partial, need[1], need[2], weight, count, means)
-    dx = channel_grad(dy, x, mean, rstd, weight, c1, c2) if need[0] else None
+        dw, db, c1, c2 = finalise_sums(*partial, need[1], need[2], weight, x.numel() // x.shape[1], means)
+    if need[0]:
+        _grad(dy, x, mean, rstd, weight, c1, c2, dx)
     return dx, dw, db

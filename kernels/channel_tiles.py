@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
+import torch
 import triton
 import triton.language as tl
+from torch._prims_common import suggest_memory_format
 
 from .. import heuristics
 from ..geometry import Channels
@@ -65,6 +67,20 @@ def tile_at(ptr, strides, corner, inside, FASTEST: tl.constexpr, VEC_S: tl.const
     else:
         ptr += b0 * strides[0] + s0 * strides[2] + c0 * strides[1]
         return ptr + (b * tl.cast(strides[0], INDEX) + s * tl.cast(strides[2], INDEX) + c * tl.cast(strides[1], INDEX))
+
+
+@triton.jit
+def load_statistics(mean_ptr, rstd_ptr, c, C):
+    mask = c < C
+    high = tl.load(mean_ptr + c, mask=mask, other=0.0)
+    low = tl.load(mean_ptr + C + c, mask=mask, other=0.0)
+    return high, low, tl.load(rstd_ptr + c, mask=mask, other=0.0)
+
+
+@triton.jit
+def update_running(ptr, cols, C, value, momentum, rest):
+    old = tl.load(ptr + cols, mask=cols < C, other=0.0).to(value.dtype)
+    tl.store(ptr + cols, (old * rest + value * momentum).to(ptr.dtype.element_ty), mask=cols < C)
 
 
 @dataclass(frozen=True)
@@ -170,3 +186,8 @@ def planned(*tensors, sums):
 def as_planned(layout, tensors):
     c = Channels.of(tensors[0].shape)
     return [c.view(t) if copied else t for t, copied in zip(tensors, layout.copied, strict=True)]
+
+
+def like(x):
+    """Memory for y or dx."""
+    return torch.empty_like(x, memory_format=suggest_memory_format(x))
