@@ -113,6 +113,10 @@ PANEL_BYTES = 25 << 20
 # Partial rows may cost 1/20 of the ideal traffic of a backward, 3 * itemsize bytes per element.
 PARTIAL_SHARE = 20
 
+# A whole group of channels stays in L2 from its first read to its second where it takes at most half of it; a group that is
+# smaller than this does not pay for its launches.
+L2_SHARE, SMALLEST_GROUP_BYTES = 2, 12 << 20
+
 # Elements of a tile, warps, and programs per SM. Halved where loads are narrower than 8 bytes: every load in flight then holds
 # a pointer of its own, two registers.
 APPLY_TILE, APPLY_WARPS, APPLY_PROGRAMS_PER_SM = {2: 2048, 4: 2048, 8: 1024}, 4, 8
@@ -120,6 +124,8 @@ APPLY_TILE, APPLY_WARPS, APPLY_PROGRAMS_PER_SM = {2: 2048, 4: 2048, 8: 1024}, 4,
 # the two that fit keep 32 KB on their way to an SM.
 SUMS_TILE, SUMS_WARPS, SUMS_PROGRAMS_PER_SM = {2: 4096, 4: 4096, 8: 2048}, 8, 2
 SUMS_STAGES = {2: 3, 4: 2, 8: 2}
+# 64 bytes of a row at the least: a group of so few channels is still read at full speed.
+CHANNELS_FASTEST_BLOCK = 32
 # A program's sums are shifted by the mean of its first tile, which is off by at most sqrt(tiles) standard deviations: the
 # cancellation then costs at most `tiles` units of the last place of the variance.
 MOST_TILES = 64
@@ -176,21 +182,45 @@ def _row_backward_split(M: int, N: int, itemsize: int, sm_count: int) -> RowBack
     )
 
 
-def channel(
-    B: int, C: int, S: int, itemsize: int, sm_count: int, *, folded: bool, channels_fastest: bool, narrow: bool, sums: bool
-) -> Channel:
-    """`folded`: the batch is part of S (B = 1), so S is a batch-like number that no block may depend on."""
-    elements = (SUMS_TILE if sums else APPLY_TILE)[itemsize] // (2 if narrow else 1)
+def _channel_block(C: int, S: int, elements: int, folded: bool, channels_fastest: bool) -> int:
     if channels_fastest:
-        block_c = min(64, power_of_two(C))
-    else:  # few positions: take neighbouring channels rather than many samples, they share cache lines; a thread holds
-        # the parameters of all block_c channels
-        block_c = 1 if folded else min(8, max(1, elements // (8 * power_of_two(S))), power_of_two(C))
+        return min(CHANNELS_FASTEST_BLOCK, power_of_two(C))
+    # Few positions: take neighbouring channels rather than many samples, they share cache lines; a thread holds the parameters
+    # of all of them.
+    return 1 if folded else min(8, max(1, elements // (8 * power_of_two(S))), power_of_two(C))
+
+
+def channel_groups(
+    B: int, C: int, S: int, itemsize: int, tensors: int, l2_bytes: int, *, folded: bool, channels_fastest: bool
+) -> list[tuple[int, int]]:
+    """(first, last) channel of every group: `tensors` are read twice, and the second time they come from L2.
+
+    One group where all of it fits, and where a group of whole blocks of channels would be too small or too large.
+    """
+    one = B * S * itemsize * tensors
+    block = _channel_block(C, S, SUMS_TILE[itemsize], folded, channels_fastest)
+    most = l2_bytes // L2_SHARE // one // block * block
+    if most >= C or most * one < SMALLEST_GROUP_BYTES:
+        return [(0, C)]
+    channels = cdiv(cdiv(C, cdiv(C, most)), block) * block
+    return [(first, min(first + channels, C)) for first in range(0, C, channels)]
+
+
+def channel(
+    B: int, C: int, S: int, itemsize: int, sm_count: int, *, folded: bool, channels_fastest: bool, narrow: bool, sums: bool,
+    at_once: int,
+) -> Channel:  # fmt: skip
+    """`folded`: the batch is part of S (B = 1), so S is a batch-like number that no block may depend on.
+
+    `at_once` of the C channels are in one launch.
+    """
+    elements = (SUMS_TILE if sums else APPLY_TILE)[itemsize] // (2 if narrow else 1)
+    block_c = _channel_block(C, S, elements, folded, channels_fastest)
     positions = elements // block_c
     block_s = positions if folded else min(positions, power_of_two(S))
     block_b = positions // block_s
     total = cdiv(B, block_b) * cdiv(S, block_s)
-    everything = total * cdiv(C, block_c)
+    everything = total * cdiv(at_once, block_c)
     if sums:
         tiles = cdiv(everything, SUMS_PROGRAMS_PER_SM * sm_count)
         warps, stages = SUMS_WARPS, SUMS_STAGES[itemsize]
@@ -201,9 +231,7 @@ def channel(
     return Channel(block_b, block_s, block_c, warps, stages, tiles, cdiv(total, tiles))
 
 
-def slab(
-    B: int, C: int, S: int, itemsize: int, *, folded: bool, channels_fastest: bool, backward: bool
-) -> Slab | None:
+def slab(B: int, C: int, S: int, itemsize: int, *, folded: bool, channels_fastest: bool, backward: bool) -> Slab | None:
     """None where the slab of one segment of channels does not fit. A layer has few variants, whatever its batch sizes."""
     row = 1 if folded else power_of_two(S)  # positions that lie together whatever the batch is
     block_c = min(power_of_two(C), max(1, SEGMENT // (itemsize * (1 if channels_fastest else row))))

@@ -12,6 +12,7 @@ from .. import heuristics
 from ..geometry import Channels
 from .channel_tiles import (
     SIZES,
+    groups,
     like,
     load_statistics,
     planned,
@@ -24,7 +25,7 @@ from .channel_tiles import (
 )
 from .launch import accumulate_dtype, dense, float_pair, launch
 from .math import BIG_SCALE, any_inf, centre, grad_input, if_finite, normalize, pair_of, rstd_of, shifted_moments, sum2
-from .partial import finalise_sums
+from .partial import _column_sums
 from .slab import slab_bwd, slab_fwd
 
 
@@ -50,14 +51,14 @@ def _shifted_sums(x_ptr, x_strides, c0, inside, shift, scale, first, last, B, S,
 
 
 @triton.jit(do_not_specialize=[*SIZES, "P"])
-def _channel_stats_kernel(x_ptr, partial_ptr, x_strides, B, S_v, C_v, tiles, blocks, P, X_FASTEST: tl.constexpr,
+def _channel_stats_kernel(x_ptr, partial_ptr, x_strides, P, B, S_v, C_v, tiles, first_block, blocks, X_FASTEST: tl.constexpr,
                           VEC_S: tl.constexpr, VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
                           BLOCK_C: tl.constexpr, INDEX: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """partial (4, P, C): mean pair, m2 (negative: it overflows, and stands there in units of BIG_SCALE^-2), and count."""
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     S = S_v * VEC_S
     C = C_v * VEC_C
-    p, c0, first, last = program_tiles(tiles, blocks, B, S, BLOCK_B, BLOCK_S, BLOCK_C)
+    p, c0, first, last = program_tiles(tiles, first_block, blocks, B, S, BLOCK_B, BLOCK_S, BLOCK_C)
     inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
     corner = tile_corner(first, c0, S, BLOCK_B, BLOCK_S)
     exists = tile_exists(corner, inside, B, S)
@@ -83,10 +84,10 @@ def _channel_stats_kernel(x_ptr, partial_ptr, x_strides, B, S_v, C_v, tiles, blo
 
 
 @triton.jit
-def _load_partial(partial_ptr, first, cols, P, C, BLOCK_P: tl.constexpr):
+def _load_partial(partial_ptr, first, cols, last_c, P, C, BLOCK_P: tl.constexpr):
     """high, low, m2 as it is stored, and count of BLOCK_P partial rows."""
     p = first + tl.arange(0, BLOCK_P)
-    mask = (p < P)[:, None] & (cols < C)[None, :]
+    mask = (p < P)[:, None] & (cols < last_c)[None, :]
     at = partial_ptr + p.to(tl.int64)[:, None] * C + cols[None, :]
     step = P.to(tl.int64) * C
     high = tl.load(at, mask=mask, other=0.0)
@@ -95,39 +96,43 @@ def _load_partial(partial_ptr, first, cols, P, C, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def _merged_m2(partial_ptr, high, low, scale, cols, P, C, BLOCK_P: tl.constexpr):
+def _merged_m2(partial_ptr, high, low, scale, cols, last_c, P, C, BLOCK_P: tl.constexpr):
     """Chan: the m2 of the parts, and the parts' means about the common one; all deviations times scale."""
     m2 = tl.zeros((BLOCK_P, cols.shape[0]), high.dtype)
     for first in range(0, P, BLOCK_P):
-        part_high, part_low, part_m2, n = _load_partial(partial_ptr, first, cols, P, C, BLOCK_P)
+        part_high, part_low, part_m2, n = _load_partial(partial_ptr, first, cols, last_c, P, C, BLOCK_P)
         unit = tl.where(part_m2 < 0, scale[None, :] / BIG_SCALE, scale[None, :])
         d = ((part_high - high[None, :]) + (part_low - low[None, :])) * scale[None, :]
         m2 += tl.where(n > 0, tl.abs(part_m2) * unit * unit + n * d * d, 0.0)
     return tl.sum(m2, axis=0)
 
 
-@triton.jit(do_not_specialize=["P", "C", "count", "eps", "eps_low", "momentum", "momentum_low"])
-def _channel_merge_kernel(partial_ptr, mean_ptr, std_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, P, C, count,
-                          eps, eps_low, momentum, momentum_low, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """Merge P partial rows: mean pair, then std or rstd, whichever has a pointer; running statistics where they are given."""
+@triton.jit(do_not_specialize=["first_c", "last_c", "P", "C", "count", "eps", "eps_low", "momentum", "momentum_low"])
+def _channel_merge_kernel(partial_ptr, mean_ptr, std_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, first_c, last_c, P, C,
+                          count, eps, eps_low, momentum, momentum_low, BLOCK_P: tl.constexpr,
+                          BLOCK_C: tl.constexpr):  # fmt: skip
+    """Merge P partial rows of channels first_c..last_c: mean pair, then std or rstd, whichever has a pointer.
+
+    Running statistics are updated where they are given.
+    """
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
-    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = cols < C
+    cols = first_c + tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = cols < last_c
     total = tl.cast(count, ACC)
     shift = tl.load(partial_ptr + cols, mask=mask, other=0.0)
     shift = if_finite(shift, shift)
     delta = tl.zeros((BLOCK_P, BLOCK_C), ACC)
     for first in range(0, P, BLOCK_P):
-        part_high, part_low, _, n = _load_partial(partial_ptr, first, cols, P, C, BLOCK_P)
+        part_high, part_low, _, n = _load_partial(partial_ptr, first, cols, last_c, P, C, BLOCK_P)
         delta += (n / total) * ((part_high - shift[None, :]) + part_low)
     delta = tl.sum(delta, axis=0)
     high = shift + delta
     low = if_finite((shift - high) + delta, high)
     scale = tl.full((BLOCK_C,), 1.0, ACC)
-    m2 = _merged_m2(partial_ptr, high, low, scale, cols, P, C, BLOCK_P)
+    m2 = _merged_m2(partial_ptr, high, low, scale, cols, last_c, P, C, BLOCK_P)
     if any_inf(m2):
         scale = tl.where(m2 == float("inf"), BIG_SCALE, 1.0).to(ACC)
-        m2 = _merged_m2(partial_ptr, high, low, scale, cols, P, C, BLOCK_P)
+        m2 = _merged_m2(partial_ptr, high, low, scale, cols, last_c, P, C, BLOCK_P)
     tl.store(mean_ptr + cols, high, mask=mask)
     tl.store(mean_ptr + C + cols, low, mask=mask)
     if std_ptr is not None:
@@ -136,9 +141,9 @@ def _channel_merge_kernel(partial_ptr, mean_ptr, std_ptr, rstd_ptr, running_mean
         tl.store(rstd_ptr + cols, rstd_of(m2, total, scale, pair_of(eps, eps_low, ACC)), mask=mask)
     part = pair_of(momentum, momentum_low, ACC)
     if running_mean_ptr is not None:
-        update_running(running_mean_ptr, cols, C, high + low, part, 1.0 - part)
+        update_running(running_mean_ptr, cols, last_c, high + low, part, 1.0 - part)
     if running_var_ptr is not None:
-        update_running(running_var_ptr, cols, C, m2 / (total - 1.0) / scale / scale, part, 1.0 - part)
+        update_running(running_var_ptr, cols, last_c, m2 / (total - 1.0) / scale / scale, part, 1.0 - part)
 
 
 @triton.jit(do_not_specialize=["C", "eps", "eps_low"])
@@ -157,13 +162,13 @@ def _running_statistics_kernel(running_mean_ptr, running_var_ptr, mean_ptr, rstd
 
 @triton.jit(do_not_specialize=SIZES)
 def _channel_apply_kernel(x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, y_ptr, x_strides, y_strides, B, S_v, C_v, tiles,
-                          blocks, X_FASTEST: tl.constexpr, Y_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr,
-                          BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+                          first_block, blocks, X_FASTEST: tl.constexpr, Y_FASTEST: tl.constexpr, VEC_S: tl.constexpr,
+                          VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
                           INDEX: tl.constexpr):  # fmt: skip
     """y; the parameters of a program's channels are loaded once."""
     S = S_v * VEC_S
     C = C_v * VEC_C
-    _, c0, first, last = program_tiles(tiles, blocks, B, S, BLOCK_B, BLOCK_S, BLOCK_C)
+    _, c0, first, last = program_tiles(tiles, first_block, blocks, B, S, BLOCK_B, BLOCK_S, BLOCK_C)
     inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
     c = c0 + tl.arange(0, BLOCK_C)[None, :]
     high, low, rstd = load_statistics(mean_ptr, rstd_ptr, c, C)
@@ -184,15 +189,15 @@ def _channel_apply_kernel(x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, y_ptr
 
 
 @triton.jit(do_not_specialize=[*SIZES, "P"])
-def _channel_sums_kernel(dy_ptr, x_ptr, mean_ptr, rstd_ptr, partial_ptr, dy_strides, x_strides, B, S_v, C_v, tiles, blocks, P,
-                         DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr,
-                         BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr,
-                         STAGES: tl.constexpr):  # fmt: skip
+def _channel_sums_kernel(dy_ptr, x_ptr, mean_ptr, rstd_ptr, partial_ptr, dy_strides, x_strides, P, B, S_v, C_v, tiles,
+                         first_block, blocks, DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr, VEC_S: tl.constexpr,
+                         VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+                         INDEX: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """partial (2, P, C): sums of dz * x_hat and of dz; rstd is one factor of a whole channel, multiplied in at the end."""
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     S = S_v * VEC_S
     C = C_v * VEC_C
-    p, c0, first, last = program_tiles(tiles, blocks, B, S, BLOCK_B, BLOCK_S, BLOCK_C)
+    p, c0, first, last = program_tiles(tiles, first_block, blocks, B, S, BLOCK_B, BLOCK_S, BLOCK_C)
     inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
     c = c0 + tl.arange(0, BLOCK_C)[None, :]
     high, low, _ = load_statistics(mean_ptr, rstd_ptr, c, C)
@@ -212,15 +217,36 @@ def _channel_sums_kernel(dy_ptr, x_ptr, mean_ptr, rstd_ptr, partial_ptr, dy_stri
     tl.store(row + P.to(tl.int64) * C, db, mask=cols < C)
 
 
+@triton.jit(do_not_specialize=["first_c", "last_c", "P", "C", "count"])
+def _channel_finalise_kernel(partial_ptr, weight_ptr, dw_ptr, db_ptr, c1_ptr, c2_ptr, first_c, last_c, P, C, count,
+                             BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """dw and db of channels first_c..last_c are sums over P partial rows; c1 and c2 are weight * sum / count."""
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    cols = first_c + tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = cols < last_c
+    dw = _column_sums(partial_ptr, cols, P, C, BLOCK_P, BLOCK_C)
+    db = _column_sums(partial_ptr + P.to(tl.int64) * C, cols, P, C, BLOCK_P, BLOCK_C)
+    if dw_ptr is not None:
+        tl.store(dw_ptr + cols, dw.to(dw_ptr.dtype.element_ty), mask=mask)
+    if db_ptr is not None:
+        tl.store(db_ptr + cols, db.to(db_ptr.dtype.element_ty), mask=mask)
+    if c1_ptr is not None:
+        weight = 1.0
+        if weight_ptr is not None:
+            weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
+        tl.store(c1_ptr + cols, tl.cast(weight, ACC) * dw / tl.cast(count, ACC), mask=mask)
+        tl.store(c2_ptr + cols, tl.cast(weight, ACC) * db / tl.cast(count, ACC), mask=mask)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _channel_grad_kernel(dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, c1_ptr, c2_ptr, dx_ptr, dy_strides, x_strides,
-                         dx_strides, B, S_v, C_v, tiles, blocks, DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr,
+                         dx_strides, B, S_v, C_v, tiles, first_block, blocks, DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr,
                          DX_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr, BLOCK_B: tl.constexpr,
                          BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):  # fmt: skip
     """dx; without c1 (evaluation) mean and rstd are constants, and x is not read."""
     S = S_v * VEC_S
     C = C_v * VEC_C
-    _, c0, first, last = program_tiles(tiles, blocks, B, S, BLOCK_B, BLOCK_S, BLOCK_C)
+    _, c0, first, last = program_tiles(tiles, first_block, blocks, B, S, BLOCK_B, BLOCK_S, BLOCK_C)
     inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
     c = c0 + tl.arange(0, BLOCK_C)[None, :]
     high, low, rstd = load_statistics(mean_ptr, rstd_ptr, c, C)
@@ -247,38 +273,51 @@ def _channel_grad_kernel(dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, c1_ptr, 
 # ---------------------------------------------------------------- launchers
 
 
-def _merge(x, mean, momentum=0.0, eps=0.0, std=None, rstd=None, running_mean=None, running_var=None):
-    """Two launches: the statistics of x go to the tensors given."""
-    (plan, (view,)), C = planned(x, sums=True), x.shape[1]
-    partial = mean.new_empty((4, plan.P, C))
-    plan.launch(_channel_stats_kernel, view, partial, *plan.strides, *plan.sizes, plan.P, X_FASTEST=plan.fastest[0])
-    config = heuristics.finalise(C)
-    launch(_channel_merge_kernel, heuristics.cdiv(C, config.block_c), x.device, partial, mean, std, rstd, running_mean,
-           running_var, plan.P, C, x.numel() // C, *float_pair(eps), *float_pair(momentum),
-           BLOCK_P=config.block_p, BLOCK_C=config.block_c, warps=config.warps)  # fmt: skip
+def _merging(x, at_once, mean, momentum=0.0, eps=0.0, std=None, rstd=None, running_mean=None, running_var=None):
+    """A function of a group of channels, two launches: the statistics of x go to the tensors given."""
+    (plan, (view,)), C, count = planned(x, sums=True, at_once=at_once), x.shape[1], x.numel() // x.shape[1]
+    partial, config = mean.new_empty((4, plan.P, C)), heuristics.finalise(C)
+
+    def run(group):
+        plan.launch(_channel_stats_kernel, group, view, partial, *plan.strides, plan.P, X_FASTEST=plan.fastest[0])
+        launch(_channel_merge_kernel, heuristics.cdiv(group[1] - group[0], config.block_c), x.device, partial, mean, std, rstd,
+               running_mean, running_var, *group, plan.P, C, count, *float_pair(eps), *float_pair(momentum),
+               BLOCK_P=config.block_p, BLOCK_C=config.block_c, warps=config.warps)  # fmt: skip
+
+    return run
 
 
-def _apply(x, mean, rstd, weight, bias, y):
-    plan, (x, out) = planned(x, y, sums=False)
-    plan.launch(_channel_apply_kernel, x, mean, rstd, weight, bias, out, *plan.strides, *plan.sizes,
-                X_FASTEST=plan.fastest[0], Y_FASTEST=plan.fastest[1])  # fmt: skip
+def _applying(x, at_once, mean, rstd, weight, bias, y):
+    """A function of a group of channels, one launch."""
+    plan, (x, out) = planned(x, y, sums=False, at_once=at_once)
+    return lambda group: plan.launch(_channel_apply_kernel, group, x, mean, rstd, weight, bias, out, *plan.strides,
+                                     X_FASTEST=plan.fastest[0], Y_FASTEST=plan.fastest[1])  # fmt: skip
 
 
-def _sum_partials(dy, x, mean, rstd):
-    plan, (x, dy) = planned(x, dy, sums=True)
-    partial = rstd.new_empty((2, plan.P, rstd.numel()))
+def _summing(dy, x, at_once, mean, rstd, weight, dw, db, c1=None, c2=None):
+    """A function of a group of channels, two launches: the sums, and the means that dx needs, go to the tensors given."""
+    (plan, (x, dy)), C, count = planned(x, dy, sums=True, at_once=at_once), x.shape[1], x.numel() // x.shape[1]
     (x_strides, dy_strides), (x_fastest, dy_fastest) = plan.strides, plan.fastest
-    plan.launch(_channel_sums_kernel, dy, x, mean, rstd, partial, dy_strides, x_strides, *plan.sizes, plan.P,
-                DY_FASTEST=dy_fastest, X_FASTEST=x_fastest)  # fmt: skip
-    return partial
+    partial, config = rstd.new_empty((2, plan.P, C)), heuristics.finalise(C)
+
+    def run(group):
+        plan.launch(_channel_sums_kernel, group, dy, x, mean, rstd, partial, dy_strides, x_strides, plan.P,
+                    DY_FASTEST=dy_fastest, X_FASTEST=x_fastest)  # fmt: skip
+        launch(_channel_finalise_kernel, heuristics.cdiv(group[1] - group[0], config.block_c), x.device, partial, weight, dw,
+               db, c1, c2, *group, plan.P, C, count,
+               BLOCK_P=config.block_p, BLOCK_C=config.block_c, warps=config.warps)  # fmt: skip
+
+    return run
 
 
-def _grad(dy, x, mean, rstd, weight, c1, c2, dx):
-    plan, (x, dy, out) = planned(x, dy, dx, sums=False)
+def _differentiating(dy, x, at_once, mean, rstd, weight, c1, c2, dx):
+    """A function of a group of channels, one launch."""
+    plan, (x, dy, out) = planned(x, dy, dx, sums=False, at_once=at_once)
     x_strides, dy_strides, dx_strides = plan.strides
     x_fastest, dy_fastest, dx_fastest = plan.fastest
-    plan.launch(_channel_grad_kernel, dy, x, mean, rstd, weight, c1, c2, out, dy_strides, x_strides, dx_strides, *plan.sizes,
-                DY_FASTEST=dy_fastest, X_FASTEST=x_fastest, DX_FASTEST=dx_fastest)  # fmt: skip
+    return lambda group: plan.launch(_channel_grad_kernel, group, dy, x, mean, rstd, weight, c1, c2, out, dy_strides, x_strides,
+                                     dx_strides, DY_FASTEST=dy_fastest, X_FASTEST=x_fastest,
+                                     DX_FASTEST=dx_fastest)  # fmt: skip
 
 
 def _statistics(x):
@@ -288,41 +327,44 @@ def _statistics(x):
 
 
 def channel_stats(x):
-    mean, std = _statistics(x)
-    _merge(x, mean, std=std)
+    (mean, std), C = _statistics(x), x.shape[1]
+    _merging(x, C, mean, std=std)((0, C))
     return Channels.of(x.shape).count, mean, std
 
 
 def channel_apply(x, mean, rstd, weight, bias):
-    y = like(x)
-    _apply(x, dense(mean), dense(rstd), dense(weight), dense(bias), y)
+    y, C = like(x), x.shape[1]
+    _applying(x, C, dense(mean), dense(rstd), dense(weight), dense(bias), y)((0, C))
     return y
 
 
 def channel_sums(dy, x, mean, rstd):
-    partial = _sum_partials(dy, x, dense(mean), dense(rstd))
-    sum_dz_x_hat, sum_dz, _, _ = finalise_sums(*partial, rstd.dtype, rstd.dtype)
+    sum_dz, sum_dz_x_hat, C = torch.empty_like(rstd), torch.empty_like(rstd), x.shape[1]
+    _summing(dy, x, C, dense(mean), dense(rstd), None, sum_dz_x_hat, sum_dz)((0, C))
     return sum_dz, sum_dz_x_hat
 
 
 def channel_grad(dy, x, mean, rstd, weight, c1, c2):
-    dx = like(x)
-    _grad(dy, x, dense(mean), dense(rstd), dense(weight), dense(c1), dense(c2), dx)
+    dx, C = like(x), x.shape[1]
+    _differentiating(dy, x, C, dense(mean), dense(rstd), dense(weight), dense(c1), dense(c2), dx)((0, C))
     return dx
 
 
 def channel_fwd(x, weight, bias, running_mean, running_var, training, momentum, eps):
-    y, (mean, rstd), weight, bias = like(x), _statistics(x), dense(weight), dense(bias)
+    y, (mean, rstd), weight, bias, C = like(x), _statistics(x), dense(weight), dense(bias), x.shape[1]
     running = [dense(running_mean), dense(running_var)]
     if not training:
-        C = x.shape[1]
         launch(_running_statistics_kernel, heuristics.cdiv(C, 1024), x.device, *running, mean, rstd, C, *float_pair(eps),
                BLOCK_C=1024, warps=4)  # fmt: skip
-        _apply(x, mean, rstd, weight, bias, y)
+        _applying(x, C, mean, rstd, weight, bias, y)((0, C))
         return y, mean, rstd
     if not slab_fwd(x, weight, bias, *running, y, mean, rstd, momentum, eps):
-        _merge(x, mean, momentum, eps, None, rstd, *running)
-        _apply(x, mean, rstd, weight, bias, y)
+        parts = groups(x)
+        merge = _merging(x, parts[0][1], mean, momentum, eps, None, rstd, *running)
+        apply = _applying(x, parts[0][1], mean, rstd, weight, bias, y)
+        for group in parts:
+            merge(group)
+            apply(group)
     for new, old in zip(running, (running_mean, running_var), strict=True):
         if new is not old:  # the buffer is strided: dense made a copy
             old.data.copy_(new)
@@ -334,15 +376,18 @@ def channel_bwd(dy, x, weight, mean, rstd, training, need):
         return None, None, None
     weight, mean, rstd = dense(weight), dense(mean), dense(rstd)
     dx = like(x) if need[0] else None
-    if training:
-        dw, db = (None if dtype is None else rstd.new_empty(rstd.shape, dtype=dtype) for dtype in need[1:])
-        if slab_bwd(dy, x, weight, mean, rstd, dx, dw, db):
-            return dx, dw, db
-    dw = db = c1 = c2 = None
+    dw, db = (None if dtype is None else torch.empty(rstd.shape, dtype=dtype, device=x.device) for dtype in need[1:])
+    if training and slab_bwd(dy, x, weight, mean, rstd, dx, dw, db):
+        return dx, dw, db
     means = training and need[0]
+    c1, c2 = (torch.empty_like(rstd), torch.empty_like(rstd)) if means else (None, None)
+    parts, steps = [(0, x.shape[1])], []
     if means or need[1] is not None or need[2] is not None:
-        partial = _sum_partials(dy, x, mean, rstd)
-        dw, db, c1, c2 = finalise_sums(*partial, need[1], need[2], weight, x.numel() // x.shape[1], means)
+        parts = groups(x, dy)
+        steps.append(_summing(dy, x, parts[0][1], mean, rstd, weight, dw, db, c1, c2))
     if need[0]:
-        _grad(dy, x, mean, rstd, weight, c1, c2, dx)
+        steps.append(_differentiating(dy, x, parts[0][1], mean, rstd, weight, c1, c2, dx))
+    for group in parts:
+        for step in steps:
+            step(group)
     return dx, dw, db

@@ -5,7 +5,7 @@ tensor has its own strides: one kernel serves every layout.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise
 
 import torch
@@ -21,16 +21,19 @@ from .launch import launch, sm_count, vector
 POSITIONS, CHANNELS, NEITHER = 0, 1, 2
 
 # What a new batch size or another stride must not compile anew.
-SIZES = ["B", "S_v", "C_v", "tiles", "blocks", "x_strides", "dy_strides", "y_strides", "dx_strides"]
+SIZES = ["B", "S_v", "C_v", "tiles", "first_block", "blocks", "x_strides", "dy_strides", "y_strides", "dx_strides"]
 
 
 @triton.jit
-def program_tiles(tiles, blocks, B, S, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Partial row, first channel, first and last tile of a program; neighbours take neighbouring channels."""
+def program_tiles(tiles, first_block, blocks, B, S, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Partial row, first channel, first and last tile of a program; neighbours take neighbouring channels.
+
+    A launch takes `blocks` blocks of channels from first_block on: a channel number would hide that it divides by the block.
+    """
     p = tl.program_id(0) // blocks
     first = p * tiles
     total = (tl.cdiv(B, BLOCK_B) * tl.cdiv(S, BLOCK_S)).to(tl.int32)
-    return p, tl.program_id(0) % blocks * BLOCK_C, first, tl.minimum(first + tiles, total)
+    return p, (first_block + tl.program_id(0) % blocks) * BLOCK_C, first, tl.minimum(first + tiles, total)
 
 
 @triton.jit
@@ -149,38 +152,60 @@ def _fastest(strides, S, C):
 
 
 class Plan:
-    """The launch of one tile kernel."""
+    """The launches of one tile kernel, `at_once` channels at a time."""
 
-    def __init__(self, layout, device, sums):
+    def __init__(self, layout, device, sums, at_once):
         self.layout, self.device = layout, device
         narrow = min(layout.vectors) * layout.itemsize < 8
         config = heuristics.channel(
             layout.B, layout.C, layout.S, layout.itemsize, sm_count(device), folded=layout.folded,
-            channels_fastest=layout.fastest[0] == CHANNELS, narrow=narrow, sums=sums)  # fmt: skip
+            channels_fastest=layout.fastest[0] == CHANNELS, narrow=narrow, sums=sums, at_once=at_once)  # fmt: skip
         self.P, self.fastest, self.strides = config.programs, layout.fastest, layout.divided()
-        blocks = heuristics.cdiv(layout.C, config.block_c)
-        self.programs = self.P * blocks
-        self.sizes = (layout.B, layout.S // layout.vec_s, layout.C // layout.vec_c, config.tiles, blocks)
+        self.sizes = (layout.B, layout.S // layout.vec_s, layout.C // layout.vec_c, config.tiles)
         self.constants = dict(VEC_S=layout.vec_s, VEC_C=layout.vec_c, BLOCK_B=config.block_b, BLOCK_S=config.block_s,
                               BLOCK_C=config.block_c, INDEX=layout.index((config.block_b, config.block_c, config.block_s)),
                               warps=config.warps)  # fmt: skip
         if sums:
             self.constants["STAGES"] = config.stages
 
-    def launch(self, kernel, *args, **fastest):
-        launch(kernel, self.programs, self.device, *args, **fastest, **self.constants)
+    def launch(self, kernel, group, *args, **fastest):
+        """Channels first..last; args end where the kernel takes the sizes."""
+        block = self.constants["BLOCK_C"]
+        first, blocks = group[0] // block, heuristics.cdiv(group[1] - group[0], block)
+        launch(kernel, self.P * blocks, self.device, *args, *self.sizes, first, blocks, **fastest, **self.constants)
 
 
 @lru_cache(maxsize=1024)
-def _plan(shape, strides, itemsizes, device, sums):
-    return Plan(Layout.of(shape, strides, itemsizes), device, sums)
+def _plan(shape, strides, itemsizes, device, sums, at_once):
+    return Plan(Layout.of(shape, strides, itemsizes), device, sums, at_once)
 
 
-def planned(*tensors, sums):
-    """The plan of a launch, and the tensors as it takes them; the first of them decides the shape of the tile."""
-    x = tensors[0]
-    plan = _plan(x.shape, tuple(t.stride() for t in tensors), tuple(t.element_size() for t in tensors), x.device, sums)
+def described(tensors):
+    """What a plan depends on."""
+    return tensors[0].shape, tuple(t.stride() for t in tensors), tuple(t.element_size() for t in tensors)
+
+
+def planned(*tensors, sums, at_once):
+    """The plan of the launches, and the tensors as they take them; the first of them decides the shape of the tile."""
+    plan = _plan(*described(tensors), tensors[0].device, sums, at_once)
     return plan, as_planned(plan.layout, tensors)
+
+
+@cache
+def l2_bytes(device):
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 50 << 20
+
+
+@lru_cache(maxsize=1024)
+def _groups(shape, strides, itemsizes, l2):
+    x = Layout.of(shape, strides, itemsizes)
+    return heuristics.channel_groups(x.B, x.C, x.S, x.itemsize, len(strides), l2, folded=x.folded,
+                                     channels_fastest=CHANNELS in x.fastest)  # fmt: skip
+
+
+def groups(*tensors):
+    """(first, last) channel of all launches over these tensors, which are read twice."""
+    return _groups(*described(tensors), l2_bytes(tensors[0].device))
 
 
 def as_planned(layout, tensors):

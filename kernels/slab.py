@@ -15,6 +15,7 @@ from .channel_tiles import (
     SIZES,
     Layout,
     as_planned,
+    described,
     load_statistics,
     tile_at,
     tile_exists,
@@ -123,7 +124,7 @@ def _plan(shape, strides, itemsizes, backward):
 
 def _planned(*tensors, backward):
     """As channel_tiles.planned, but None where the slab does not fit."""
-    plan = _plan(tensors[0].shape, tuple(t.stride() for t in tensors), tuple(t.element_size() for t in tensors), backward)
+    plan = _plan(*described(tensors), backward)
     return plan, None if plan is None else as_planned(plan.layout, tensors)
 
 

@@ -54,8 +54,13 @@ def cases():
             yield launch_rows, (512, N, dtype, parameter)
         for permuted in (False, True):
             yield launch_channels, ((8, 64, 56, 56), dtype, parameter, permuted, permuted)
-    yield launch_channels, ((8, 65, 7, 7), bfloat16, float32)
-    yield launch_channels, ((7, 16, 3), float32, float32)
+            yield launch_channels, ((64, 65, 7, 7), dtype, parameter, permuted)
+        for shape in ((64, 8, 14, 14), (7, 16, 3), (128, 64), (64, 8, 7, 7)):  # every size of slab
+            yield launch_channels, (shape, dtype, parameter)
+    yield launch_channels, ((8, 64), float64, float64)
+    yield launch_channels, ((8, 6, 12, 12), float64, float64)
+    yield launch_channels, ((2, 6, 12, 12), float64, float64)
+    yield launch_channels, ((300, 65, 7, 7), bfloat16, float32)
     for N in (100, 2048, 8192):
         yield launch_rows, (512, N, float64, float64)
     yield launch_rows, (512, 4096, float32, bfloat16)
@@ -68,7 +73,7 @@ def cases():
 
 def spills(capability):
     from dryrun import record
-    from fastnorm.kernels import channel, partial, row
+    from fastnorm.kernels import channel, partial, row, slab
 
     found, reached, count = [], set(), 0
     for function, args in cases():
@@ -80,7 +85,7 @@ def spills(capability):
             usage = c.usage()
             if usage["STACK"] or usage["LOCAL"]:
                 found.append([c.kernel, str(args), usage])
-    defined = {name for module in (channel, partial, row) for name in vars(module) if name.endswith("_kernel")}
+    defined = {name for module in (channel, partial, row, slab) for name in vars(module) if name.endswith("_kernel")}
     return {"spills": found, "unreached": sorted(defined - reached), "count": count}
 
 
@@ -93,10 +98,13 @@ def recompiles(capability):
         "rows": lambda M: launch_rows(M, 1000, float16, float32),
         "short rows": lambda M: launch_rows(M, 10, float32, float32),
         "long rows": lambda M: launch_rows(M, 20000, float16, float32),
-        "NCHW": lambda B: launch_channels((B, 8, 6, 6), float16, float32),
-        "odd NCHW": lambda B: launch_channels((B, 5, 7, 7), float32, float32),
-        "channels_last": lambda B: launch_channels((B, 24, 6, 6), float16, float32, True),
-        "NC": lambda B: launch_channels((B, 65), float32, float32),
+        # Batches of one layer that fit a slab and batches that do not are different kernels: these shapes keep to one side.
+        "NCHW": lambda B: launch_channels((B, 8, 130, 130), float16, float32),
+        "odd NCHW": lambda B: launch_channels((B, 5, 131, 129), float32, float32),
+        "channels_last": lambda B: launch_channels((B, 24, 26, 20), float16, float32, True),
+        "slab NCHW": lambda B: launch_channels((B, 8, 2, 2), float32, float16),
+        "odd slab": lambda B: launch_channels((B, 5, 7), float32, float32),
+        "slab NC": lambda B: launch_channels((B, 65), float32, float32),
     }
     late = {}
     for name, call in calls.items():
