@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 
@@ -124,6 +125,9 @@ def _choose_anew() -> None:
 
 def forget() -> None:
     """Launches that are kept for calls like earlier ones are worked out anew: something that they depend on has changed."""
+    for module in filter(None, (sys.modules.get(backend.module) for backend in BACKENDS)):
+        if hasattr(module, "forget"):
+            module.forget()
     if module := extension.loaded():
         module.forget_replays()
 

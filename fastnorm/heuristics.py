@@ -52,14 +52,28 @@ class RowBackwardSplit:
 
 @dataclass(frozen=True)
 class Channel:
-    """Tiles of block_b samples x block_s positions x block_c channels; a program takes `tiles` of them, one after another."""
+    """Tiles of block_b samples x block_s positions x block_c channels; a program takes `tiles` of them, one after another.
+
+    `programs` share the positions of a block of channels; where they sum, each writes one partial row.
+    """
 
     block_b: int
     block_s: int
     block_c: int
     warps: int
+    stages: int
     tiles: int
     programs: int
+
+
+@dataclass(frozen=True)
+class Slab:
+    """One tile that holds all positions of block_c channels."""
+
+    block_b: int
+    block_s: int
+    block_c: int
+    warps: int
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,7 @@ class Finalise:
 
     block_p: int
     block_c: int
-    warps: int = 4
+    warps: int = 8
 
 
 # itemsize -> {bucket of N: (rows, warps)}; a longer row is chunked.
@@ -116,12 +130,29 @@ PANEL_BYTES = 25 << 20
 # may cost 1/6 of the ideal traffic of a backward, 3 * itemsize bytes per element; half of that, the reading, comes from L2.
 PARTIAL_SHARE = 6
 
-# Halved where loads are narrower than 8 bytes: every load in flight then holds a pointer of its own, two registers.
-TILE_ELEMENTS = {2: 2048, 4: 2048, 8: 1024}
-CHANNEL_PROGRAMS_PER_SM = 8
+# A whole group of channels stays in L2 from its first read to its second where it takes at most half of it; a group that is
+# smaller than this does not pay for its launches.
+L2_SHARE, SMALLEST_GROUP_BYTES = 2, 12 << 20
+
+# Elements of a tile, warps, and programs per SM. Halved where loads are narrower than 8 bytes: every load in flight then holds
+# a pointer of its own, two registers.
+APPLY_TILE, APPLY_WARPS, APPLY_PROGRAMS_PER_SM = {2: 2048, 4: 2048, 8: 1024}, 4, 8
+# Sums: few programs, because every one is a partial row that the finalising launch walks through; each prefetches, so that
+# the two that fit keep 32 KB on their way to an SM.
+SUMS_TILE, SUMS_WARPS, SUMS_PROGRAMS_PER_SM = {2: 4096, 4: 4096, 8: 2048}, 8, 2
+SUMS_STAGES = {2: 3, 4: 2, 8: 2}
+# 64 bytes of a row at the least: a group of so few channels is still read at full speed.
+CHANNELS_FASTEST_BLOCK = 32
 # A program's sums are shifted by the mean of its first tile, which is off by at most sqrt(tiles) standard deviations: the
 # cancellation then costs at most `tiles` units of the last place of the variance.
 MOST_TILES = 64
+
+# itemsize -> (elements of a slab, warps), the smallest that fits.
+SLAB_FORWARD = {2: ((4096, 4), (16384, 16)), 4: ((4096, 4), (16384, 16)), 8: ((4096, 8),)}
+SLAB_BACKWARD = {2: ((4096, 8), (16384, 16)), 4: ((4096, 8), (16384, 16)), 8: ((2048, 8),)}
+SLAB_CHANNELS_FASTEST = {2: ((8192, 8),), 4: ((8192, 8),), 8: ((2048, 8),)}
+# Bytes of neighbouring channels that a slab takes at the least, one sector of memory.
+SEGMENT = 32
 
 
 def power_of_two(n: int) -> int:
@@ -174,26 +205,69 @@ def _row_backward_split(M: int, N: int, itemsize: int, sm_count: int) -> RowBack
     )
 
 
-def channel(
-    B: int, C: int, S: int, itemsize: int, sm_count: int, *, folded: bool, channels_fastest: bool, narrow: bool
-) -> Channel:
-    """`folded`: the batch is part of S (B = 1), so S is a batch-like number that no block may depend on."""
-    elements = TILE_ELEMENTS[itemsize] // (2 if narrow else 1)
+def _channel_block(C: int, S: int, elements: int, folded: bool, channels_fastest: bool) -> int:
     if channels_fastest:
-        block_c = min(64, power_of_two(C))
-    else:  # few positions: take neighbouring channels rather than many samples, they share cache lines; a thread holds
-        # the parameters of all block_c channels
-        block_c = 1 if folded else min(8, max(1, elements // (8 * power_of_two(S))), power_of_two(C))
+        return min(CHANNELS_FASTEST_BLOCK, power_of_two(C))
+    # Few positions: take neighbouring channels rather than many samples, they share cache lines; a thread holds the parameters
+    # of all of them.
+    return 1 if folded else min(8, max(1, elements // (8 * power_of_two(S))), power_of_two(C))
+
+
+def channel_groups(
+    B: int, C: int, S: int, itemsize: int, tensors: int, l2_bytes: int, *, folded: bool, channels_fastest: bool
+) -> list[tuple[int, int]]:
+    """(first, last) channel of every group: `tensors` are read twice, and the second time they come from L2.
+
+    One group where all of it fits, and where a group of whole blocks of channels would be too small or too large.
+    """
+    one = B * S * itemsize * tensors
+    block = _channel_block(C, S, SUMS_TILE[itemsize], folded, channels_fastest)
+    most = l2_bytes // L2_SHARE // one // block * block
+    if most >= C or most * one < SMALLEST_GROUP_BYTES:
+        return [(0, C)]
+    channels = cdiv(cdiv(C, cdiv(C, most)), block) * block
+    return [(first, min(first + channels, C)) for first in range(0, C, channels)]
+
+
+def channel(
+    B: int, C: int, S: int, itemsize: int, sm_count: int, *, folded: bool, channels_fastest: bool, narrow: bool, sums: bool,
+    at_once: int,
+) -> Channel:  # fmt: skip
+    """`folded`: the batch is part of S (B = 1), so S is a batch-like number that no block may depend on.
+
+    `at_once` of the C channels are in one launch.
+    """
+    elements = (SUMS_TILE if sums else APPLY_TILE)[itemsize] // (2 if narrow else 1)
+    block_c = _channel_block(C, S, elements, folded, channels_fastest)
     positions = elements // block_c
     block_s = positions if folded else min(positions, power_of_two(S))
     block_b = positions // block_s
     total = cdiv(B, block_b) * cdiv(S, block_s)
-    per_sm = total * cdiv(C, block_c) // (CHANNEL_PROGRAMS_PER_SM * sm_count)
-    tiles = max(1, min(MOST_TILES, per_sm))
-    return Channel(block_b, block_s, block_c, 4, tiles, cdiv(total, tiles))
+    everything = total * cdiv(at_once, block_c)
+    if sums:
+        tiles = cdiv(everything, SUMS_PROGRAMS_PER_SM * sm_count)
+        warps, stages = SUMS_WARPS, SUMS_STAGES[itemsize]
+    else:
+        tiles = max(1, everything // (APPLY_PROGRAMS_PER_SM * sm_count))
+        warps, stages = APPLY_WARPS, 1
+    tiles = min(MOST_TILES, tiles)
+    return Channel(block_b, block_s, block_c, warps, stages, tiles, cdiv(total, tiles))
+
+
+def slab(B: int, C: int, S: int, itemsize: int, *, folded: bool, channels_fastest: bool, backward: bool) -> Slab | None:
+    """None where the slab of one segment of channels does not fit. A layer has few variants, whatever its batch sizes."""
+    row = 1 if folded else power_of_two(S)  # positions that lie together whatever the batch is
+    block_c = min(power_of_two(C), max(1, SEGMENT // (itemsize * (1 if channels_fastest else row))))
+    ladder = SLAB_CHANNELS_FASTEST if channels_fastest else SLAB_BACKWARD if backward else SLAB_FORWARD
+    for elements, warps in ladder[itemsize]:
+        positions = elements // block_c
+        block_s = positions if folded else row
+        if block_s >= S and B * block_s <= positions:
+            return Slab(positions // block_s, block_s, block_c, warps)
+    return None
 
 
 def finalise(C: int) -> Finalise:
-    """Few columns are summed by tall tiles, so that one program does not walk through many partial rows alone."""
-    block_c = 8 if C <= 64 else 32 if C <= 8192 else 256
-    return Finalise(max(8, 1024 // block_c), block_c)
+    """Tall tiles of the narrowest segments of 32 bytes: one program has all partial rows of its columns on the way at once."""
+    block_c = 8 if C <= 4096 else 32 if C <= 32768 else 256
+    return Finalise(4096 // block_c, block_c)

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 from .. import extension
-from . import plans
+from . import channel_tiles, plans, slab
 from .channel import channel_apply, channel_bwd, channel_fwd, channel_grad, channel_stats, channel_sums
 from .launch import INTERPRETED, check
 from .row import row_bwd, row_fwd
@@ -20,6 +20,7 @@ __all__ = [
     "channel_stats",
     "channel_sums",
     "devices",
+    "forget",
     "row_bwd",
     "row_fwd",
     "unavailable",
@@ -46,6 +47,12 @@ def unavailable() -> str | None:
 
 def devices() -> tuple[str, ...]:
     return ("cuda", "cpu") if INTERPRETED else ("cuda",)
+
+
+def forget() -> None:
+    """Launch choices that are kept are asked of the heuristics again."""
+    for kept in (channel_tiles._plan, channel_tiles._groups, slab._plan):
+        kept.cache_clear()
 
 
 def whole_calls(device_type: str):

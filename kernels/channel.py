@@ -1,93 +1,47 @@
 """Channels (B, C, S): statistics per channel over B and S. The contract of the channel_ functions is written in reference.py.
 
-One tile kernel serves every layout. A tile is [BLOCK_B * BLOCK_S positions, BLOCK_C channels] with block sizes that suit x's
-strides, and every tensor has its own strides. Statistics and sums are split over positions as well as channels: a program
+Kernels work on the tiles of channel_tiles.py. Statistics and sums are split over positions as well as channels: a program
 writes one partial row, and one finalising launch merges them in a fixed order.
 """
 
 import torch
 import triton
 import triton.language as tl
-from torch._prims_common import suggest_memory_format
 
 from .. import heuristics
 from ..geometry import Channels
-from .launch import accumulate_dtype, dense, float_pair, launch, sm_count, vector
+from .channel_tiles import (
+    SIZES,
+    groups,
+    like,
+    load_statistics,
+    planned,
+    program_tiles,
+    tile_at,
+    tile_corner,
+    tile_exists,
+    tile_inside,
+    update_running,
+)
+from .launch import accumulate_dtype, dense, float_pair, launch
 from .math import BIG_SCALE, any_inf, centre, grad_input, if_finite, normalize, pair_of, rstd_of, shifted_moments, sum2
-from .partial import finalise_sums
-
-# Which dimension of a tensor has stride 1.
-POSITIONS, CHANNELS, NEITHER = 0, 1, 2
-
-SIZES = ["B", "S_v", "C_v", "tiles", "x_strides", "dy_strides", "y_strides", "dx_strides"]
-
-
-@triton.jit
-def _program(tiles, B, S, C, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Partial row, first channel, first and last tile of a program; neighbours take neighbouring channels."""
-    blocks = tl.cdiv(C, BLOCK_C)
-    p = tl.program_id(0) // blocks
-    first = p * tiles
-    total = (tl.cdiv(B, BLOCK_B) * tl.cdiv(S, BLOCK_S)).to(tl.int32)
-    return p, tl.program_id(0) % blocks * BLOCK_C, first, tl.minimum(first + tiles, total)
-
-
-@triton.jit
-def _inside(BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):
-    """Sample, place [positions, 1] and channel [1, BLOCK_C] within a tile."""
-    i = tl.arange(0, BLOCK_B * BLOCK_S)[:, None]
-    return (i // BLOCK_S).to(INDEX), (i % BLOCK_S).to(INDEX), tl.arange(0, BLOCK_C)[None, :].to(INDEX)
-
-
-@triton.jit
-def _corner(tile, c, S, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr):
-    """First sample, place and channel of a tile."""
-    across = tl.cdiv(S, BLOCK_S)
-    return tile // across * BLOCK_B, tile % across * BLOCK_S, c
-
-
-@triton.jit
-def _exists(corner, inside, B, S):
-    return (inside[0] < B - corner[0]) & (inside[1] < S - corner[1])
-
-
-@triton.jit
-def _at(ptr, strides, corner, inside, FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr):
-    """Pointers to a tile; strides come divided by the vector of the fastest dimension. The corner's offset is int64."""
-    b, s, c = inside
-    INDEX: tl.constexpr = b.dtype
-    b0, s0, c0 = tl.cast(corner[0], tl.int64), tl.cast(corner[1], tl.int64), tl.cast(corner[2], tl.int64)
-    if FASTEST == 0:
-        ptr += b0 * strides[0] * VEC_S + c0 * strides[1] * VEC_S + s0
-        return ptr + (b * (tl.cast(strides[0], INDEX) * VEC_S) + c * (tl.cast(strides[1], INDEX) * VEC_S) + s)
-    elif FASTEST == 1:
-        ptr += b0 * strides[0] * VEC_C + s0 * strides[2] * VEC_C + c0
-        return ptr + (b * (tl.cast(strides[0], INDEX) * VEC_C) + s * (tl.cast(strides[2], INDEX) * VEC_C) + c)
-    else:
-        ptr += b0 * strides[0] + s0 * strides[2] + c0 * strides[1]
-        return ptr + (b * tl.cast(strides[0], INDEX) + s * tl.cast(strides[2], INDEX) + c * tl.cast(strides[1], INDEX))
-
-
-@triton.jit
-def _load_statistics(mean_ptr, rstd_ptr, c, C):
-    mask = c < C
-    high = tl.load(mean_ptr + c, mask=mask, other=0.0)
-    low = tl.load(mean_ptr + C + c, mask=mask, other=0.0)
-    return high, low, tl.load(rstd_ptr + c, mask=mask, other=0.0)
+from .partial import finalise
+from .slab import slab_bwd, slab_fwd
 
 
 @triton.jit
 def _shifted_sums(x_ptr, x_strides, c0, inside, shift, scale, first, last, B, S, C, X_FASTEST: tl.constexpr,
-                  VEC_S: tl.constexpr, VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
+                  VEC_S: tl.constexpr, VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
+                  STAGES: tl.constexpr):  # fmt: skip
     """sum((x - shift) * scale) and the sum of its squares per channel over tiles first..last, and the count of positions."""
     shape: tl.constexpr = (BLOCK_B * BLOCK_S, inside[2].shape[1])
     s1 = tl.zeros(shape, shift.dtype)
     s2 = tl.zeros(shape, shift.dtype)
     count = tl.zeros((1, 1), shift.dtype)
-    for tile in range(first, last):
-        corner = _corner(tile, c0, S, BLOCK_B, BLOCK_S)
-        mask = _exists(corner, inside, B, S) & (inside[2] < C - c0)
-        x = tl.load(_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(shift.dtype)
+    for tile in tl.range(first, last, num_stages=STAGES):
+        corner = tile_corner(tile, c0, S, BLOCK_B, BLOCK_S)
+        mask = tile_exists(corner, inside, B, S) & (inside[2] < C - c0)
+        x = tl.load(tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(shift.dtype)
         d = tl.where(mask, (x - shift) * scale, 0.0)
         s1 += d
         s2 += d * d
@@ -97,28 +51,28 @@ def _shifted_sums(x_ptr, x_strides, c0, inside, shift, scale, first, last, B, S,
 
 
 @triton.jit(do_not_specialize=[*SIZES, "P"])
-def _channel_stats_kernel(x_ptr, partial_ptr, x_strides, B, S_v, C_v, tiles, P, X_FASTEST: tl.constexpr, VEC_S: tl.constexpr,
-                          VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-                          INDEX: tl.constexpr):  # fmt: skip
+def _channel_stats_kernel(x_ptr, partial_ptr, x_strides, P, B, S_v, C_v, tiles, first_block, blocks, X_FASTEST: tl.constexpr,
+                          VEC_S: tl.constexpr, VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
+                          BLOCK_C: tl.constexpr, INDEX: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """partial (4, P, C): mean pair, m2 (negative: it overflows, and stands there in units of BIG_SCALE^-2), and count."""
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     S = S_v * VEC_S
     C = C_v * VEC_C
-    p, c0, first, last = _program(tiles, B, S, C, BLOCK_B, BLOCK_S, BLOCK_C)
-    inside = _inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
-    corner = _corner(first, c0, S, BLOCK_B, BLOCK_S)
-    exists = _exists(corner, inside, B, S)
-    at = _at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C)
+    p, c0, first, last = program_tiles(tiles, first_block, blocks, B, S, BLOCK_B, BLOCK_S, BLOCK_C)
+    inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
+    corner = tile_corner(first, c0, S, BLOCK_B, BLOCK_S)
+    exists = tile_exists(corner, inside, B, S)
+    at = tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C)
     x = tl.load(at, mask=exists & (inside[2] < C - c0), other=0.0).to(ACC)
     shift = tl.sum(x, axis=0) / tl.sum(exists.to(ACC), axis=0)
     shift = if_finite(shift, shift)
     scale = tl.full((BLOCK_C,), 1.0, ACC)
     s1, s2, n = _shifted_sums(x_ptr, x_strides, c0, inside, shift[None, :], scale[None, :], first, last, B, S, C,
-                              X_FASTEST, VEC_S, VEC_C, BLOCK_B, BLOCK_S)  # fmt: skip
+                              X_FASTEST, VEC_S, VEC_C, BLOCK_B, BLOCK_S, STAGES)  # fmt: skip
     if any_inf(s2):
         scale = tl.where(s2 == float("inf"), BIG_SCALE, 1.0).to(ACC)
         s1, s2, n = _shifted_sums(x_ptr, x_strides, c0, inside, shift[None, :], scale[None, :], first, last, B, S, C,
-                                  X_FASTEST, VEC_S, VEC_C, BLOCK_B, BLOCK_S)  # fmt: skip
+                                  X_FASTEST, VEC_S, VEC_C, BLOCK_B, BLOCK_S, STAGES)  # fmt: skip
     high, low, m2 = shifted_moments(shift, s1, s2, n, scale)
     cols = c0 + tl.arange(0, BLOCK_C)
     row = partial_ptr + p.to(tl.int64) * C + cols
@@ -130,10 +84,10 @@ def _channel_stats_kernel(x_ptr, partial_ptr, x_strides, B, S_v, C_v, tiles, P, 
 
 
 @triton.jit
-def _load_partial(partial_ptr, first, cols, P, C, BLOCK_P: tl.constexpr):
+def _load_partial(partial_ptr, first, cols, last_c, P, C, BLOCK_P: tl.constexpr):
     """high, low, m2 as it is stored, and count of BLOCK_P partial rows."""
     p = first + tl.arange(0, BLOCK_P)
-    mask = (p < P)[:, None] & (cols < C)[None, :]
+    mask = (p < P)[:, None] & (cols < last_c)[None, :]
     at = partial_ptr + p.to(tl.int64)[:, None] * C + cols[None, :]
     step = P.to(tl.int64) * C
     high = tl.load(at, mask=mask, other=0.0)
@@ -142,45 +96,43 @@ def _load_partial(partial_ptr, first, cols, P, C, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def _merged_m2(partial_ptr, high, low, scale, cols, P, C, BLOCK_P: tl.constexpr):
+def _merged_m2(partial_ptr, high, low, scale, cols, last_c, P, C, BLOCK_P: tl.constexpr):
     """Chan: the m2 of the parts, and the parts' means about the common one; all deviations times scale."""
     m2 = tl.zeros((BLOCK_P, cols.shape[0]), high.dtype)
     for first in range(0, P, BLOCK_P):
-        part_high, part_low, part_m2, n = _load_partial(partial_ptr, first, cols, P, C, BLOCK_P)
+        part_high, part_low, part_m2, n = _load_partial(partial_ptr, first, cols, last_c, P, C, BLOCK_P)
         unit = tl.where(part_m2 < 0, scale[None, :] / BIG_SCALE, scale[None, :])
         d = ((part_high - high[None, :]) + (part_low - low[None, :])) * scale[None, :]
         m2 += tl.where(n > 0, tl.abs(part_m2) * unit * unit + n * d * d, 0.0)
     return tl.sum(m2, axis=0)
 
 
-@triton.jit
-def _update_running(ptr, cols, C, value, momentum, rest):
-    old = tl.load(ptr + cols, mask=cols < C, other=0.0).to(value.dtype)
-    tl.store(ptr + cols, (old * rest + value * momentum).to(ptr.dtype.element_ty), mask=cols < C)
+@triton.jit(do_not_specialize=["first_c", "last_c", "P", "C", "count", "eps", "eps_low", "momentum", "momentum_low"])
+def _channel_merge_kernel(partial_ptr, mean_ptr, std_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, first_c, last_c, P, C,
+                          count, eps, eps_low, momentum, momentum_low, BLOCK_P: tl.constexpr,
+                          BLOCK_C: tl.constexpr):  # fmt: skip
+    """Merge P partial rows of channels first_c..last_c: mean pair, then std or rstd, whichever has a pointer.
 
-
-@triton.jit(do_not_specialize=["P", "C", "count", "eps", "eps_low", "momentum", "momentum_low"])
-def _channel_merge_kernel(partial_ptr, mean_ptr, std_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, P, C, count,
-                          eps, eps_low, momentum, momentum_low, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """Merge P partial rows: mean pair, then std or rstd, whichever has a pointer; running statistics where they are given."""
+    Running statistics are updated where they are given.
+    """
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
-    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = cols < C
+    cols = first_c + tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = cols < last_c
     total = tl.cast(count, ACC)
     shift = tl.load(partial_ptr + cols, mask=mask, other=0.0)
     shift = if_finite(shift, shift)
     delta = tl.zeros((BLOCK_P, BLOCK_C), ACC)
     for first in range(0, P, BLOCK_P):
-        part_high, part_low, _, n = _load_partial(partial_ptr, first, cols, P, C, BLOCK_P)
+        part_high, part_low, _, n = _load_partial(partial_ptr, first, cols, last_c, P, C, BLOCK_P)
         delta += (n / total) * ((part_high - shift[None, :]) + part_low)
     delta = tl.sum(delta, axis=0)
     high = shift + delta
     low = if_finite((shift - high) + delta, high)
     scale = tl.full((BLOCK_C,), 1.0, ACC)
-    m2 = _merged_m2(partial_ptr, high, low, scale, cols, P, C, BLOCK_P)
+    m2 = _merged_m2(partial_ptr, high, low, scale, cols, last_c, P, C, BLOCK_P)
     if any_inf(m2):
         scale = tl.where(m2 == float("inf"), BIG_SCALE, 1.0).to(ACC)
-        m2 = _merged_m2(partial_ptr, high, low, scale, cols, P, C, BLOCK_P)
+        m2 = _merged_m2(partial_ptr, high, low, scale, cols, last_c, P, C, BLOCK_P)
     tl.store(mean_ptr + cols, high, mask=mask)
     tl.store(mean_ptr + C + cols, low, mask=mask)
     if std_ptr is not None:
@@ -189,9 +141,9 @@ def _channel_merge_kernel(partial_ptr, mean_ptr, std_ptr, rstd_ptr, running_mean
         tl.store(rstd_ptr + cols, rstd_of(m2, total, scale, pair_of(eps, eps_low, ACC)), mask=mask)
     part = pair_of(momentum, momentum_low, ACC)
     if running_mean_ptr is not None:
-        _update_running(running_mean_ptr, cols, C, high + low, part, 1.0 - part)
+        update_running(running_mean_ptr, cols, last_c, high + low, part, 1.0 - part)
     if running_var_ptr is not None:
-        _update_running(running_var_ptr, cols, C, m2 / (total - 1.0) / scale / scale, part, 1.0 - part)
+        update_running(running_var_ptr, cols, last_c, m2 / (total - 1.0) / scale / scale, part, 1.0 - part)
 
 
 @triton.jit(do_not_specialize=["C", "eps", "eps_low"])
@@ -210,51 +162,52 @@ def _running_statistics_kernel(running_mean_ptr, running_var_ptr, mean_ptr, rstd
 
 @triton.jit(do_not_specialize=SIZES)
 def _channel_apply_kernel(x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, y_ptr, x_strides, y_strides, B, S_v, C_v, tiles,
-                          X_FASTEST: tl.constexpr, Y_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr,
-                          BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+                          first_block, blocks, X_FASTEST: tl.constexpr, Y_FASTEST: tl.constexpr, VEC_S: tl.constexpr,
+                          VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
                           INDEX: tl.constexpr):  # fmt: skip
     """y; the parameters of a program's channels are loaded once."""
     S = S_v * VEC_S
     C = C_v * VEC_C
-    _, c0, first, last = _program(tiles, B, S, C, BLOCK_B, BLOCK_S, BLOCK_C)
-    inside = _inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
+    _, c0, first, last = program_tiles(tiles, first_block, blocks, B, S, BLOCK_B, BLOCK_S, BLOCK_C)
+    inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
     c = c0 + tl.arange(0, BLOCK_C)[None, :]
-    high, low, rstd = _load_statistics(mean_ptr, rstd_ptr, c, C)
+    high, low, rstd = load_statistics(mean_ptr, rstd_ptr, c, C)
     slope = rstd
     if weight_ptr is not None:  # once per channel, which also saves a rounding per element
         slope = rstd * tl.load(weight_ptr + c, mask=c < C, other=0.0).to(rstd.dtype)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(rstd.dtype)
     for tile in range(first, last):
-        corner = _corner(tile, c0, S, BLOCK_B, BLOCK_S)
-        mask = _exists(corner, inside, B, S) & (c < C)
-        x = tl.load(_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(rstd.dtype)
+        corner = tile_corner(tile, c0, S, BLOCK_B, BLOCK_S)
+        mask = tile_exists(corner, inside, B, S) & (c < C)
+        x = tl.load(tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(rstd.dtype)
         y = normalize(x, high, low, slope)
         if bias_ptr is not None:
             y = y + bias
-        at = _at(y_ptr, y_strides, corner, inside, Y_FASTEST, VEC_S, VEC_C)
+        at = tile_at(y_ptr, y_strides, corner, inside, Y_FASTEST, VEC_S, VEC_C)
         tl.store(at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "P"])
-def _channel_sums_kernel(dy_ptr, x_ptr, mean_ptr, rstd_ptr, partial_ptr, dy_strides, x_strides, B, S_v, C_v, tiles, P,
-                         DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr,
-                         BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):  # fmt: skip
+def _channel_sums_kernel(dy_ptr, x_ptr, mean_ptr, rstd_ptr, partial_ptr, dy_strides, x_strides, P, B, S_v, C_v, tiles,
+                         first_block, blocks, DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr, VEC_S: tl.constexpr,
+                         VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+                         INDEX: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """partial (2, P, C): sums of dz * x_hat and of dz; rstd is one factor of a whole channel, multiplied in at the end."""
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     S = S_v * VEC_S
     C = C_v * VEC_C
-    p, c0, first, last = _program(tiles, B, S, C, BLOCK_B, BLOCK_S, BLOCK_C)
-    inside = _inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
+    p, c0, first, last = program_tiles(tiles, first_block, blocks, B, S, BLOCK_B, BLOCK_S, BLOCK_C)
+    inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
     c = c0 + tl.arange(0, BLOCK_C)[None, :]
-    high, low, _ = _load_statistics(mean_ptr, rstd_ptr, c, C)
+    high, low, _ = load_statistics(mean_ptr, rstd_ptr, c, C)
     dw = tl.zeros((BLOCK_B * BLOCK_S, BLOCK_C), ACC)
     db = tl.zeros((BLOCK_B * BLOCK_S, BLOCK_C), ACC)
-    for tile in range(first, last):
-        corner = _corner(tile, c0, S, BLOCK_B, BLOCK_S)
-        mask = _exists(corner, inside, B, S) & (c < C)
-        x = tl.load(_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(ACC)
-        dz = tl.load(_at(dy_ptr, dy_strides, corner, inside, DY_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(ACC)
+    for tile in tl.range(first, last, num_stages=STAGES):
+        corner = tile_corner(tile, c0, S, BLOCK_B, BLOCK_S)
+        mask = tile_exists(corner, inside, B, S) & (c < C)
+        x = tl.load(tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(ACC)
+        dz = tl.load(tile_at(dy_ptr, dy_strides, corner, inside, DY_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(ACC)
         dw += dz * centre(x, high, low)
         db += dz
     dw, db = sum2(dw, db, 0)
@@ -266,165 +219,152 @@ def _channel_sums_kernel(dy_ptr, x_ptr, mean_ptr, rstd_ptr, partial_ptr, dy_stri
 
 @triton.jit(do_not_specialize=SIZES)
 def _channel_grad_kernel(dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, c1_ptr, c2_ptr, dx_ptr, dy_strides, x_strides,
-                         dx_strides, B, S_v, C_v, tiles, DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr,
+                         dx_strides, B, S_v, C_v, tiles, first_block, blocks, DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr,
                          DX_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr, BLOCK_B: tl.constexpr,
                          BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):  # fmt: skip
     """dx; without c1 (evaluation) mean and rstd are constants, and x is not read."""
     S = S_v * VEC_S
     C = C_v * VEC_C
-    _, c0, first, last = _program(tiles, B, S, C, BLOCK_B, BLOCK_S, BLOCK_C)
-    inside = _inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
+    _, c0, first, last = program_tiles(tiles, first_block, blocks, B, S, BLOCK_B, BLOCK_S, BLOCK_C)
+    inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
     c = c0 + tl.arange(0, BLOCK_C)[None, :]
-    high, low, rstd = _load_statistics(mean_ptr, rstd_ptr, c, C)
+    high, low, rstd = load_statistics(mean_ptr, rstd_ptr, c, C)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(rstd.dtype)
     if c1_ptr is not None:
         c1 = tl.load(c1_ptr + c, mask=c < C, other=0.0)
         c2 = tl.load(c2_ptr + c, mask=c < C, other=0.0)
     for tile in range(first, last):
-        corner = _corner(tile, c0, S, BLOCK_B, BLOCK_S)
-        mask = _exists(corner, inside, B, S) & (c < C)
-        g = tl.load(_at(dy_ptr, dy_strides, corner, inside, DY_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(rstd.dtype)
+        corner = tile_corner(tile, c0, S, BLOCK_B, BLOCK_S)
+        mask = tile_exists(corner, inside, B, S) & (c < C)
+        g = tl.load(tile_at(dy_ptr, dy_strides, corner, inside, DY_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(rstd.dtype)
         if weight_ptr is not None:
             g = g * weight
         if c1_ptr is not None:
-            x = tl.load(_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(rstd.dtype)
+            x = tl.load(tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(rstd.dtype)
             dx = grad_input(g, normalize(x, high, low, rstd), rstd, c1, c2)
         else:
             dx = g * rstd
-        at = _at(dx_ptr, dx_strides, corner, inside, DX_FASTEST, VEC_S, VEC_C)
+        at = tile_at(dx_ptr, dx_strides, corner, inside, DX_FASTEST, VEC_S, VEC_C)
         tl.store(at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 # ---------------------------------------------------------------- launchers
 
 
-class _Plan:
-    """How a set of tensors of one shape is cut into tiles; the first of them decides the shape of the tile."""
+def _merging(x, at_once, mean, momentum=0.0, eps=0.0, std=None, rstd=None, running_mean=None, running_var=None):
+    """A function of a group of channels, two launches: the statistics of x go to the tensors given."""
+    (plan, (view,)), C, count = planned(x, sums=True, at_once=at_once), x.shape[1], x.numel() // x.shape[1]
+    partial, config = mean.new_empty((4, plan.P, C)), heuristics.finalise(C)
 
-    def __init__(self, shape, *tensors):
-        c = Channels.of(shape)
-        x = tensors[0]
-        self.count, self.C, self.device = c.count, c.C, x.device
-        self.tensors = [c.view(t) for t in tensors]
-        strides = [list(t.stride()) for t in self.tensors]
-        B, S = c.B, c.S
-        # Whether the batch continues the positions, so that one stride serves both. A batch of one has no stride to tell: it
-        # is taken as larger batches of the same layout are, so that it needs no variant of its own.
-        continues = lambda b, s: b == S * s if B > 1 else c.C == 1 or s != 1
-        folded = S == 1 or all(continues(b, s) for b, _, s in strides)
-        if folded:
-            strides = [[0, c, b if S == 1 else s] for b, c, s in strides]
-            B, S = 1, B * S
-        self.fastest = [_fastest(s, S, c.C) for s in strides]
-        itemsize = min(t.element_size() for t in tensors)
-        of = lambda dim: [s for s, f in zip(strides, self.fastest, strict=True) if f == dim]
-        vec_s = vector(itemsize, S, *(n for b, c, _ in of(POSITIONS) for n in (b, c))) if of(POSITIONS) else 1
-        vec_c = vector(itemsize, c.C, *(n for b, _, s in of(CHANNELS) for n in (b, s))) if of(CHANNELS) else 1
-        divisor = {POSITIONS: vec_s, CHANNELS: vec_c, NEITHER: 1}
-        self.strides = [tuple(n // divisor[f] for n in s) for s, f in zip(strides, self.fastest, strict=True)]
-        self.config = heuristics.channel(
-            B, c.C, S, x.element_size(), sm_count(x.device), folded=folded, channels_fastest=self.fastest[0] == CHANNELS,
-            narrow=min(divisor[f] for f in self.fastest) * itemsize < 8)  # fmt: skip
-        self.P = self.config.programs
-        self.sizes = (B, S // vec_s, c.C // vec_c, self.config.tiles)
-        block = (self.config.block_b, self.config.block_c, self.config.block_s)
-        span = max(sum((n - 1) * stride for n, stride in zip(block, s, strict=True)) for s in strides)
-        self.constants = dict(VEC_S=vec_s, VEC_C=vec_c, BLOCK_B=block[0], BLOCK_S=block[2], BLOCK_C=block[1],
-                              INDEX=tl.int32 if span < 2**31 else tl.int64, warps=self.config.warps)  # fmt: skip
+    def run(group):
+        plan.launch(_channel_stats_kernel, group, view, partial, *plan.strides, plan.P, X_FASTEST=plan.fastest[0])
+        launch(_channel_merge_kernel, heuristics.cdiv(group[1] - group[0], config.block_c), x.device, partial, mean, std, rstd,
+               running_mean, running_var, *group, plan.P, C, count, *float_pair(eps), *float_pair(momentum),
+               BLOCK_P=config.block_p, BLOCK_C=config.block_c, warps=config.warps)  # fmt: skip
 
-    def launch(self, kernel, *args, **fastest):
-        programs = self.P * heuristics.cdiv(self.C, self.config.block_c)
-        launch(kernel, programs, self.device, *args, **fastest, **self.constants)
+    return run
 
 
-def _fastest(strides, S, C):
-    if strides[2] == 1 and S > 1:
-        return POSITIONS
-    return CHANNELS if strides[1] == 1 or C == 1 else NEITHER
+def _applying(x, at_once, mean, rstd, weight, bias, y):
+    """A function of a group of channels, one launch."""
+    plan, (x, out) = planned(x, y, sums=False, at_once=at_once)
+    return lambda group: plan.launch(_channel_apply_kernel, group, x, mean, rstd, weight, bias, out, *plan.strides,
+                                     X_FASTEST=plan.fastest[0], Y_FASTEST=plan.fastest[1])  # fmt: skip
 
 
-def _like(x):
-    return torch.empty_like(x, memory_format=suggest_memory_format(x))
+def _summing(dy, x, at_once, mean, rstd, weight, dw, db, c1=None, c2=None):
+    """A function of a group of channels, two launches: the sums, and the means that dx needs, go to the tensors given."""
+    (plan, (x, dy)), C, count = planned(x, dy, sums=True, at_once=at_once), x.shape[1], x.numel() // x.shape[1]
+    (x_strides, dy_strides), (x_fastest, dy_fastest) = plan.strides, plan.fastest
+    partial = rstd.new_empty((2, plan.P, C))
+
+    def run(group):
+        plan.launch(_channel_sums_kernel, group, dy, x, mean, rstd, partial, dy_strides, x_strides, plan.P,
+                    DY_FASTEST=dy_fastest, X_FASTEST=x_fastest)  # fmt: skip
+        finalise(partial, group, dw, db, weight=weight, c1=c1, c2=c2, count=count)
+
+    return run
 
 
-def _merge(x, momentum=0.0, eps=0.0, std=None, rstd=None, running_mean=None, running_var=None):
-    """Two launches: the mean pair is returned, the rest goes to the tensors given."""
-    plan, acc = _Plan(x.shape, x), accumulate_dtype(x.dtype)
-    partial = torch.empty((4, plan.P, plan.C), dtype=acc, device=x.device)
-    (fastest,), (strides,), (view,) = plan.fastest, plan.strides, plan.tensors
-    plan.launch(_channel_stats_kernel, view, partial, strides, *plan.sizes, plan.P, X_FASTEST=fastest)
-    mean = torch.empty((2, plan.C), dtype=acc, device=x.device)
-    config = heuristics.finalise(plan.C)
-    launch(_channel_merge_kernel, heuristics.cdiv(plan.C, config.block_c), x.device, partial, mean, std, rstd, running_mean,
-           running_var, plan.P, plan.C, plan.count, *float_pair(eps), *float_pair(momentum),
-           BLOCK_P=config.block_p, BLOCK_C=config.block_c, warps=config.warps)  # fmt: skip
-    return mean
+def _differentiating(dy, x, at_once, mean, rstd, weight, c1, c2, dx):
+    """A function of a group of channels, one launch."""
+    plan, (x, dy, out) = planned(x, dy, dx, sums=False, at_once=at_once)
+    x_strides, dy_strides, dx_strides = plan.strides
+    x_fastest, dy_fastest, dx_fastest = plan.fastest
+    return lambda group: plan.launch(_channel_grad_kernel, group, dy, x, mean, rstd, weight, c1, c2, out, dy_strides, x_strides,
+                                     dx_strides, DY_FASTEST=dy_fastest, X_FASTEST=x_fastest,
+                                     DX_FASTEST=dx_fastest)  # fmt: skip
+
+
+def _statistics(x):
+    """Memory for a mean pair and one more number per channel."""
+    acc, C = accumulate_dtype(x.dtype), x.shape[1]
+    return torch.empty((2, C), dtype=acc, device=x.device), torch.empty(C, dtype=acc, device=x.device)
 
 
 def channel_stats(x):
-    std = torch.empty(x.shape[1], dtype=accumulate_dtype(x.dtype), device=x.device)
-    return Channels.of(x.shape).count, _merge(x, std=std), std
+    (mean, std), C = _statistics(x), x.shape[1]
+    _merging(x, C, mean, std=std)((0, C))
+    return Channels.of(x.shape).count, mean, std
 
 
 def channel_apply(x, mean, rstd, weight, bias):
-    y = _like(x)
-    plan = _Plan(x.shape, x, y)
-    x, out = plan.tensors
-    plan.launch(_channel_apply_kernel, x, dense(mean), dense(rstd), dense(weight), dense(bias), out, *plan.strides,
-                *plan.sizes, X_FASTEST=plan.fastest[0], Y_FASTEST=plan.fastest[1])  # fmt: skip
+    y, C = like(x), x.shape[1]
+    _applying(x, C, dense(mean), dense(rstd), dense(weight), dense(bias), y)((0, C))
     return y
 
 
-def _sum_partials(dy, x, mean, rstd):
-    plan = _Plan(x.shape, x, dy)
-    partial = rstd.new_empty((2, plan.P, plan.C))
-    (x, dy), (x_strides, dy_strides), (x_fastest, dy_fastest) = plan.tensors, plan.strides, plan.fastest
-    plan.launch(_channel_sums_kernel, dy, x, dense(mean), dense(rstd), partial, dy_strides, x_strides, *plan.sizes, plan.P,
-                DY_FASTEST=dy_fastest, X_FASTEST=x_fastest)  # fmt: skip
-    return partial
-
-
 def channel_sums(dy, x, mean, rstd):
-    partial = _sum_partials(dy, x, mean, rstd)
-    sum_dz_x_hat, sum_dz, _, _ = finalise_sums(*partial, rstd.dtype, rstd.dtype)
+    sum_dz, sum_dz_x_hat, C = torch.empty_like(rstd), torch.empty_like(rstd), x.shape[1]
+    _summing(dy, x, C, dense(mean), dense(rstd), None, sum_dz_x_hat, sum_dz)((0, C))
     return sum_dz, sum_dz_x_hat
 
 
 def channel_grad(dy, x, mean, rstd, weight, c1, c2):
-    dx = _like(x)
-    plan = _Plan(x.shape, x, dy, dx)
-    x, dy, out = plan.tensors
-    x_strides, dy_strides, dx_strides = plan.strides
-    x_fastest, dy_fastest, dx_fastest = plan.fastest
-    plan.launch(_channel_grad_kernel, dy, x, dense(mean), dense(rstd), dense(weight), dense(c1), dense(c2), out,
-                dy_strides, x_strides, dx_strides, *plan.sizes,
-                DY_FASTEST=dy_fastest, X_FASTEST=x_fastest, DX_FASTEST=dx_fastest)  # fmt: skip
+    dx, C = like(x), x.shape[1]
+    _differentiating(dy, x, C, dense(mean), dense(rstd), dense(weight), dense(c1), dense(c2), dx)((0, C))
     return dx
 
 
 def channel_fwd(x, weight, bias, running_mean, running_var, training, momentum, eps):
-    acc, C = accumulate_dtype(x.dtype), x.shape[1]
-    rstd = torch.empty(C, dtype=acc, device=x.device)
-    if training:
-        running = [dense(running_mean), dense(running_var)]
-        mean = _merge(x, momentum, eps, rstd=rstd, running_mean=running[0], running_var=running[1])
-        for new, old in zip(running, (running_mean, running_var), strict=True):
-            if new is not old:  # the buffer is strided: dense made a copy
-                old.data.copy_(new)
-    else:
-        mean = torch.empty((2, C), dtype=acc, device=x.device)
-        launch(_running_statistics_kernel, heuristics.cdiv(C, 1024), x.device, dense(running_mean), dense(running_var), mean,
-               rstd, C, *float_pair(eps), BLOCK_C=1024, warps=4)  # fmt: skip
-    return channel_apply(x, mean, rstd, weight, bias), mean, rstd
+    y, (mean, rstd), weight, bias, C = like(x), _statistics(x), dense(weight), dense(bias), x.shape[1]
+    running = [dense(running_mean), dense(running_var)]
+    if not training:
+        launch(_running_statistics_kernel, heuristics.cdiv(C, 1024), x.device, *running, mean, rstd, C, *float_pair(eps),
+               BLOCK_C=1024, warps=4)  # fmt: skip
+        _applying(x, C, mean, rstd, weight, bias, y)((0, C))
+        return y, mean, rstd
+    if not slab_fwd(x, weight, bias, *running, y, mean, rstd, momentum, eps):
+        parts = groups(x)
+        merge = _merging(x, parts[0][1], mean, momentum, eps, None, rstd, *running)
+        apply = _applying(x, parts[0][1], mean, rstd, weight, bias, y)
+        for group in parts:
+            merge(group)
+            apply(group)
+    for new, old in zip(running, (running_mean, running_var), strict=True):
+        if new is not old:  # the buffer is strided: dense made a copy
+            old.data.copy_(new)
+    return y, mean, rstd
 
 
 def channel_bwd(dy, x, weight, mean, rstd, training, need):
-    dw = db = c1 = c2 = None
+    if not need[0] and need[1] is None and need[2] is None:
+        return None, None, None
+    weight, mean, rstd = dense(weight), dense(mean), dense(rstd)
+    dx = like(x) if need[0] else None
+    dw, db = (None if dtype is None else torch.empty(rstd.shape, dtype=dtype, device=x.device) for dtype in need[1:])
+    if training and slab_bwd(dy, x, weight, mean, rstd, dx, dw, db):
+        return dx, dw, db
     means = training and need[0]
+    c1, c2 = (torch.empty_like(rstd), torch.empty_like(rstd)) if means else (None, None)
+    parts, steps = [(0, x.shape[1])], []
     if means or need[1] is not None or need[2] is not None:
-        partial = _sum_partials(dy, x, mean, rstd)
-        count = x.numel() // x.shape[1]
-        dw, db, c1, c2 = finalise_sums(*partial, need[1], need[2], weight, count, means)
-    dx = channel_grad(dy, x, mean, rstd, weight, c1, c2) if need[0] else None
+        parts = groups(x, dy)
+        steps.append(_summing(dy, x, parts[0][1], mean, rstd, weight, dw, db, c1, c2))
+    if need[0]:
+        steps.append(_differentiating(dy, x, parts[0][1], mean, rstd, weight, c1, c2, dx))
+    for group in parts:
+        for step in steps:
+            step(group)
     return dx, dw, db

@@ -1,6 +1,7 @@
 """The math of the project on tiles in registers: no load, no store. The names are those of reference.py.
 
-Rows of a tile [rows, columns] are reduced over axis 1. ACC, the accumulate dtype, is float64 for float64 data, else float32.
+Rows of a tile [rows, columns] are reduced over axis 1, channels of one [positions, channels] over axis 0. ACC, the accumulate
+dtype, is float64 for float64 data, else float32.
 """
 
 import triton
@@ -59,18 +60,18 @@ def if_finite(v, of):
 
 
 @triton.jit
-def moments(x, mask, n):
-    """high, low, m2 and scale of every row, shape [rows]; two passes over the registers; x is 0 where `mask` is not set."""
-    high = tl.sum(x, axis=1) / n
-    d = tl.where(mask, x - high[:, None], 0.0)
-    low = tl.sum(d, axis=1) / n
-    d = tl.where(mask, d - low[:, None], 0.0)
-    m2 = tl.sum(d * d, axis=1)
+def moments(x, mask, n, axis: tl.constexpr = 1):
+    """high, low, m2 and scale over an axis; two passes over the registers; x is 0 where `mask` is not set."""
+    high = tl.sum(x, axis=axis) / n
+    d = tl.where(mask, x - tl.expand_dims(high, axis), 0.0)
+    low = tl.sum(d, axis=axis) / n
+    d = tl.where(mask, d - tl.expand_dims(low, axis), 0.0)
+    m2 = tl.sum(d * d, axis=axis)
     scale = tl.full(m2.shape, 1.0, m2.dtype)
     if any_inf(m2):
         overflow = m2 == float("inf")
         d = d * BIG_SCALE
-        m2 = tl.where(overflow, tl.sum(d * d, axis=1), m2)
+        m2 = tl.where(overflow, tl.sum(d * d, axis=axis), m2)
         scale = tl.where(overflow, BIG_SCALE, 1.0).to(m2.dtype)
     return high, low, m2, scale
 

@@ -12,7 +12,7 @@ from .. import heuristics
 from ..geometry import Rows
 from .launch import Count, accumulate_dtype, dense, float_pair, launch, sm_count, vector
 from .math import BIG_SCALE, any_inf, grad_input, moments, normalize, pair_of, rstd_of, shifted_moments, sum2
-from .partial import finalise_sums
+from .partial import finalise
 
 
 @triton.jit
@@ -290,9 +290,9 @@ def row_bwd(dy, x, weight, mean, rstd, need):
                warps=config.warps, stages=config.stages)  # fmt: skip
     if partial is None:
         return dx, None, None
-    halves = (half if want else None for half, want in zip(partial.unbind(), wanted, strict=True))
-    dweight, dbias, _, _ = finalise_sums(*halves, need[1], need[2], filled=programs)
-    return dx, dweight, dbias
+    dw, db = (None if dtype is None else torch.empty(rows.N, dtype=dtype, device=x.device) for dtype in need[1:])
+    finalise(partial, (0, rows.N), dw, db, filled=programs)
+    return dx, dw, db
 
 
 def _row_bwd_split(config, rows, inputs, dx, partial, sizes, vec, wanted):

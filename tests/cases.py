@@ -143,3 +143,15 @@ CHANNELS = [
     Case((4, 6, 8), eps=0.1),
     *_models("channels", 8192),
 ]
+
+# Each of these takes every way that the Triton kernels have through a training step, and test_channel_ways.py says so.
+WAYS = [
+    *(Case(shape, layout=layout, **_same(dtype)) for layout in ("dense", "channels_last")
+      for shape, dtype in [((3, 1, 7, 7), F32), ((6, 3, 7, 7), BF16), ((6, 5, 7, 7), F32), ((8, 65, 2, 2), F32)]),
+    *(Case((40, C), **_same(dtype)) for C, dtype in [(1, F32), (5, BF16), (65, F32)]),
+    *(Case((3, 6, 40), layout=layout) for layout in ("mT", "transposed", "row_strided", "column_strided", "expanded")),
+    Case((3, 6, 2, 4, 5), layout="channels_last", **_same(F16)),
+    Case((5, 3, 16), **_same(F64)),
+    *_options(Case((3, 5, 8, 3), layout="channels_last")),
+    *(Case((8, 5, 3, 7), layout=layout, offset=1e4) for layout in ("dense", "channels_last")),
+]  # fmt: skip

@@ -115,31 +115,138 @@ SHAPES = [(32, 64, 3136), (8, 3, 50176), (256, 2048, 49), (1, 1, 1), (2, 5, 3), 
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
 @pytest.mark.parametrize("channels_fastest", [False, True])
 @pytest.mark.parametrize("narrow", [False, True])
-def test_channel_tiles(shape, itemsize, channels_fastest, narrow):
+@pytest.mark.parametrize("sums", [False, True])
+def test_channel_tiles(shape, itemsize, channels_fastest, narrow, sums):
     B, C, S = shape
     folded = B == 1 or S == 1
     if folded:
         B, S = 1, B * S
-    c = H.channel(B, C, S, itemsize, 132, folded=folded, channels_fastest=channels_fastest, narrow=narrow)
-    assert c.block_b * c.block_s * c.block_c == H.TILE_ELEMENTS[itemsize] // (2 if narrow else 1)
+    options = dict(folded=folded, channels_fastest=channels_fastest, narrow=narrow, sums=sums, at_once=C)
+    c = H.channel(B, C, S, itemsize, 132, **options)
+    elements = H.SUMS_TILE if sums else H.APPLY_TILE
+    assert c.block_b * c.block_s * c.block_c == elements[itemsize] // (2 if narrow else 1)
     total = H.cdiv(B, c.block_b) * H.cdiv(S, c.block_s)
     assert (c.programs - 1) * c.tiles < total <= c.programs * c.tiles
     assert c.tiles <= H.MOST_TILES
-    more = H.channel(B if folded else 7 * B, C, 7 * S if folded else S, itemsize, 132, folded=folded,
-                     channels_fastest=channels_fastest, narrow=narrow)  # fmt: skip
-    blocks = lambda c: (c.block_b, c.block_s, c.block_c, c.warps)
+    more = H.channel(B if folded else 7 * B, C, 7 * S if folded else S, itemsize, 132, **options)
+    blocks = lambda c: (c.block_b, c.block_s, c.block_c, c.warps, c.stages)
     assert blocks(more) == blocks(c), "a block that depends on the batch is a recompile per batch"
 
 
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+def test_the_partial_rows_of_sums_are_few(itemsize):
+    """One wave of programs, whose partial rows one tall tile of the finalising launch takes at once."""
+    for sms, channels_fastest in itertools.product((108, 132, 148, 170), (False, True)):
+        for B, C, S in [(1, 64, 16 * 3136), (1, 1024, 8192), (1, 64, 256)]:
+            c = H.channel(B, C, S, itemsize, sms, folded=True, channels_fastest=channels_fastest, narrow=False, sums=True,
+                          at_once=C)  # fmt: skip
+            blocks = H.cdiv(C, c.block_c)
+            assert c.programs * blocks < H.SUMS_PROGRAMS_PER_SM * sms + blocks
+            assert c.programs <= H.finalise(C).block_p
+
+
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+def test_prefetched_tiles_fit_shared_memory(itemsize):
+    """x and dy, on the GPU that has least."""
+    assert (H.SUMS_STAGES[itemsize] - 1) * 2 * H.SUMS_TILE[itemsize] * itemsize <= SHARED
+
+
+@pytest.mark.parametrize("C", [1, 64, 4096, 5000, 32768, 10**6])
+def test_finalising_tiles(C):
+    c = H.finalise(C)
+    assert power_of_two(c.block_p)
+    assert power_of_two(c.block_c)
+    assert c.block_c * 4 >= 32
+    assert c.block_p * c.block_c / (32 * c.warps) <= 16
+
+
+# C, S of one sample, whether the batch folds into S, whether channels are fastest
+LAYERS = [(64, 3136, False, False), (512, 49, False, False), (3, 5, False, False), (65, 1, True, True), (3, 1, True, True),
+          (256, 196, True, True), (64, 7, True, False)]  # fmt: skip
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_slab_holds_all_positions_and_a_layer_has_few(layer, itemsize, backward):
+    C, S, folded, channels_fastest = layer
+    found = []
+    for B in range(1, 20_000, 7):
+        sizes = (1, C, B * S) if folded else (B, C, S)
+        c = H.slab(*sizes, itemsize, folded=folded, channels_fastest=channels_fastest, backward=backward)
+        found.append(c)
+        if c is not None:
+            assert c.block_b >= sizes[0]
+            assert c.block_s >= sizes[2]
+            assert power_of_two(c.block_b * c.block_s * c.block_c)
+            assert c.block_c <= H.power_of_two(C)
+            live = 2 if backward else 1
+            words = live * c.block_b * c.block_s * c.block_c * max(4, itemsize) // 4
+            assert words / (32 * c.warps) <= 0.65 * min(255, REGISTERS // (32 * c.warps))
+    if found[0] is not None:  # once the slab is too large it stays so: a layer changes over at most twice
+        assert found[-1] is None
+    assert len({c for c in found if c is not None}) <= 2
+    assert [a is None for a in found] == sorted(a is None for a in found)
+
+
+def test_slabs_take_whole_sectors():
+    for itemsize, channels_fastest in itertools.product(ITEMSIZES, (False, True)):
+        c = H.slab(8, 64, 2, itemsize, folded=False, channels_fastest=channels_fastest, backward=False)
+        assert c.block_c * itemsize * (1 if channels_fastest else 2) == H.SEGMENT
+
+
+H100_L2 = 50 << 20
+
+
+@pytest.mark.parametrize(
+    "shape", [(64, 64, 12544), (64, 256, 3136), (64, 2048, 196), (4096, 2048, 49), (256, 64, 12544)], ids=str
+)
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+@pytest.mark.parametrize("tensors", [1, 2])
+@pytest.mark.parametrize("channels_fastest", [False, True])
+def test_groups_stay_in_l2(shape, itemsize, tensors, channels_fastest):
+    B, C, S = shape
+    if channels_fastest:
+        B, S = 1, B * S
+    groups = H.channel_groups(B, C, S, itemsize, tensors, H100_L2, folded=channels_fastest, channels_fastest=channels_fastest)
+    assert [first for first, _ in groups] == [0, *(last for _, last in groups[:-1])]
+    assert groups[-1][1] == C
+    one = B * S * itemsize * tensors
+    if len(groups) > 1:
+        sizes = [last - first for first, last in groups]
+        assert max(sizes) == sizes[0]
+        assert set(sizes[:-1]) == {sizes[0]}
+        assert one * sizes[0] <= H100_L2 // 2
+        assert one * sizes[0] >= H.SMALLEST_GROUP_BYTES / 2
+        options = dict(folded=channels_fastest, channels_fastest=channels_fastest, narrow=False, at_once=sizes[0])
+        for sums in (False, True):
+            assert sizes[0] % H.channel(B, C, S, itemsize, 132, sums=sums, **options).block_c == 0
+        if channels_fastest:
+            assert sizes[0] * itemsize >= 64
+    else:
+        block = H.CHANNELS_FASTEST_BLOCK if channels_fastest else 8
+        assert one * C <= H100_L2 // 2 or one * block > H100_L2 // 2 or one * (C + block) < 2 * H.SMALLEST_GROUP_BYTES
+
+
+def test_what_fits_l2_is_one_group():
+    assert H.channel_groups(16, 64, 3136, 2, 1, H100_L2, folded=False, channels_fastest=False) == [(0, 64)]
+    assert H.channel_groups(64, 64, 12544, 2, 1, 1 << 20, folded=False, channels_fastest=False) == [(0, 64)]
+    groups = H.channel_groups(64, 64, 12544, 2, 1, H100_L2, folded=False, channels_fastest=False)
+    assert groups == [(0, 16), (16, 32), (32, 48), (48, 64)]
+
+
 def test_few_channels_still_fill_the_gpu():
-    for channels_fastest in (False, True):
-        c = H.channel(1, 4, 256 * 3136, 4, 132, folded=True, channels_fastest=channels_fastest, narrow=False)
+    for channels_fastest, sums in itertools.product((False, True), repeat=2):
+        c = H.channel(1, 4, 256 * 3136, 4, 132, folded=True, channels_fastest=channels_fastest, narrow=False, sums=sums,
+                      at_once=4)  # fmt: skip
         assert c.programs * H.cdiv(4, c.block_c) >= 132
 
 
 def test_configurations_are_frozen_and_printable():
     configs = [H.row_forward(768, 2), H.row_backward(10, 768, 2, 132), H.row_backward(10, 10**5, 2, 132), H.finalise(64),
-               H.channel(2, 3, 49, 4, 132, folded=False, channels_fastest=False, narrow=True)]  # fmt: skip
+               H.slab(8, 3, 49, 4, folded=False, channels_fastest=False, backward=True),
+               H.channel(2, 3, 49, 4, 132, folded=False, channels_fastest=False, narrow=True, sums=True,
+                         at_once=3)]  # fmt: skip
     for c in configs:
         assert type(c).__name__ in repr(c)
         assert hash(c) == hash(dataclasses.replace(c))

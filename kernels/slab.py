@@ -1,0 +1,152 @@
+"""Channels whose slab, all positions of a few channels, fits the registers of one program: one launch each way.
+
+x (and dy) are read once and everything of a channel is known on the spot: the forward and the backward of training are one
+kernel each, with the math and the roundings of the kernels in channel.py.
+"""
+
+from functools import lru_cache
+
+import triton
+import triton.language as tl
+
+from .. import heuristics
+from .channel_tiles import (
+    CHANNELS,
+    SIZES,
+    Layout,
+    as_planned,
+    described,
+    load_statistics,
+    tile_at,
+    tile_exists,
+    tile_inside,
+    update_running,
+)
+from .launch import float_pair, launch
+from .math import centre, grad_input, if_finite, moments, normalize, pair_of, rstd_of, sum2
+
+
+@triton.jit(do_not_specialize=[*SIZES, "eps", "eps_low", "momentum", "momentum_low"])
+def _slab_fwd_kernel(x_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, y_ptr, mean_ptr, rstd_ptr, x_strides,
+                     y_strides, B, S_v, C_v, eps, eps_low, momentum, momentum_low, X_FASTEST: tl.constexpr,
+                     Y_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr, BLOCK_B: tl.constexpr,
+                     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):  # fmt: skip
+    """y, mean pair, rstd; running statistics where they are given."""
+    ACC: tl.constexpr = rstd_ptr.dtype.element_ty
+    S = S_v * VEC_S
+    C = C_v * VEC_C
+    corner = (0, 0, tl.program_id(0) * BLOCK_C)
+    inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
+    mask = tile_exists(corner, inside, B, S) & (inside[2] < C - corner[2])
+    x = tl.load(tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(ACC)
+    n = (B * S).to(ACC)
+    high, low, m2, scale = moments(x, mask, n, 0)
+    low = if_finite(low, high)
+    rstd = rstd_of(m2, n, scale, pair_of(eps, eps_low, ACC))
+    cols = corner[2] + tl.arange(0, BLOCK_C)
+    tl.store(mean_ptr + cols, high, mask=cols < C)
+    tl.store(mean_ptr + C + cols, low, mask=cols < C)
+    tl.store(rstd_ptr + cols, rstd, mask=cols < C)
+    part = pair_of(momentum, momentum_low, ACC)
+    if running_mean_ptr is not None:
+        update_running(running_mean_ptr, cols, C, high + low, part, 1.0 - part)
+    if running_var_ptr is not None:
+        update_running(running_var_ptr, cols, C, m2 / (n - 1.0) / scale / scale, part, 1.0 - part)
+    slope = rstd
+    if weight_ptr is not None:
+        slope = rstd * tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(ACC)
+    y = normalize(x, high[None, :], low[None, :], slope[None, :])
+    if bias_ptr is not None:
+        y = y + tl.load(bias_ptr + cols, mask=cols < C, other=0.0).to(ACC)[None, :]
+    at = tile_at(y_ptr, y_strides, corner, inside, Y_FASTEST, VEC_S, VEC_C)
+    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _slab_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_ptr, db_ptr, dy_strides, x_strides, dx_strides,
+                     B, S_v, C_v, DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr, DX_FASTEST: tl.constexpr,
+                     VEC_S: tl.constexpr, VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
+                     BLOCK_C: tl.constexpr, INDEX: tl.constexpr):  # fmt: skip
+    """dx, dw and db; what is not wanted has no pointer."""
+    ACC: tl.constexpr = rstd_ptr.dtype.element_ty
+    S = S_v * VEC_S
+    C = C_v * VEC_C
+    corner = (0, 0, tl.program_id(0) * BLOCK_C)
+    inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
+    mask = tile_exists(corner, inside, B, S) & (inside[2] < C - corner[2])
+    x = tl.load(tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(ACC)
+    dz = tl.load(tile_at(dy_ptr, dy_strides, corner, inside, DY_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(ACC)
+    cols = corner[2] + tl.arange(0, BLOCK_C)
+    high, low, rstd = load_statistics(mean_ptr, rstd_ptr, cols, C)
+    dw, db = sum2(dz * centre(x, high[None, :], low[None, :]), dz, 0)
+    dw = dw * rstd
+    if dw_ptr is not None:
+        tl.store(dw_ptr + cols, dw.to(dw_ptr.dtype.element_ty), mask=cols < C)
+    if db_ptr is not None:
+        tl.store(db_ptr + cols, db.to(db_ptr.dtype.element_ty), mask=cols < C)
+    if dx_ptr is not None:
+        n = (B * S).to(ACC)
+        g, c1, c2 = dz, dw / n, db / n
+        if weight_ptr is not None:
+            weight = tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(ACC)
+            g, c1, c2 = dz * weight[None, :], weight * dw / n, weight * db / n
+        x_hat = normalize(x, high[None, :], low[None, :], rstd[None, :])
+        dx = grad_input(g, x_hat, rstd[None, :], c1[None, :], c2[None, :])
+        at = tile_at(dx_ptr, dx_strides, corner, inside, DX_FASTEST, VEC_S, VEC_C)
+        tl.store(at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+# ---------------------------------------------------------------- launchers
+
+
+class Plan:
+    """The launch of one slab kernel."""
+
+    def __init__(self, layout, config):
+        self.layout, self.fastest, self.strides = layout, layout.fastest, layout.divided()
+        self.programs = heuristics.cdiv(layout.C, config.block_c)
+        self.sizes = (layout.B, layout.S // layout.vec_s, layout.C // layout.vec_c)
+        self.constants = dict(VEC_S=layout.vec_s, VEC_C=layout.vec_c, BLOCK_B=config.block_b, BLOCK_S=config.block_s,
+                              BLOCK_C=config.block_c, INDEX=layout.index((config.block_b, config.block_c, config.block_s)),
+                              warps=config.warps)  # fmt: skip
+
+    def launch(self, kernel, device, *args, **fastest):
+        launch(kernel, self.programs, device, *args, **fastest, **self.constants)
+
+
+@lru_cache(maxsize=1024)
+def _plan(shape, strides, itemsizes, backward):
+    layout = Layout.of(shape, strides, itemsizes)
+    config = heuristics.slab(layout.B, layout.C, layout.S, layout.itemsize, folded=layout.folded,
+                             channels_fastest=layout.fastest[0] == CHANNELS, backward=backward)  # fmt: skip
+    return None if config is None else Plan(layout, config)
+
+
+def _planned(*tensors, backward):
+    """As channel_tiles.planned, but None where the slab does not fit."""
+    plan = _plan(*described(tensors), backward)
+    return plan, None if plan is None else as_planned(plan.layout, tensors)
+
+
+def slab_fwd(x, weight, bias, running_mean, running_var, y, mean, rstd, momentum, eps):
+    """One launch, or False where the slab does not fit."""
+    plan, tensors = _planned(x, y, backward=False)
+    if plan is None:
+        return False
+    x, y = tensors
+    plan.launch(_slab_fwd_kernel, x.device, x, weight, bias, running_mean, running_var, y, mean, rstd, *plan.strides,
+                *plan.sizes, *float_pair(eps), *float_pair(momentum),
+                X_FASTEST=plan.fastest[0], Y_FASTEST=plan.fastest[1])  # fmt: skip
+    return True
+
+
+def slab_bwd(dy, x, weight, mean, rstd, dx, dw, db):
+    """One launch, or False where the slab does not fit; dx, dw and db are None where they are not wanted."""
+    plan, tensors = _planned(x, dy, x if dx is None else dx, backward=True)
+    if plan is None:
+        return False
+    (x, dy, out), (x_strides, dy_strides, dx_strides), (x_fastest, dy_fastest, dx_fastest) = tensors, plan.strides, plan.fastest
+    plan.launch(_slab_bwd_kernel, x.device, dy, x, weight, mean, rstd, None if dx is None else out, dw, db, dy_strides,
+                x_strides, dx_strides, *plan.sizes,
+                DY_FASTEST=dy_fastest, X_FASTEST=x_fastest, DX_FASTEST=dx_fastest)  # fmt: skip
+    return True

@@ -1,0 +1,149 @@
+"""Batch norm's ways through the Triton kernels: one launch, two passes, and two passes by groups of channels."""
+
+import itertools
+
+import pytest
+import torch
+from cases import BF16, F32, WAYS, Case
+from compare import Training, assert_no_worse, parameter_dtypes
+from conftest import SERVED
+from oracle import batch_norm, error, ulp, wide
+
+from fastnorm import heuristics
+
+SLAB = (["_slab_fwd_kernel"], ["_slab_bwd_kernel"])
+TWO_PASSES = (
+    ["_channel_stats_kernel", "_channel_merge_kernel", "_channel_apply_kernel"],
+    ["_channel_sums_kernel", "_finalise_kernel", "_channel_grad_kernel"],
+)
+LAYOUTS = pytest.mark.parametrize("layout", ["dense", "channels_last"])
+
+
+class Way:
+    """The Triton kernels held to one way through forward and backward of training, and what they launched, by name."""
+
+    def __init__(self, name, device, monkeypatch):
+        import fastnorm.kernels
+        from fastnorm.kernels import channel, channel_tiles, partial, slab
+
+        self.name, self.device, self.kernels, self.launched = name, device, fastnorm.kernels, []
+        self.patch, self.tiles = monkeypatch.setattr, channel_tiles
+        for module in (channel, channel_tiles, partial, slab):
+            self.patch(module, "launch", self._recording(module.launch))
+        if name != "slab":  # small tiles, so that small tensors have many
+            self.patch(heuristics, "slab", lambda *sizes, **layout: None)
+            for tile in ("SUMS_TILE", "APPLY_TILE"):
+                self.patch(heuristics, tile, dict.fromkeys((2, 4, 8), 128))
+
+    def _recording(self, launch):
+        def run(kernel, *args, **options):
+            self.launched.append(kernel.fn.__name__)
+            return launch(kernel, *args, **options)
+
+        return run
+
+    def _expected(self, x):
+        if self.name == "slab":
+            return SLAB
+        most = 4 if x.shape[1] < 32 else 32  # channels of a group forward; half as many backward, where two tensors are read
+        self.patch(heuristics, "CHANNELS_FASTEST_BLOCK", most // 2)
+        if self.name == "two_passes":
+            return TWO_PASSES
+        C, one = x.shape[1], x.numel() // x.shape[1] * x.element_size()
+        self.patch(heuristics, "SMALLEST_GROUP_BYTES", 1)
+        self.patch(self.tiles, "l2_bytes", lambda device: heuristics.L2_SHARE * most * one)
+        return TWO_PASSES[0] * heuristics.cdiv(C, most), TWO_PASSES[1] * heuristics.cdiv(C, most // 2)
+
+    def train(self, x, dy, weight=None, bias=None, running=(None, None), momentum=0.1, eps=1e-5):
+        """y, dx, dweight and dbias by name, and a function of `need` that runs the backward again."""
+        self.kernels.forget()  # plans are kept by what the kernels are given, not by what the heuristics say
+        forward, backward = self._expected(x)
+        y, mean, rstd = self.kernels.channel_fwd(x, weight, bias, *running, True, momentum, eps)
+        assert self.launched == forward
+        again = lambda need: self.kernels.channel_bwd(dy, x, weight, mean, rstd, True, need)
+        dx, dweight, dbias = again((True, *parameter_dtypes(weight, bias)))
+        assert self.launched == forward + backward
+        found = {"y": y, "dx": dx, "dweight": dweight, "dbias": dbias}
+        return {name: t for name, t in found.items() if t is not None}, again
+
+
+@pytest.fixture(params=["slab", "two_passes", "groups"])
+def name(request):
+    return request.param
+
+
+@pytest.fixture(params=[device for backend, device in SERVED if backend.name == "triton"])
+def way(name, request, monkeypatch):
+    way = Way(name, request.param, monkeypatch)
+    yield way
+    way.kernels.forget()
+
+
+@pytest.mark.parametrize("case", WAYS, ids=str)
+def test_every_way_is_as_right(case, way):
+    inputs = case.make_channels(way.device)
+    truth = Training.truth(case, *inputs)
+    for name, t in way.train(*inputs, eps=case.eps)[0].items():
+        assert_no_worse(Training, case, name, t, truth, way.kernels)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@LAYOUTS
+def test_running_statistics(dtype, layout, way):
+    case = Case((6, 7, 4, 3), layout=layout, offset=2.0)
+    x, dy, weight, bias = case.make_channels(way.device)
+    mean, var = case.running(way.device, dtype)
+    truth, part = batch_norm(x), 0.37
+    unbiased = truth.var * truth.count / (truth.count - 1)
+    expected = [wide(old) * (1 - part) + new * part for old, new in ((mean, truth.mean), (var, unbiased))]
+    way.train(x, dy, weight, bias, (mean, var), part)
+    for t, right in zip((mean, var), expected, strict=True):
+        assert error(t, right) <= 2 * ulp(dtype, abs(right).max())
+
+
+@pytest.mark.parametrize("need", list(itertools.product((True, False), (F32, None), (BF16, None))), ids=str)
+def test_only_what_is_needed(need, way):
+    x, dy, weight, bias = Case((5, 7, 6, 5)).make_channels(way.device)
+    _, again = way.train(x, dy, weight, bias)
+    full = again((True, F32, BF16))
+    for got, expected, wanted in zip(again(need), full, need, strict=True):
+        assert (got is not None) == bool(wanted)
+        assert got is None or torch.equal(got, expected)
+
+
+@LAYOUTS
+def test_huge_values_stay_finite_and_right(layout, way):
+    x, dy, _, _ = Case((4, 5, 9, 5), layout=layout, scale=1e30).make_channels(way.device)
+    truth, (ours, _) = batch_norm(x, dy=dy), way.train(x, dy)
+    assert error(ours["y"], truth.y) <= 1e-5
+    assert error(ours["dx"], truth.dx) <= 1e-5 * abs(truth.dx).max()
+
+
+@LAYOUTS
+def test_mean_far_from_zero(layout, way):
+    x, dy, _, _ = Case((8, 5, 8, 8), layout=layout, offset=1e4).make_channels(way.device)
+    truth, (ours, _) = batch_norm(x, dy=dy), way.train(x, dy)
+    assert error(ours["y"], truth.y) <= 1e-5
+    assert error(ours["dx"], truth.dx) <= 1e-5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@LAYOUTS
+def test_not_finite_input_spoils_its_channel_alone(bad, layout, way):
+    x, dy, _, _ = Case((4, 5, 5, 5), layout=layout).make_channels(way.device)
+    x[1, 1, 2, 3] = bad
+    mean = torch.zeros(5, device=way.device)
+    ours, _ = way.train(x, dy, running=(mean, torch.ones_like(mean)), momentum=1.0)
+    for t in (ours["y"], ours["dx"]):
+        assert t.isnan().any((0, 2, 3)).tolist() == [False, True, False, False, False]
+    assert mean.isfinite().tolist() == [True, False, True, True, True]
+    assert bad != bad or mean[1] == bad
+
+
+def test_constant_channels_are_zero(way):
+    for value in (0.0, 3.0, 1e4):
+        x = torch.full((4, 3, 7), value, device=way.device)
+        ours, _ = way.train(x, torch.ones_like(x))
+        assert torch.equal(ours["y"], torch.zeros_like(x))
+        assert torch.equal(ours["dx"], torch.zeros_like(x))
+        way.launched.clear()
