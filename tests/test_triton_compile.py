@@ -55,7 +55,7 @@ def cases():
         for permuted in (False, True):
             yield launch_channels, ((8, 64, 56, 56), dtype, parameter, permuted, permuted)
             yield launch_channels, ((64, 65, 7, 7), dtype, parameter, permuted)
-        for shape in ((64, 8, 14, 14), (7, 16, 3), (128, 64), (64, 8, 7, 7)):  # every size of slab
+        for shape in ((64, 8, 14, 14), (7, 16, 3), (128, 64), (128, 65), (64, 8, 7, 7)):  # every size of slab
             yield launch_channels, (shape, dtype, parameter)
     yield launch_channels, ((8, 64), float64, float64)
     yield launch_channels, ((8, 6, 12, 12), float64, float64)
