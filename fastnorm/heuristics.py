@@ -150,7 +150,9 @@ MOST_TILES = 64
 # itemsize -> (elements of a slab, warps), the smallest that fits.
 SLAB_FORWARD = {2: ((4096, 4), (16384, 16)), 4: ((4096, 4), (16384, 16)), 8: ((4096, 8),)}
 SLAB_BACKWARD = {2: ((4096, 8), (16384, 16)), 4: ((4096, 8), (16384, 16)), 8: ((2048, 8),)}
-SLAB_CHANNELS_FASTEST = {2: ((8192, 8),), 4: ((8192, 8),), 8: ((2048, 8),)}
+SLAB_CHANNELS_FASTEST = {2: ((8192, 8),), 4: ((8192, 8),), 8: ((2048, 4),)}
+# Channels loaded one by one: 8192 of 4 bytes spill on sm_80.
+SLAB_CHANNELS_FASTEST_NARROW = {2: ((8192, 8),), 4: ((4096, 8),)}
 # Bytes of neighbouring channels that a slab takes at the least, one sector of memory.
 SEGMENT = 32
 
@@ -254,11 +256,16 @@ def channel(
     return Channel(block_b, block_s, block_c, warps, stages, tiles, cdiv(total, tiles))
 
 
-def slab(B: int, C: int, S: int, itemsize: int, *, folded: bool, channels_fastest: bool, backward: bool) -> Slab | None:
+def slab(
+    B: int, C: int, S: int, itemsize: int, *, folded: bool, channels_fastest: bool, narrow: bool, backward: bool
+) -> Slab | None:
     """None where the slab of one segment of channels does not fit. A layer has few variants, whatever its batch sizes."""
     row = 1 if folded else power_of_two(S)  # positions that lie together whatever the batch is
     block_c = min(power_of_two(C), max(1, SEGMENT // (itemsize * (1 if channels_fastest else row))))
-    ladder = SLAB_CHANNELS_FASTEST if channels_fastest else SLAB_BACKWARD if backward else SLAB_FORWARD
+    if channels_fastest:
+        ladder = SLAB_CHANNELS_FASTEST_NARROW if narrow else SLAB_CHANNELS_FASTEST
+    else:
+        ladder = SLAB_BACKWARD if backward else SLAB_FORWARD
     for elements, warps in ladder[itemsize]:
         positions = elements // block_c
         block_s = positions if folded else row

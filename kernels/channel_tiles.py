@@ -128,6 +128,11 @@ class Layout:
         of = {POSITIONS: self.vec_s, CHANNELS: self.vec_c, NEITHER: 1}
         return [of[f] for f in self.fastest]
 
+    @property
+    def narrow(self):
+        """Whether a load is narrower than 8 bytes."""
+        return min(self.vectors) * self.itemsize < 8
+
     def divided(self):
         return tuple(tuple(n // v for n in s) for s, v in zip(self.strides, self.vectors, strict=True))
 
@@ -156,10 +161,9 @@ class Plan:
 
     def __init__(self, layout, device, sums, at_once):
         self.layout, self.device = layout, device
-        narrow = min(layout.vectors) * layout.itemsize < 8
         config = heuristics.channel(
             layout.B, layout.C, layout.S, layout.itemsize, sm_count(device), folded=layout.folded,
-            channels_fastest=layout.fastest[0] == CHANNELS, narrow=narrow, sums=sums, at_once=at_once)  # fmt: skip
+            channels_fastest=layout.fastest[0] == CHANNELS, narrow=layout.narrow, sums=sums, at_once=at_once)  # fmt: skip
         self.P, self.fastest, self.strides = config.programs, layout.fastest, layout.divided()
         self.sizes = (layout.B, layout.S // layout.vec_s, layout.C // layout.vec_c, config.tiles)
         self.constants = dict(VEC_S=layout.vec_s, VEC_C=layout.vec_c, BLOCK_B=config.block_b, BLOCK_S=config.block_s,

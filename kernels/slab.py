@@ -118,7 +118,8 @@ class Plan:
 def _plan(shape, strides, itemsizes, backward):
     layout = Layout.of(shape, strides, itemsizes)
     config = heuristics.slab(layout.B, layout.C, layout.S, layout.itemsize, folded=layout.folded,
-                             channels_fastest=layout.fastest[0] == CHANNELS, backward=backward)  # fmt: skip
+                             channels_fastest=layout.fastest[0] == CHANNELS, narrow=layout.narrow,
+                             backward=backward)  # fmt: skip
     return None if config is None else Plan(layout, config)
 
 

@@ -168,12 +168,14 @@ LAYERS = [(64, 3136, False, False), (512, 49, False, False), (3, 5, False, False
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
 @pytest.mark.parametrize("backward", [False, True])
-def test_a_slab_holds_all_positions_and_a_layer_has_few(layer, itemsize, backward):
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_slab_holds_all_positions_and_a_layer_has_few(layer, itemsize, backward, narrow):
     C, S, folded, channels_fastest = layer
+    narrow = narrow and itemsize < 8
     found = []
     for B in range(1, 20_000, 7):
         sizes = (1, C, B * S) if folded else (B, C, S)
-        c = H.slab(*sizes, itemsize, folded=folded, channels_fastest=channels_fastest, backward=backward)
+        c = H.slab(*sizes, itemsize, folded=folded, channels_fastest=channels_fastest, narrow=narrow, backward=backward)
         found.append(c)
         if c is not None:
             assert c.block_b >= sizes[0]
@@ -190,8 +192,9 @@ def test_a_slab_holds_all_positions_and_a_layer_has_few(layer, itemsize, backwar
 
 
 def test_slabs_take_whole_sectors():
-    for itemsize, channels_fastest in itertools.product(ITEMSIZES, (False, True)):
-        c = H.slab(8, 64, 2, itemsize, folded=False, channels_fastest=channels_fastest, backward=False)
+    for itemsize, channels_fastest, narrow in itertools.product(ITEMSIZES, (False, True), (False, True)):
+        narrow = narrow and itemsize < 8
+        c = H.slab(8, 64, 2, itemsize, folded=False, channels_fastest=channels_fastest, narrow=narrow, backward=False)
         assert c.block_c * itemsize * (1 if channels_fastest else 2) == H.SEGMENT
 
 
@@ -244,7 +247,7 @@ def test_few_channels_still_fill_the_gpu():
 
 def test_configurations_are_frozen_and_printable():
     configs = [H.row_forward(768, 2), H.row_backward(10, 768, 2, 132), H.row_backward(10, 10**5, 2, 132), H.finalise(64),
-               H.slab(8, 3, 49, 4, folded=False, channels_fastest=False, backward=True),
+               H.slab(8, 3, 49, 4, folded=False, channels_fastest=False, narrow=True, backward=True),
                H.channel(2, 3, 49, 4, 132, folded=False, channels_fastest=False, narrow=True, sums=True,
                          at_once=3)]  # fmt: skip
     for c in configs:
