@@ -16,7 +16,7 @@ PYTHON := .venv/bin/python
 ready := .venv/ready
 endif
 
-.PHONY: train bench test gpu tune sanitize lint checked clean
+.PHONY: train bench test gpu tune audit sanitize lint checked clean
 
 train: $(ready)
 	$(PYTHON) bench/train.py $(ARGS)
@@ -33,6 +33,11 @@ gpu:
 
 tune:
 	$(bare) bench/checkout.py bench/tune.py $(ARGS)
+
+# Every kernel as machine code for five architectures, and the bytes that every op moves: two tables, no GPU. On two cores it
+# takes half an hour the first time; Triton keeps what it compiled.
+audit: $(ready)
+	PYTHONPATH="tests:$$PYTHONPATH" $(PYTHON) -m audit
 
 # The C++ kernels under ASAN and UBSAN. The process needs gcc's runtimes before Python, the compiler goes without; Python leaks
 # by intent; the words of the sanitizers go to an uncaptured stderr.

@@ -104,7 +104,8 @@ CHUNK_BLOCK, CHUNK_WARPS = {2: 4096, 4: 4096, 8: 2048}, 8
 # A program prefetches stages - 1 tiles of x and dy: (stages - 1) * 2 * rows * block * itemsize bytes are on their way while it
 # reduces and stores. An SM needs about 32 KB of them to keep the memory busy, whatever M is.
 # * From 256 on one program of 16 warps gives them alone: 4096 elements are 8 per thread and at most 118 registers, and sm_count
-#   programs write the fewest partial rows. 2 bytes: 3 tiles of 16 KB; 4 bytes: 2 tiles of 32 KB; both fit 99 KB.
+#   programs write the fewest partial rows. 2 bytes: 3 tiles of 16 KB; 4 bytes: 2 tiles of 32 KB, but 2048 takes 3 of
+#   16 KB, because two rows without a weight spill on sm_90; all fit 99 KB.
 # * 8192: 2 bytes hold 16 elements per thread, because 32 warps leave 64 registers; 4 bytes need those 32 warps, at 64
 #   registers, and prefetch one tile of 64 KB.
 # * Below 256 a row lies within a warp, so that programs of 4 warps hardly wait for each other: 4 or 8 KB each, as many as the
@@ -114,7 +115,7 @@ BACKWARD = {
     2: {16: (64, 4, 2, 7), 32: (32, 4, 2, 7), 64: (16, 4, 2, 7), 128: (8, 4, 3, 7), 256: (16, 16, 4, 1), 512: (8, 16, 4, 1),
         1024: (4, 16, 4, 1), 2048: (2, 16, 4, 1), 4096: (1, 16, 4, 1), 8192: (1, 16, 3, 1)},
     4: {16: (32, 4, 2, 10), 32: (16, 4, 2, 10), 64: (8, 4, 2, 10), 128: (4, 4, 2, 10), 256: (16, 16, 3, 1), 512: (8, 16, 3, 1),
-        1024: (4, 16, 3, 1), 2048: (2, 16, 3, 1), 4096: (1, 16, 3, 1), 8192: (1, 32, 2, 1)},
+        1024: (4, 16, 3, 1), 2048: (1, 16, 4, 1), 4096: (1, 16, 3, 1), 8192: (1, 32, 2, 1)},
     8: {16: (16, 4, 1, 4), 32: (8, 4, 1, 4), 64: (4, 4, 1, 4), 128: (2, 4, 1, 4), 256: (1, 4, 1, 4), 512: (1, 4, 1, 4),
         1024: (1, 8, 1, 2), 2048: (1, 16, 1, 1)},
 }  # fmt: skip

@@ -9,12 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed, so its compiler cannot be run")
 
+from audit import traffic
+from audit.__main__ import ARCHITECTURES
+
 ROOT = Path(__file__).resolve().parents[1]
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
 def run(module, *args):
@@ -57,3 +60,35 @@ def test_a_new_batch_size_compiles_nothing():
     for name, (late, early) in result("recompiles").items():
         assert early, f"{name}: nothing was compiled, so nothing was measured"
         assert not late, name
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the bytes are counted in Triton's interpreter")
+class TestTraffic:
+    @pytest.mark.parametrize("op", traffic.OPS, ids=lambda op: f"{op.name}-{op.shape}-{op.layout}")
+    def test_no_op_moves_more_than_its_ideal(self, op):
+        dram, moved = traffic.ratios(op)
+        assert 0.95 <= dram <= traffic.MOST, f"{dram:.2f} times the ideal; {moved:.2f} pass the L2"
+
+    def test_a_second_sweep_is_seen_where_the_L2_does_not_hold_the_first(self):
+        memory = traffic.Memory(1 << 20)
+        row = lambda i: i * 1000 + np.arange(1000)
+        for i in (*range(30), *range(30)):  # 32000 bytes each
+            memory.touch(False, row(i))
+        assert memory.read == 30 * 32000
+        for i in (*range(100, 150), *range(100, 150)):
+            memory.touch(False, row(i))
+        assert memory.read == (30 + 100) * 32000
+        assert memory.moved == (60 + 100) * 32000
+
+    def test_a_store_costs_its_bytes_once(self):
+        memory = traffic.Memory(1 << 20)
+        for is_store in (True, False, True):
+            memory.touch(is_store, np.arange(100))
+        assert (memory.read, memory.written) == (0, 3200)
+
+    def test_a_copy_between_the_passes_is_found(self):
+        """The planted fault: a second sweep over x in a launch of its own."""
+        op = traffic.Op("row_fwd", 2, (64, 8192), traffic.F32)
+        x, run = traffic._run(op)
+        memory = traffic.count(lambda: (run(), run()), op.sms)
+        assert memory.read + memory.written > traffic.MOST * op.ideal * x.numel() * x.element_size()

@@ -17,9 +17,12 @@ from triton.backends.compiler import GPUTarget
 
 @dataclass(frozen=True)
 class Device:
+    """`shared`: the most shared memory of a block, in bytes; `threads`: the most threads."""
+
     target: GPUTarget
-    shared: int  # most shared memory of a block, in bytes
+    shared: int
     sms: int
+    threads: int = 1024
 
 
 DEVICES = {
@@ -27,7 +30,8 @@ DEVICES = {
     "sm_90": Device(GPUTarget("cuda", 90, 32), 232448, 132),
     "sm_100": Device(GPUTarget("cuda", 100, 32), 232448, 148),
     "sm_120": Device(GPUTarget("cuda", 120, 32), 101376, 170),
-    "gfx942": Device(GPUTarget("hip", "gfx942", 64), 65536, 304),
+    # Only compiled: 32 warps of 64 lanes would be too many threads, and some tiles are more than its 64 KB of shared memory.
+    "gfx942": Device(GPUTarget("hip", "gfx942", 64), 1 << 20, 304, 2048),
 }
 
 
@@ -65,7 +69,7 @@ class _Driver:
                       "multiprocessor_count": DEVICES[arch].sms}  # fmt: skip
         self.utils = types.SimpleNamespace(
             get_device_properties=lambda device: dict(properties),
-            load_binary=lambda *args: (1, 1, 0, 0, 1024),
+            load_binary=lambda *args: (1, 1, 0, 0, DEVICES[arch].threads),
             unload_module=lambda module: None,
             unload_binary=lambda module: None,
         )

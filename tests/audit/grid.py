@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -78,6 +80,11 @@ FEW_CHANNEL_SHAPES = (
     ((2048, 512), "dense"), ((16, 64, 56, 56), "dense"), ((16, 64, 56, 56), "channels_last"), ((64, 512, 7, 7), "dense"),
     ((16, 128, 1000), "mT"), ((8, 65, 7, 7), "channels_last"),
 )  # fmt: skip
+
+
+def modules():
+    """All of the package's modules."""
+    return [importlib.import_module(f"{K.__name__}.{module.name}") for module in pkgutil.iter_modules(K.__path__)]
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import sys
 from collections import Counter
 from dataclasses import dataclass
-
-import fastnorm.kernels
 
 from . import code, grid
 from .dryrun import Compiled, record
@@ -35,8 +31,7 @@ def audit(arch: str, calls: list[grid.Call]) -> list[Judged]:
 
 def unreached(judged: list[Judged]) -> list[str]:
     """Kernels of the package that no call compiled."""
-    modules = [importlib.import_module(f"fastnorm.kernels.{m.name}") for m in pkgutil.iter_modules(fastnorm.kernels.__path__)]
-    defined = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    defined = {name for module in grid.modules() for name in vars(module) if name.endswith("_kernel")}
     return sorted(defined - {j.variant.kernel for j in judged})
 
 

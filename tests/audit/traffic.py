@@ -1,0 +1,193 @@
+"""The bytes that every op moves, counted in Triton's interpreter and put through a model of the L2.
+
+A launch's accesses are recorded program by program in sectors of 32 bytes, and replayed as a GPU would run them: as many
+programs side by side as 1024 threads per SM allow, access by access. A load misses where its sector was never touched, or where
+more than the L2 holds has been touched since; a store costs its bytes once, unless the same sector was stored a short while
+ago. The L2 is a GPU's 50 MB, divided by as much as its 132 SMs are.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from contextlib import ExitStack
+from dataclasses import dataclass
+from unittest import mock
+
+import fastnorm.kernels as K
+import numpy as np
+import torch
+from triton.runtime import interpreter as triton_interpreter
+
+from fastnorm import heuristics
+
+from .grid import modules
+
+THREADS = 1024  # of one SM
+SECTOR, PAGE = 32, 1 << 15  # bytes; sectors
+MOST = 1.15  # times the ideal
+
+
+class Memory:
+    """Counts what comes from and goes to DRAM; `moved` is everything that passes the L2."""
+
+    def __init__(self, size: int):
+        self.size, self.clock = size, 0
+        self.read = self.written = self.moved = 0
+        fresh = lambda: np.full((2, PAGE), -(1 << 60))
+        self.pages = defaultdict(fresh)  # page -> clocks of each sector's last touch and last store
+
+    def touch(self, is_store: bool, sectors):
+        self.moved += SECTOR * len(sectors)
+        cuts = np.flatnonzero(np.diff(sectors // PAGE)) + 1
+        for part in np.split(sectors, cuts):
+            touched, stored = self.pages[int(part[0]) // PAGE]
+            at = part % PAGE
+            age = self.clock - touched[at]
+            if is_store:
+                self.written += SECTOR * int((self.clock - stored[at] > self.size).sum())
+                stored[at] = self.clock
+            else:
+                self.read += SECTOR * int((age > self.size).sum())
+            # What was touched a moment ago pushes nothing out.
+            self.clock += SECTOR * int((age > self.size // 16).sum())
+            touched[at] = self.clock
+
+
+class _Recorder:
+    """The accesses of one launch: program -> [(is_store, sectors)]."""
+
+    def __init__(self, memory, sms):
+        self.memory, self.sms, self.programs = memory, sms, defaultdict(list)
+
+    def access(self, builder, is_store, pointers, mask):
+        at = np.broadcast_to(pointers.data, np.shape(mask.data))[np.asarray(mask.data)]
+        if at.size:
+            self.programs[tuple(builder.grid_idx)].append((is_store, np.unique(at.astype(np.int64) // SECTOR)))
+
+    def replay(self, warps):
+        side_by_side = self.sms * max(1, THREADS // (32 * warps))
+        programs = list(self.programs.values())
+        self.programs.clear()
+        for first in range(0, len(programs), side_by_side):
+            wave = programs[first : first + side_by_side]
+            for step in range(max(map(len, wave))):
+                for accesses in wave:
+                    if step < len(accesses):
+                        self.memory.touch(*accesses[step])
+
+
+def count(run, sms: int) -> Memory:
+    """All that the kernels launched by `run` move, with a cold cache, on a GPU of `sms` SMs."""
+    l2 = (50 << 20) * sms // 132
+    memory = Memory(l2)
+    recorder = _Recorder(memory, sms)
+    builder, executor = triton_interpreter.InterpreterBuilder, triton_interpreter.GridExecutor
+    load, store, call = builder.create_masked_load, builder.create_masked_store, executor.__call__
+
+    def masked_load(self, pointers, mask, *rest):
+        recorder.access(self, False, pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def masked_store(self, pointers, value, mask, *rest):
+        recorder.access(self, True, pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    def launch(self, *args, num_warps, **kwargs):
+        call(self, *args, num_warps=num_warps, **kwargs)
+        recorder.replay(num_warps)
+
+    with ExitStack() as stack:
+        patch = lambda *args, **kwargs: stack.enter_context(mock.patch.object(*args, **kwargs))
+        patch(builder, "create_masked_load", masked_load)
+        patch(builder, "create_masked_store", masked_store)
+        patch(executor, "__call__", launch)
+        for name in ("PANEL_BYTES", "SMALLEST_GROUP_BYTES"):
+            patch(heuristics, name, getattr(heuristics, name) * sms // 132)
+        for module in modules():
+            for name, value in (("sm_count", sms), ("l2_bytes", l2)):
+                if hasattr(module, name):
+                    patch(module, name, return_value=value)
+        K.forget()  # what the kernels keep was chosen for another GPU
+        run()
+    K.forget()
+    return memory
+
+
+@dataclass(frozen=True)
+class Op:
+    """`ideal`: how many times the bytes of x must go through DRAM."""
+
+    name: str
+    ideal: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: str = "dense"
+    sms: int = 2
+
+
+BF16, F32 = torch.bfloat16, torch.float32
+_ROWS = (((4096, 64), F32), ((512, 1024), BF16), ((64, 8192), BF16))
+# Larger than the L2 of 2 SMs in every layout, so that groups of channels are what keeps the second read in it; a slab; and
+# samples so large that no group of theirs fits, which are two plain passes.
+_GROUPS = (((8, 64, 24, 24), "dense"), ((8, 64, 24, 24), "channels_last"), ((2304, 128), "dense"))
+_SLAB = (((64, 64, 7, 7), "dense"),)
+_LARGE = (((8, 4, 160, 160), "dense"),)
+_ONCE, _TWICE = (("channel_fwd", 2), ("channel_bwd", 3)), (("channel_fwd", 3), ("channel_bwd", 5))
+OPS = (
+    *(Op(name, ideal, shape, dtype) for shape, dtype in _ROWS for name, ideal in (("row_fwd", 2), ("row_bwd", 3))),
+    # Enough SMs that parameters are little beside the L2, and that a panel has several rows per program, as on a GPU.
+    Op("row_fwd", 2, (100, 20000), BF16, sms=16),
+    Op("row_bwd", 3, (120, 9000), BF16, sms=16),
+    *(Op("evaluation", 2, shape, F32, layout) for shape, layout in _GROUPS),
+    *(Op(name, ideal, shape, F32, layout) for shape, layout in (*_GROUPS, *_SLAB) for name, ideal in _ONCE),
+    *(Op(name, ideal, shape, F32, layout) for shape, layout in _LARGE for name, ideal in _TWICE),
+)
+
+
+def _run(op: Op):
+    """The call to count; what it needs is made without being counted."""
+    x = torch.randn(op.shape).to(op.dtype)
+    if op.layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    rows = op.name.startswith("row")
+    N = x.shape[-1] if rows else x.shape[1]
+    weight, bias = torch.randn(N), torch.randn(N)
+    if op.name == "row_fwd":
+        return x, lambda: K.row_fwd(x, weight, bias, 1e-5, N)
+    if op.name == "evaluation":
+        return x, lambda: K.channel_fwd(x, weight, bias, bias, weight.abs(), False, 0.1, 1e-5)
+    if op.name == "channel_fwd":
+        return x, lambda: K.channel_fwd(x, weight, bias, bias.clone(), weight.abs(), True, 0.1, 1e-5)
+    mean, rstd = torch.zeros(2, x.numel() // N if rows else N), torch.ones(x.numel() // N if rows else N)
+    dy, need = x.clone(), (True, torch.float32, torch.float32)
+    if op.name == "row_bwd":
+        return x, lambda: K.row_bwd(dy, x, weight, mean, rstd, need)
+    return x, lambda: K.channel_bwd(dy, x, weight, mean, rstd, True, need)
+
+
+def ratios(op: Op) -> tuple[float, float]:
+    """DRAM traffic and everything that passes the L2, both over the ideal."""
+    x, run = _run(op)
+    memory = count(run, op.sms)
+    ideal = op.ideal * x.numel() * x.element_size()
+    return (memory.read + memory.written) / ideal, memory.moved / ideal
+
+
+def main() -> int:
+    print(f"{'op':12} {'shape':20} {'dtype':9} {'layout':14} {'ideal':>5} {'DRAM':>6} {'L2':>6}  verdict")
+    bad = 0
+    for op in OPS:
+        dram, moved = ratios(op)
+        bad += dram > MOST
+        shape, dtype = "x".join(map(str, op.shape)), str(op.dtype).removeprefix("torch.")
+        verdict = "ok" if dram <= MOST else f"more than {MOST} times the ideal"
+        print(f"{op.name:12} {shape:20} {dtype:9} {op.layout:14} {op.ideal:4}e {dram:6.2f} {moved:6.2f}  {verdict}", flush=True)
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    import interpreter
+
+    interpreter.install()
+    sys.exit(main())
