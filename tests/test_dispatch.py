@@ -127,6 +127,15 @@ def test_triton_that_cannot_launch_is_not_used(monkeypatch):
     assert reason == "its first kernel did not run (RuntimeError: Failed to find C compiler.)"
 
 
+def test_triton_is_not_used_where_its_launches_would_fail(monkeypatch):
+    """An AMD GPU, "cuda" to torch, runs no block of 32 warps."""
+    kernels = pytest.importorskip("fastnorm.kernels", reason="triton is not installed")
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert kernels.unavailable.__wrapped__() == "its launch choices are made for NVIDIA GPUs, and this one has other limits"
+
+
 def test_triton_backend_is_imported_once():
     """From the checkout's root `import kernels` works by accident, and would make a second copy of every kernel."""
     other = sys.modules.get("kernels")  # Hugging Face's package of that name is no copy

@@ -130,7 +130,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 _ROWS = (((4096, 64), F32), ((512, 1024), BF16), ((64, 8192), BF16))
 # Larger than the L2 of 2 SMs in every layout, so that groups of channels are what keeps the second read in it; a slab; and
 # samples so large that no group of theirs fits, which are two plain passes.
-_GROUPS = (((8, 64, 24, 24), "dense"), ((8, 64, 24, 24), "channels_last"), ((2304, 128), "dense"))
+_GROUPS = (((8, 64, 24, 24), "dense"), ((8, 256, 12, 12), "channels_last"), ((1152, 256), "dense"))
 _SLAB = (((64, 64, 7, 7), "dense"),)
 _LARGE = (((8, 4, 160, 160), "dense"),)
 _ONCE, _TWICE = (("channel_fwd", 2), ("channel_bwd", 3)), (("channel_fwd", 3), ("channel_bwd", 5))
