@@ -136,7 +136,8 @@ PARTIAL_SHARE = 6
 L2_SHARE, SMALLEST_GROUP_BYTES = 2, 12 << 20
 
 # Elements of a tile, warps, and programs per SM. Halved where loads are narrower than 8 bytes: every load in flight then holds
-# a pointer of its own, two registers.
+# a pointer of its own, two registers; and sums of several channels whose positions lie together, which have a set of sums for
+# each of them.
 APPLY_TILE, APPLY_WARPS, APPLY_PROGRAMS_PER_SM = {2: 2048, 4: 2048, 8: 1024}, 4, 8
 # Sums: few programs, because every one is a partial row that the finalising launch walks through; each prefetches, so that
 # the two that fit keep 32 KB on their way to an SM.
@@ -150,7 +151,8 @@ MOST_TILES = 64
 
 # itemsize -> (elements of a slab, warps), the smallest that fits.
 SLAB_FORWARD = {2: ((4096, 4), (16384, 16)), 4: ((4096, 4), (16384, 16)), 8: ((4096, 8),)}
-SLAB_BACKWARD = {2: ((4096, 8), (16384, 16)), 4: ((4096, 8), (16384, 16)), 8: ((2048, 8),)}
+# 2 bytes, backward: with 8 warps the assembler aims at 64 registers on sm_120, and spills.
+SLAB_BACKWARD = {2: ((4096, 4), (16384, 16)), 4: ((4096, 8), (16384, 16)), 8: ((2048, 8),)}
 SLAB_CHANNELS_FASTEST = {2: ((8192, 8),), 4: ((8192, 8),), 8: ((2048, 4),)}
 # Channels loaded one by one: 8192 of 4 bytes spill on sm_80.
 SLAB_CHANNELS_FASTEST_NARROW = {2: ((8192, 8),), 4: ((4096, 8),)}
@@ -240,8 +242,11 @@ def channel(
 
     `at_once` of the C channels are in one launch.
     """
-    elements = (SUMS_TILE if sums else APPLY_TILE)[itemsize] // (2 if narrow else 1)
+    elements = (SUMS_TILE if sums else APPLY_TILE)[itemsize]
     block_c = _channel_block(C, S, elements, folded, channels_fastest)
+    if narrow or (sums and block_c > 1 and not channels_fastest):
+        elements //= 2
+        block_c = _channel_block(C, S, elements, folded, channels_fastest)
     positions = elements // block_c
     block_s = positions if folded else min(positions, power_of_two(S))
     block_b = positions // block_s
