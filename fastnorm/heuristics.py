@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SMALLEST_BLOCK = 16
+REGISTERS = 65536  # of one SM
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Channel:
     block_c: int
     warps: int
     stages: int
+    registers: int | None
     tiles: int
     programs: int
 
@@ -74,6 +76,7 @@ class Slab:
     block_s: int
     block_c: int
     warps: int
+    registers: int
 
 
 @dataclass(frozen=True)
@@ -151,8 +154,7 @@ MOST_TILES = 64
 
 # itemsize -> (elements of a slab, warps), the smallest that fits.
 SLAB_FORWARD = {2: ((4096, 4), (16384, 16)), 4: ((4096, 4), (16384, 16)), 8: ((4096, 8),)}
-# 2 bytes, backward: with 8 warps the assembler aims at 64 registers on sm_120, and spills.
-SLAB_BACKWARD = {2: ((4096, 4), (16384, 16)), 4: ((4096, 8), (16384, 16)), 8: ((2048, 8),)}
+SLAB_BACKWARD = {2: ((4096, 8), (16384, 16)), 4: ((4096, 8), (16384, 16)), 8: ((2048, 8),)}
 SLAB_CHANNELS_FASTEST = {2: ((8192, 8),), 4: ((8192, 8),), 8: ((2048, 4),)}
 # Channels loaded one by one: 8192 of 4 bytes spill on sm_80.
 SLAB_CHANNELS_FASTEST_NARROW = {2: ((8192, 8),), 4: ((4096, 8),)}
@@ -167,6 +169,11 @@ def power_of_two(n: int) -> int:
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def registers(warps: int) -> int:
+    """What a thread may have at the most. Told nothing, the assembler aims at a rounder number and may spill for it."""
+    return min(255, REGISTERS // (32 * warps))
 
 
 def row_forward(N: int, itemsize: int) -> RowForward:
@@ -254,12 +261,13 @@ def channel(
     everything = total * cdiv(at_once, block_c)
     if sums:
         tiles = cdiv(everything, SUMS_PROGRAMS_PER_SM * sm_count)
-        warps, stages = SUMS_WARPS, SUMS_STAGES[itemsize]
+        warps, stages, most = SUMS_WARPS, SUMS_STAGES[itemsize], None
     else:
         tiles = max(1, everything // (APPLY_PROGRAMS_PER_SM * sm_count))
         warps, stages = APPLY_WARPS, 1
+        most = registers(warps) if itemsize == 8 else None
     tiles = min(MOST_TILES, tiles)
-    return Channel(block_b, block_s, block_c, warps, stages, tiles, cdiv(total, tiles))
+    return Channel(block_b, block_s, block_c, warps, stages, most, tiles, cdiv(total, tiles))
 
 
 def slab(
@@ -276,7 +284,7 @@ def slab(
         positions = elements // block_c
         block_s = positions if folded else row
         if block_s >= S and B * block_s <= positions:
-            return Slab(positions // block_s, block_s, block_c, warps)
+            return Slab(positions // block_s, block_s, block_c, warps, registers(warps))
     return None
 
 

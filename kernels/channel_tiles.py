@@ -168,7 +168,7 @@ class Plan:
         self.sizes = (layout.B, layout.S // layout.vec_s, layout.C // layout.vec_c, config.tiles)
         self.constants = dict(VEC_S=layout.vec_s, VEC_C=layout.vec_c, BLOCK_B=config.block_b, BLOCK_S=config.block_s,
                               BLOCK_C=config.block_c, INDEX=layout.index((config.block_b, config.block_c, config.block_s)),
-                              warps=config.warps)  # fmt: skip
+                              warps=config.warps, registers=config.registers)  # fmt: skip
         if sums:
             self.constants["STAGES"] = config.stages
 

@@ -52,15 +52,17 @@ class _Thread(threading.local):
 thread = _Thread()
 
 
-def launch(kernel, programs: int, device: torch.device, *args, warps: int, stages: int = 2, **constants) -> None:
-    """Run a one-dimensional grid on `device`, on its current stream."""
+def launch(
+    kernel, programs: int, device: torch.device, *args, warps: int, stages: int = 2, registers: int | None = None, **constants
+) -> None:
+    """Run a one-dimensional grid on `device`, on its current stream; `registers`: the most of a thread."""
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     watched = thread.recorder is not None
     with (
         torch.cuda.device(device) if elsewhere else contextlib.nullcontext(),
         _disable_current_modes() if watched else contextlib.nullcontext(),  # the interpreter is made of torch's operators
     ):
-        compiled = _start(kernel, programs, device, args, warps, stages, constants)
+        compiled = _start(kernel, programs, device, args, (warps, stages, registers), constants)
     if watched:
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | constants
         thread.recorder(Launch(kernel, compiled, programs, {name: arguments[name] for name in kernel.arg_names}))
@@ -92,12 +94,12 @@ def _kind(a):
     return tuple((_kind(n), n == 1, n % 16 == 0) for n in a) if isinstance(a, tuple) else type(a)
 
 
-def _start(kernel, programs, device, args, warps, stages, constants):
-    key = (id(kernel), device.index, warps, stages, *constants.values(), *map(_kind, args)) if _compiled.trusted else None
+def _start(kernel, programs, device, args, options, constants):
+    key = (id(kernel), device.index, *options, *constants.values(), *map(_kind, args)) if _compiled.trusted else None
     at_hand = _compiled.kernels.get(key) if key else None
     if at_hand is None or triton.knobs.runtime.launch_enter_hook.calls:  # a profiler's hook is called by Triton alone
         # FP fusion is what later Tritons turn off by default.
-        options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+        options = dict(zip(("num_warps", "num_stages", "maxnreg"), options, strict=True), enable_fp_fusion=True)
         compiled = kernel[(int(programs),)](*map(_plain, args), **options, **constants)
         if key:
             order = tuple(constants[name] for name in kernel.arg_names[len(args) :])

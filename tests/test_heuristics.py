@@ -6,7 +6,6 @@ import pytest
 from fastnorm import heuristics as H
 
 ITEMSIZES = (2, 4, 8)
-REGISTERS = 65536  # of one SM
 SHARED = 99 << 10  # bytes a block may use on the smallest GPU that is served
 
 
@@ -40,7 +39,7 @@ def test_ladders_fit_the_registers(ladder, itemsize):
         assert power_of_two(warps)
         assert warps <= 32
         words = live * rows * block * max(4, itemsize) // 4
-        assert words / (32 * warps) <= min(255, REGISTERS // (32 * warps)) * 0.65
+        assert words / (32 * warps) <= min(255, H.REGISTERS // (32 * warps)) * 0.65
 
 
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
@@ -185,7 +184,7 @@ def test_a_slab_holds_all_positions_and_a_layer_has_few(layer, itemsize, backwar
             assert c.block_c <= H.power_of_two(C)
             live = 2 if backward else 1
             words = live * c.block_b * c.block_s * c.block_c * max(4, itemsize) // 4
-            assert words / (32 * c.warps) <= 0.65 * min(255, REGISTERS // (32 * c.warps))
+            assert words / (32 * c.warps) <= 0.65 * min(255, H.REGISTERS // (32 * c.warps))
     if found[0] is not None:  # once the slab is too large it stays so: a layer changes over at most twice
         assert found[-1] is None
     assert len({c for c in found if c is not None}) <= 2
