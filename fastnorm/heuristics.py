@@ -31,6 +31,7 @@ class RowBackward:
     block: int
     warps: int
     stages: int
+    registers: int | None
     programs: int
     partial_rows: int  # the most programs for any M in the same power of two
 
@@ -195,7 +196,8 @@ def row_backward(M: int, N: int, itemsize: int, sm_count: int) -> RowBackward | 
     least = 1 << (M.bit_length() - 1)
     affordable = 3 * itemsize * least // (PARTIAL_SHARE * 16 * sm_count)
     partial_rows = min(sm_count * min(fit, max(1, affordable)), cdiv(2 * least - 1, rows))
-    return RowBackward(rows, block, warps, stages, min(partial_rows, cdiv(M, rows)), partial_rows)
+    most = registers(warps) if fit == 1 else None
+    return RowBackward(rows, block, warps, stages, most, min(partial_rows, cdiv(M, rows)), partial_rows)
 
 
 def _row_backward_split(M: int, N: int, itemsize: int, sm_count: int) -> RowBackwardSplit:

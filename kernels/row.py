@@ -287,7 +287,7 @@ def row_bwd(dy, x, weight, mean, rstd, need):
     else:
         launch(_row_bwd_kernel, programs, x.device, *inputs, dx, partial, config.partial_rows, *sizes,
                DW=wanted[0], DB=wanted[1], ROWS=config.rows, BLOCK=config.block, VEC=vec, STAGES=config.stages,
-               warps=config.warps, stages=config.stages)  # fmt: skip
+               warps=config.warps, stages=config.stages, registers=config.registers)  # fmt: skip
     if partial is None:
         return dx, None, None
     dw, db = (None if dtype is None else torch.empty(rows.N, dtype=dtype, device=x.device) for dtype in need[1:])
