@@ -99,8 +99,10 @@ def _start(kernel, programs, device, args, options, constants):
     at_hand = _compiled.kernels.get(key) if key else None
     if at_hand is None or triton.knobs.runtime.launch_enter_hook.calls:  # a profiler's hook is called by Triton alone
         # FP fusion is what later Tritons turn off by default.
-        options = dict(zip(("num_warps", "num_stages", "maxnreg"), options, strict=True), enable_fp_fusion=True)
-        compiled = kernel[(int(programs),)](*map(_plain, args), **options, **constants)
+        named = dict(zip(("num_warps", "num_stages", "maxnreg"), options, strict=True), enable_fp_fusion=True)
+        if INTERPRETED or triton.runtime.driver.active.get_current_target().backend != "cuda":
+            del named["maxnreg"]  # NVIDIA's assembler alone takes it
+        compiled = kernel[(int(programs),)](*map(_plain, args), **named, **constants)
         if key:
             order = tuple(constants[name] for name in kernel.arg_names[len(args) :])
             _compiled.kernels[key] = compiled, order
