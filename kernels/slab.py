@@ -26,6 +26,14 @@ from .launch import float_pair, launch
 from .math import centre, grad_input, if_finite, moments, normalize, pair_of, rstd_of, sum2
 
 
+@triton.jit
+def _slab(B, S, C, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):
+    """Corner of a program's slab, places within it, and which of them exist."""
+    corner = (0, 0, tl.program_id(0) * BLOCK_C)
+    inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
+    return corner, inside, tile_exists(corner, inside, B, S) & (inside[2] < C - corner[2])
+
+
 @triton.jit(do_not_specialize=[*SIZES, "eps", "eps_low", "momentum", "momentum_low"])
 def _slab_fwd_kernel(x_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, y_ptr, mean_ptr, rstd_ptr, x_strides,
                      y_strides, B, S_v, C_v, eps, eps_low, momentum, momentum_low, X_FASTEST: tl.constexpr,
@@ -35,9 +43,7 @@ def _slab_fwd_kernel(x_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     S = S_v * VEC_S
     C = C_v * VEC_C
-    corner = (0, 0, tl.program_id(0) * BLOCK_C)
-    inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
-    mask = tile_exists(corner, inside, B, S) & (inside[2] < C - corner[2])
+    corner, inside, mask = _slab(B, S, C, BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
     x = tl.load(tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(ACC)
     n = (B * S).to(ACC)
     high, low, m2, scale = moments(x, mask, n, 0)
@@ -71,9 +77,7 @@ def _slab_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_p
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     S = S_v * VEC_S
     C = C_v * VEC_C
-    corner = (0, 0, tl.program_id(0) * BLOCK_C)
-    inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
-    mask = tile_exists(corner, inside, B, S) & (inside[2] < C - corner[2])
+    corner, inside, mask = _slab(B, S, C, BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
     x = tl.load(tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(ACC)
     dz = tl.load(tile_at(dy_ptr, dy_strides, corner, inside, DY_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(ACC)
     cols = corner[2] + tl.arange(0, BLOCK_C)
