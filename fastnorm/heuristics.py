@@ -135,14 +135,13 @@ PANEL_BYTES = 25 << 20
 # may cost 1/6 of the ideal traffic of a backward, 3 * itemsize bytes per element; half of that, the reading, comes from L2.
 PARTIAL_SHARE = 6
 
-# A whole group of channels stays in L2 from its first read to its second where it takes at most half of it; a group that is
-# smaller than this does not pay for its launches.
-L2_SHARE, SMALLEST_GROUP_BYTES = 2, 12 << 20
+# Partial rows times channels of a block, up to which every program of the second reading merges those of its block itself.
+MERGED_WITH_READING = 512
 
 # Elements of a tile, warps, and programs per SM. Halved where loads are narrower than 8 bytes: every load in flight then holds
 # a pointer of its own, two registers; and sums of several channels whose positions lie together, which have a set of sums for
 # each of them.
-APPLY_TILE, APPLY_WARPS, APPLY_PROGRAMS_PER_SM = {2: 2048, 4: 2048, 8: 1024}, 4, 8
+APPLY_TILE, APPLY_WARPS, APPLY_STAGES, APPLY_PROGRAMS_PER_SM = {2: 2048, 4: 2048, 8: 1024}, 4, 1, 8
 # Sums: few programs, because every one is a partial row that the finalising launch walks through; each prefetches, so that
 # the two that fit keep 32 KB on their way to an SM.
 SUMS_TILE, SUMS_WARPS, SUMS_PROGRAMS_PER_SM = {2: 4096, 4: 4096, 8: 2048}, 8, 2
@@ -228,46 +227,33 @@ def _channel_block(C: int, S: int, elements: int, folded: bool, channels_fastest
     return 1 if folded else min(8, max(1, elements // (8 * power_of_two(S))), power_of_two(C))
 
 
-def channel_groups(
-    B: int, C: int, S: int, itemsize: int, tensors: int, l2_bytes: int, *, folded: bool, channels_fastest: bool
-) -> list[tuple[int, int]]:
-    """(first, last) channel of every group: `tensors` are read twice, and the second time they come from L2.
-
-    One group where all of it fits, and where a group of whole blocks of channels would be too small or too large.
-    """
-    one = B * S * itemsize * tensors
-    block = _channel_block(C, S, SUMS_TILE[itemsize], folded, channels_fastest)
-    most = l2_bytes // L2_SHARE // one // block * block
-    if most >= C or most * one < SMALLEST_GROUP_BYTES:
-        return [(0, C)]
-    channels = cdiv(cdiv(C, cdiv(C, most)), block) * block
-    return [(first, min(first + channels, C)) for first in range(0, C, channels)]
-
-
-def channel(
-    B: int, C: int, S: int, itemsize: int, sm_count: int, *, folded: bool, channels_fastest: bool, narrow: bool, sums: bool,
-    at_once: int,
-) -> Channel:  # fmt: skip
-    """`folded`: the batch is part of S (B = 1), so S is a batch-like number that no block may depend on.
-
-    `at_once` of the C channels are in one launch.
-    """
-    elements = (SUMS_TILE if sums else APPLY_TILE)[itemsize]
+def _tile(
+    C: int, S: int, elements: int, folded: bool, channels_fastest: bool, narrow: bool, sums: bool
+) -> tuple[int, int, int]:
+    """Samples, positions and channels of a tile."""
     block_c = _channel_block(C, S, elements, folded, channels_fastest)
     if narrow or (sums and block_c > 1 and not channels_fastest):
         elements //= 2
         block_c = _channel_block(C, S, elements, folded, channels_fastest)
     positions = elements // block_c
     block_s = positions if folded else min(positions, power_of_two(S))
-    block_b = positions // block_s
+    return positions // block_s, block_s, block_c
+
+
+def channel(
+    B: int, C: int, S: int, itemsize: int, sm_count: int, *, folded: bool, channels_fastest: bool, narrow: bool, sums: bool
+) -> Channel:
+    """`folded`: the batch is part of S (B = 1), so S is a batch-like number that no block may depend on."""
+    elements = (SUMS_TILE if sums else APPLY_TILE)[itemsize]
+    block_b, block_s, block_c = _tile(C, S, elements, folded, channels_fastest, narrow, sums)
     total = cdiv(B, block_b) * cdiv(S, block_s)
-    everything = total * cdiv(at_once, block_c)
+    everything = total * cdiv(C, block_c)
     if sums:
         tiles = cdiv(everything, SUMS_PROGRAMS_PER_SM * sm_count)
         warps, stages, most = SUMS_WARPS, SUMS_STAGES[itemsize], None
     else:
         tiles = max(1, everything // (APPLY_PROGRAMS_PER_SM * sm_count))
-        warps, stages = APPLY_WARPS, 1
+        warps, stages = APPLY_WARPS, APPLY_STAGES
         most = registers(warps) if itemsize == 8 else None
     tiles = min(MOST_TILES, tiles)
     return Channel(block_b, block_s, block_c, warps, stages, most, tiles, cdiv(total, tiles))

@@ -53,7 +53,7 @@ def devices() -> tuple[str, ...]:
 
 def forget() -> None:
     """Launch choices that are kept are asked of the heuristics again."""
-    for kept in (channel_tiles._plan, channel_tiles._groups, slab._plan):
+    for kept in (channel_tiles._plan, slab._plan):
         kept.cache_clear()
 
 

@@ -5,7 +5,7 @@ tensor has its own strides: one kernel serves every layout.
 """
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -21,19 +21,19 @@ from .launch import launch, sm_count, vector
 POSITIONS, CHANNELS, NEITHER = 0, 1, 2
 
 # What a new batch size or another stride must not compile anew.
-SIZES = ["B", "S_v", "C_v", "tiles", "first_block", "blocks", "x_strides", "dy_strides", "y_strides", "dx_strides"]
+SIZES = ["P", "B", "S_v", "C_v", "x_strides", "dy_strides", "y_strides", "dx_strides"]
 
 
 @triton.jit
-def program_tiles(tiles, first_block, blocks, B, S, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Partial row, first channel, first and last tile of a program; neighbours take neighbouring channels.
+def program_block(C, BLOCK_C: tl.constexpr):
+    """Which of the programs of its block of channels a program is, and its first channel; neighbours take neighbouring ones."""
+    blocks = tl.cdiv(C, BLOCK_C)
+    return tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BLOCK_C
 
-    A launch takes `blocks` blocks of channels from first_block on: a channel number would hide that it divides by the block.
-    """
-    p = tl.program_id(0) // blocks
-    first = p * tiles
-    total = (tl.cdiv(B, BLOCK_B) * tl.cdiv(S, BLOCK_S)).to(tl.int32)
-    return p, (first_block + tl.program_id(0) % blocks) * BLOCK_C, first, tl.minimum(first + tiles, total)
+
+@triton.jit
+def tile_count(B, S, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr):
+    return (tl.cdiv(B, BLOCK_B) * tl.cdiv(S, BLOCK_S)).to(tl.int32)
 
 
 @triton.jit
@@ -157,31 +157,31 @@ def _fastest(strides, S, C):
 
 
 class Plan:
-    """The launches of one tile kernel, `at_once` channels at a time."""
+    """The launch of one tile kernel."""
 
-    def __init__(self, layout, device, sums, at_once):
+    def __init__(self, layout, device, sums):
         self.layout, self.device = layout, device
         config = heuristics.channel(
             layout.B, layout.C, layout.S, layout.itemsize, sm_count(device), folded=layout.folded,
-            channels_fastest=layout.fastest[0] == CHANNELS, narrow=layout.narrow, sums=sums, at_once=at_once)  # fmt: skip
+            channels_fastest=layout.fastest[0] == CHANNELS, narrow=layout.narrow, sums=sums)  # fmt: skip
         self.P, self.fastest, self.strides = config.programs, layout.fastest, layout.divided()
-        self.sizes = (layout.B, layout.S // layout.vec_s, layout.C // layout.vec_c, config.tiles)
+        self.programs = config.programs * heuristics.cdiv(layout.C, config.block_c)
+        self.few = config.programs * config.block_c <= heuristics.MERGED_WITH_READING
+        self.sizes = (self.P, layout.B, layout.S // layout.vec_s, layout.C // layout.vec_c)
         self.constants = dict(VEC_S=layout.vec_s, VEC_C=layout.vec_c, BLOCK_B=config.block_b, BLOCK_S=config.block_s,
                               BLOCK_C=config.block_c, INDEX=layout.index((config.block_b, config.block_c, config.block_s)),
-                              warps=config.warps, registers=config.registers)  # fmt: skip
-        if sums:
-            self.constants["STAGES"] = config.stages
+                              STAGES=config.stages, warps=config.warps, registers=config.registers)  # fmt: skip
+        if not sums:
+            self.constants["BLOCK_P"] = max(1, heuristics.MERGED_WITH_READING // config.block_c)
 
-    def launch(self, kernel, group, *args, **fastest):
-        """Channels first..last; args end where the kernel takes the sizes."""
-        block = self.constants["BLOCK_C"]
-        first, blocks = group[0] // block, heuristics.cdiv(group[1] - group[0], block)
-        launch(kernel, self.P * blocks, self.device, *args, *self.sizes, first, blocks, **fastest, **self.constants)
+    def launch(self, kernel, *args, after=(), **fastest):
+        """args end where the kernel takes the sizes, and go on with `after`."""
+        launch(kernel, self.programs, self.device, *args, *self.sizes, *after, **fastest, **self.constants)
 
 
 @lru_cache(maxsize=1024)
-def _plan(shape, strides, itemsizes, device, sums, at_once):
-    return Plan(Layout.of(shape, strides, itemsizes), device, sums, at_once)
+def _plan(shape, strides, itemsizes, device, sums):
+    return Plan(Layout.of(shape, strides, itemsizes), device, sums)
 
 
 def described(tensors):
@@ -189,27 +189,10 @@ def described(tensors):
     return tensors[0].shape, tuple(t.stride() for t in tensors), tuple(t.element_size() for t in tensors)
 
 
-def planned(*tensors, sums, at_once):
-    """The plan of the launches, and the tensors as they take them; the first of them decides the shape of the tile."""
-    plan = _plan(*described(tensors), tensors[0].device, sums, at_once)
+def planned(*tensors, sums):
+    """The plan of the launch, and the tensors as it takes them; the first of them decides the shape of the tile."""
+    plan = _plan(*described(tensors), tensors[0].device, sums)
     return plan, as_planned(plan.layout, tensors)
-
-
-@cache
-def l2_bytes(device):
-    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 50 << 20
-
-
-@lru_cache(maxsize=1024)
-def _groups(shape, strides, itemsizes, l2):
-    x = Layout.of(shape, strides, itemsizes)
-    return heuristics.channel_groups(x.B, x.C, x.S, x.itemsize, len(strides), l2, folded=x.folded,
-                                     channels_fastest=CHANNELS in x.fastest)  # fmt: skip
-
-
-def groups(*tensors):
-    """(first, last) channel of all launches over these tensors, which are read twice."""
-    return _groups(*described(tensors), l2_bytes(tensors[0].device))
 
 
 def as_planned(layout, tensors):

@@ -1,4 +1,4 @@
-"""The one finalising launch of every backward: partial rows -> gradients of weight and bias, and the means c1 and c2."""
+"""Partial rows -> gradients of weight and bias, and the means c1 and c2: where a backward's sums over programs are finished."""
 
 import triton
 import triton.language as tl
@@ -7,48 +7,64 @@ from .. import heuristics
 from .launch import launch
 
 
-@triton.jit(do_not_specialize=["first", "last", "P", "filled", "N", "count"])
-def _finalise_kernel(partial_ptr, weight_ptr, dw_ptr, db_ptr, c1_ptr, c2_ptr, first, last, P, filled, N, count,
-                     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """dw and db of columns first..last are sums over `filled` of the P rows of partial (2, P, N), in a fixed order; c1 and c2
-    are weight * sum / count. A half of which nothing is wanted is not read."""
+@triton.jit
+def total(partial_ptr, cols, mask, filled, P, N, BLOCK_P: tl.constexpr, DW: tl.constexpr, DB: tl.constexpr):
+    """Sums of columns `cols` over `filled` of the P rows of partial (2, P, N), in a fixed order.
+
+    A half that is not wanted is not read, and its sum is 0.
+    """
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
-    cols = first + tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    dw = tl.zeros((BLOCK_P, BLOCK_C), ACC)
-    db = tl.zeros((BLOCK_P, BLOCK_C), ACC)
+    dw = tl.zeros((BLOCK_P, cols.shape[0]), ACC)
+    db = tl.zeros((BLOCK_P, cols.shape[0]), ACC)
     for row in range(0, filled, BLOCK_P):
         p = row + tl.arange(0, BLOCK_P)
-        mask = (p < filled)[:, None] & (cols < last)[None, :]
+        inside = (p < filled)[:, None] & mask[None, :]
         at = partial_ptr + p.to(tl.int64)[:, None] * N + cols[None, :]
-        if dw_ptr is not None or c1_ptr is not None:
-            dw += tl.load(at, mask=mask, other=0.0)
-        if db_ptr is not None or c2_ptr is not None:
-            db += tl.load(at + P.to(tl.int64) * N, mask=mask, other=0.0)
-    _store_sum(dw, dw_ptr, c1_ptr, weight_ptr, cols, cols < last, count)
-    _store_sum(db, db_ptr, c2_ptr, weight_ptr, cols, cols < last, count)
+        if DW:
+            dw += tl.load(at, mask=inside, other=0.0)
+        if DB:
+            db += tl.load(at + P.to(tl.int64) * N, mask=inside, other=0.0)
+    return tl.sum(dw, axis=0), tl.sum(db, axis=0)
 
 
 @triton.jit
-def _store_sum(parts, sum_ptr, mean_ptr, weight_ptr, cols, mask, count):
-    """The sum over axis 0, and weight * sum / count, each where it has a pointer."""
-    if sum_ptr is not None or mean_ptr is not None:
-        total = tl.sum(parts, axis=0)
-        if sum_ptr is not None:
-            tl.store(sum_ptr + cols, total.to(sum_ptr.dtype.element_ty), mask=mask)
-        if mean_ptr is not None:
-            weight = 1.0
-            if weight_ptr is not None:
-                weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
-            tl.store(mean_ptr + cols, tl.cast(weight, total.dtype) * total / tl.cast(count, total.dtype), mask=mask)
+def mean_of(total, weight_ptr, cols, mask, count):
+    """weight * total / count"""
+    weight = 1.0
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
+    return tl.cast(weight, total.dtype) * total / tl.cast(count, total.dtype)
 
 
-def finalise(partial, columns, dw, db, filled=None, weight=None, c1=None, c2=None, count=1):
-    """dw, db, c1 and c2 (N,) of columns first..last from partial (2, P, N), of which `filled` rows are filled, all by default.
+@triton.jit
+def store_total(total, ptr, cols, mask):
+    """Where it has a pointer."""
+    if ptr is not None:
+        tl.store(ptr + cols, total.to(ptr.dtype.element_ty), mask=mask)
 
-    A result that is not wanted is None.
+
+@triton.jit(do_not_specialize=["P", "filled", "N", "count"])
+def _finalise_kernel(partial_ptr, weight_ptr, dw_ptr, db_ptr, c1_ptr, c2_ptr, P, filled, N, count, BLOCK_P: tl.constexpr,
+                     BLOCK_C: tl.constexpr):  # fmt: skip
+    """dw, db, and their means c1 and c2."""
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = cols < N
+    dw, db = total(partial_ptr, cols, mask, filled, P, N, BLOCK_P, dw_ptr is not None or c1_ptr is not None,
+                   db_ptr is not None or c2_ptr is not None)  # fmt: skip
+    store_total(dw, dw_ptr, cols, mask)
+    store_total(db, db_ptr, cols, mask)
+    if c1_ptr is not None:
+        tl.store(c1_ptr + cols, mean_of(dw, weight_ptr, cols, mask, count), mask=mask)
+        tl.store(c2_ptr + cols, mean_of(db, weight_ptr, cols, mask, count), mask=mask)
+
+
+def finalise(partial, dw, db, filled=None, weight=None, c1=None, c2=None, count=1):
+    """dw, db, c1 and c2 (N,) from partial (2, P, N), of which `filled` rows are filled, all by default.
+
+    dw or db, and c1 and c2, are None where they are not wanted.
     """
     _, P, N = partial.shape
     config = heuristics.finalise(N)
-    launch(_finalise_kernel, heuristics.cdiv(columns[1] - columns[0], config.block_c), partial.device, partial, weight, dw, db,
-           c1, c2, *columns, P, P if filled is None else filled, N, count,
-           BLOCK_P=config.block_p, BLOCK_C=config.block_c, warps=config.warps)  # fmt: skip
+    launch(_finalise_kernel, heuristics.cdiv(N, config.block_c), partial.device, partial, weight, dw, db, c1, c2, P,
+           P if filled is None else filled, N, count, BLOCK_P=config.block_p, BLOCK_C=config.block_c,
+           warps=config.warps)  # fmt: skip

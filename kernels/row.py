@@ -291,7 +291,7 @@ def row_bwd(dy, x, weight, mean, rstd, need):
     if partial is None:
         return dx, None, None
     dw, db = (None if dtype is None else torch.empty(rows.N, dtype=dtype, device=x.device) for dtype in need[1:])
-    finalise(partial, (0, rows.N), dw, db, filled=programs)
+    finalise(partial, dw, db, filled=programs)
     return dx, dw, db
 
 

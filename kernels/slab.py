@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .. import heuristics
+from .channel_parts import store_training
 from .channel_tiles import (
     CHANNELS,
     SIZES,
@@ -20,10 +21,9 @@ from .channel_tiles import (
     tile_at,
     tile_exists,
     tile_inside,
-    update_running,
 )
 from .launch import float_pair, launch
-from .math import centre, grad_input, if_finite, moments, normalize, pair_of, rstd_of, sum2
+from .math import centre, grad_input, if_finite, moments, normalize, pair_of, sum2
 
 
 @triton.jit
@@ -48,16 +48,9 @@ def _slab_fwd_kernel(x_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_
     n = (B * S).to(ACC)
     high, low, m2, scale = moments(x, mask, n, 0)
     low = if_finite(low, high)
-    rstd = rstd_of(m2, n, scale, pair_of(eps, eps_low, ACC))
     cols = corner[2] + tl.arange(0, BLOCK_C)
-    tl.store(mean_ptr + cols, high, mask=cols < C)
-    tl.store(mean_ptr + C + cols, low, mask=cols < C)
-    tl.store(rstd_ptr + cols, rstd, mask=cols < C)
-    part = pair_of(momentum, momentum_low, ACC)
-    if running_mean_ptr is not None:
-        update_running(running_mean_ptr, cols, C, high + low, part, 1.0 - part)
-    if running_var_ptr is not None:
-        update_running(running_var_ptr, cols, C, m2 / (n - 1.0) / scale / scale, part, 1.0 - part)
+    rstd = store_training(high, low, m2, scale, n, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, cols, C, C,
+                          pair_of(eps, eps_low, ACC), pair_of(momentum, momentum_low, ACC))  # fmt: skip
     slope = rstd
     if weight_ptr is not None:
         slope = rstd * tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(ACC)

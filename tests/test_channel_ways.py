@@ -1,4 +1,4 @@
-"""Batch norm's ways through the Triton kernels: one launch, two passes, and two passes by groups of channels."""
+"""Batch norm's ways through the Triton kernels: one launch; two, of which the second merges; and a launch that merges."""
 
 import itertools
 
@@ -12,7 +12,8 @@ from oracle import batch_norm, error, ulp, wide
 from fastnorm import heuristics
 
 SLAB = (["_slab_fwd_kernel"], ["_slab_bwd_kernel"])
-TWO_PASSES = (
+TWO = (["_channel_stats_kernel", "_channel_apply_kernel"], ["_channel_sums_kernel", "_channel_grad_kernel"])
+THREE = (
     ["_channel_stats_kernel", "_channel_merge_kernel", "_channel_apply_kernel"],
     ["_channel_sums_kernel", "_finalise_kernel", "_channel_grad_kernel"],
 )
@@ -27,13 +28,14 @@ class Way:
         from fastnorm.kernels import channel, channel_tiles, partial, slab
 
         self.name, self.device, self.kernels, self.launched = name, device, fastnorm.kernels, []
-        self.patch, self.tiles = monkeypatch.setattr, channel_tiles
+        self.patch = monkeypatch.setattr
         for module in (channel, channel_tiles, partial, slab):
             self.patch(module, "launch", self._recording(module.launch))
         if name != "slab":  # small tiles, so that small tensors have many
             self.patch(heuristics, "slab", lambda *sizes, **layout: None)
             for tile in ("SUMS_TILE", "APPLY_TILE"):
                 self.patch(heuristics, tile, dict.fromkeys((2, 4, 8), 128))
+            self.patch(heuristics, "MERGED_WITH_READING", 2048 if name == "two" else 0)
 
     def _recording(self, launch):
         def run(kernel, *args, **options):
@@ -42,22 +44,10 @@ class Way:
 
         return run
 
-    def _expected(self, x):
-        if self.name == "slab":
-            return SLAB
-        most = 4 if x.shape[1] < 32 else 32  # channels of a group forward; half as many backward, where two tensors are read
-        self.patch(heuristics, "CHANNELS_FASTEST_BLOCK", most // 2)
-        if self.name == "two_passes":
-            return TWO_PASSES
-        C, one = x.shape[1], x.numel() // x.shape[1] * x.element_size()
-        self.patch(heuristics, "SMALLEST_GROUP_BYTES", 1)
-        self.patch(self.tiles, "l2_bytes", lambda device: heuristics.L2_SHARE * most * one)
-        return TWO_PASSES[0] * heuristics.cdiv(C, most), TWO_PASSES[1] * heuristics.cdiv(C, most // 2)
-
     def train(self, x, dy, weight=None, bias=None, running=(None, None), momentum=0.1, eps=1e-5):
         """y, dx, dweight and dbias by name, and a function of `need` that runs the backward again."""
         self.kernels.forget()  # plans are kept by what the kernels are given, not by what the heuristics say
-        forward, backward = self._expected(x)
+        forward, backward = {"slab": SLAB, "two": TWO, "three": THREE}[self.name]
         y, mean, rstd = self.kernels.channel_fwd(x, weight, bias, *running, True, momentum, eps)
         assert self.launched == forward
         again = lambda need: self.kernels.channel_bwd(dy, x, weight, mean, rstd, True, need)
@@ -67,7 +57,7 @@ class Way:
         return {name: t for name, t in found.items() if t is not None}, again
 
 
-@pytest.fixture(params=["slab", "two_passes", "groups"])
+@pytest.fixture(params=["slab", "two", "three"])
 def name(request):
     return request.param
 

@@ -120,7 +120,7 @@ def test_channel_tiles(shape, itemsize, channels_fastest, narrow, sums):
     folded = B == 1 or S == 1
     if folded:
         B, S = 1, B * S
-    options = dict(folded=folded, channels_fastest=channels_fastest, narrow=narrow, sums=sums, at_once=C)
+    options = dict(folded=folded, channels_fastest=channels_fastest, narrow=narrow, sums=sums)
     c = H.channel(B, C, S, itemsize, 132, **options)
     elements = H.SUMS_TILE if sums else H.APPLY_TILE
     several = sums and not folded and not channels_fastest and elements[itemsize] >= 16 * H.power_of_two(S) and C > 1
@@ -138,8 +138,7 @@ def test_the_partial_rows_of_sums_are_few(itemsize):
     """One wave of programs, whose partial rows one tall tile of the finalising launch takes at once."""
     for sms, channels_fastest in itertools.product((108, 132, 148, 170), (False, True)):
         for B, C, S in [(1, 64, 16 * 3136), (1, 1024, 8192), (1, 64, 256)]:
-            c = H.channel(B, C, S, itemsize, sms, folded=True, channels_fastest=channels_fastest, narrow=False, sums=True,
-                          at_once=C)  # fmt: skip
+            c = H.channel(B, C, S, itemsize, sms, folded=True, channels_fastest=channels_fastest, narrow=False, sums=True)
             blocks = H.cdiv(C, c.block_c)
             assert c.programs * blocks < H.SUMS_PROGRAMS_PER_SM * sms + blocks
             assert c.programs <= H.finalise(C).block_p
@@ -198,58 +197,16 @@ def test_slabs_take_whole_sectors():
         assert c.block_c * itemsize * (1 if channels_fastest else 2) == H.SEGMENT
 
 
-H100_L2 = 50 << 20
-
-
-@pytest.mark.parametrize(
-    "shape", [(64, 64, 12544), (64, 256, 3136), (64, 2048, 196), (4096, 2048, 49), (256, 64, 12544)], ids=str
-)
-@pytest.mark.parametrize("itemsize", ITEMSIZES)
-@pytest.mark.parametrize("tensors", [1, 2])
-@pytest.mark.parametrize("channels_fastest", [False, True])
-def test_groups_stay_in_l2(shape, itemsize, tensors, channels_fastest):
-    B, C, S = shape
-    if channels_fastest:
-        B, S = 1, B * S
-    groups = H.channel_groups(B, C, S, itemsize, tensors, H100_L2, folded=channels_fastest, channels_fastest=channels_fastest)
-    assert [first for first, _ in groups] == [0, *(last for _, last in groups[:-1])]
-    assert groups[-1][1] == C
-    one = B * S * itemsize * tensors
-    if len(groups) > 1:
-        sizes = [last - first for first, last in groups]
-        assert max(sizes) == sizes[0]
-        assert set(sizes[:-1]) == {sizes[0]}
-        assert one * sizes[0] <= H100_L2 // 2
-        assert one * sizes[0] >= H.SMALLEST_GROUP_BYTES / 2
-        options = dict(folded=channels_fastest, channels_fastest=channels_fastest, narrow=False, at_once=sizes[0])
-        for sums in (False, True):
-            assert sizes[0] % H.channel(B, C, S, itemsize, 132, sums=sums, **options).block_c == 0
-        if channels_fastest:
-            assert sizes[0] * itemsize >= 64
-    else:
-        block = H.CHANNELS_FASTEST_BLOCK if channels_fastest else 8
-        assert one * C <= H100_L2 // 2 or one * block > H100_L2 // 2 or one * (C + block) < 2 * H.SMALLEST_GROUP_BYTES
-
-
-def test_what_fits_l2_is_one_group():
-    assert H.channel_groups(16, 64, 3136, 2, 1, H100_L2, folded=False, channels_fastest=False) == [(0, 64)]
-    assert H.channel_groups(64, 64, 12544, 2, 1, 1 << 20, folded=False, channels_fastest=False) == [(0, 64)]
-    groups = H.channel_groups(64, 64, 12544, 2, 1, H100_L2, folded=False, channels_fastest=False)
-    assert groups == [(0, 16), (16, 32), (32, 48), (48, 64)]
-
-
 def test_few_channels_still_fill_the_gpu():
     for channels_fastest, sums in itertools.product((False, True), repeat=2):
-        c = H.channel(1, 4, 256 * 3136, 4, 132, folded=True, channels_fastest=channels_fastest, narrow=False, sums=sums,
-                      at_once=4)  # fmt: skip
+        c = H.channel(1, 4, 256 * 3136, 4, 132, folded=True, channels_fastest=channels_fastest, narrow=False, sums=sums)
         assert c.programs * H.cdiv(4, c.block_c) >= 132
 
 
 def test_configurations_are_frozen_and_printable():
     configs = [H.row_forward(768, 2), H.row_backward(10, 768, 2, 132), H.row_backward(10, 10**5, 2, 132), H.finalise(64),
                H.slab(8, 3, 49, 4, folded=False, channels_fastest=False, narrow=True, backward=True),
-               H.channel(2, 3, 49, 4, 132, folded=False, channels_fastest=False, narrow=True, sums=True,
-                         at_once=3)]  # fmt: skip
+               H.channel(2, 3, 49, 4, 132, folded=False, channels_fastest=False, narrow=True, sums=True)]  # fmt: skip
     for c in configs:
         assert type(c).__name__ in repr(c)
         assert hash(c) == hash(dataclasses.replace(c))

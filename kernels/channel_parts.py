@@ -1,0 +1,200 @@
+"""What the kernels of channels do with a program's tiles: each pass of batch norm, forward and backward, has its home here."""
+
+import triton
+import triton.language as tl
+
+from .channel_tiles import load_statistics, tile_at, tile_corner, tile_count, tile_exists, update_running
+from .math import BIG_SCALE, any_inf, centre, grad_input, if_finite, normalize, rstd_of, shifted_moments, sum2
+
+
+@triton.jit
+def _shifted_sums(x_ptr, x_strides, c0, inside, shift, scale, p, P, B, S, C, X_FASTEST: tl.constexpr, VEC_S: tl.constexpr,
+                  VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """sum((x - shift) * scale) and the sum of its squares per channel over every P-th tile, and the count of positions."""
+    shape: tl.constexpr = (BLOCK_B * BLOCK_S, inside[2].shape[1])
+    s1 = tl.zeros(shape, shift.dtype)
+    s2 = tl.zeros(shape, shift.dtype)
+    count = tl.zeros((1, 1), shift.dtype)
+    for tile in tl.range(p, tile_count(B, S, BLOCK_B, BLOCK_S), P, num_stages=STAGES):
+        corner = tile_corner(tile, c0, S, BLOCK_B, BLOCK_S)
+        mask = tile_exists(corner, inside, B, S) & (inside[2] < C - c0)
+        x = tl.load(tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(shift.dtype)
+        d = tl.where(mask, (x - shift) * scale, 0.0)
+        s1 += d
+        s2 += d * d
+        count += (tl.minimum(B - corner[0], BLOCK_B) * tl.minimum(S - corner[1], BLOCK_S)).to(shift.dtype)
+    s1, s2 = sum2(s1, s2, 0)
+    return s1, s2, tl.sum(count, axis=0)
+
+
+@triton.jit
+def store_statistics(partial_ptr, p, P, x_ptr, x_strides, c0, inside, B, S, C, X_FASTEST: tl.constexpr, VEC_S: tl.constexpr,
+                     VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+                     STAGES: tl.constexpr):  # fmt: skip
+    """Row p of partial (4, P, C), over every P-th tile, so that all programs are about as far at any time: mean pair, m2
+    (negative: it overflows, and stands there in units of BIG_SCALE^-2), and count."""
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    corner = tile_corner(p, c0, S, BLOCK_B, BLOCK_S)
+    exists = tile_exists(corner, inside, B, S)
+    at = tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C)
+    x = tl.load(at, mask=exists & (inside[2] < C - c0), other=0.0).to(ACC)
+    shift = tl.sum(x, axis=0) / tl.sum(exists.to(ACC), axis=0)
+    shift = if_finite(shift, shift)
+    scale = tl.full((BLOCK_C,), 1.0, ACC)
+    s1, s2, n = _shifted_sums(x_ptr, x_strides, c0, inside, shift[None, :], scale[None, :], p, P, B, S, C,
+                              X_FASTEST, VEC_S, VEC_C, BLOCK_B, BLOCK_S, STAGES)  # fmt: skip
+    if any_inf(s2):
+        scale = tl.where(s2 == float("inf"), BIG_SCALE, 1.0).to(ACC)
+        s1, s2, n = _shifted_sums(x_ptr, x_strides, c0, inside, shift[None, :], scale[None, :], p, P, B, S, C,
+                                  X_FASTEST, VEC_S, VEC_C, BLOCK_B, BLOCK_S, STAGES)  # fmt: skip
+    high, low, m2 = shifted_moments(shift, s1, s2, n, scale)
+    cols = c0 + tl.arange(0, BLOCK_C)
+    row = partial_ptr + p.to(tl.int64) * C + cols
+    step = P.to(tl.int64) * C
+    tl.store(row, high, mask=cols < C)
+    tl.store(row + step, low, mask=cols < C)
+    tl.store(row + 2 * step, tl.where(scale == 1.0, m2, -m2), mask=cols < C)
+    tl.store(row + 3 * step, tl.zeros((BLOCK_C,), ACC) + n, mask=cols < C)
+
+
+@triton.jit
+def _load_partial(partial_ptr, first, cols, P, C, BLOCK_P: tl.constexpr):
+    """high, low, m2 as it is stored, and count of BLOCK_P partial rows."""
+    p = first + tl.arange(0, BLOCK_P)
+    mask = (p < P)[:, None] & (cols < C)[None, :]
+    at = partial_ptr + p.to(tl.int64)[:, None] * C + cols[None, :]
+    step = P.to(tl.int64) * C
+    high = tl.load(at, mask=mask, other=0.0)
+    low = tl.load(at + step, mask=mask, other=0.0)
+    return high, low, tl.load(at + 2 * step, mask=mask, other=0.0), tl.load(at + 3 * step, mask=mask, other=0.0)
+
+
+@triton.jit
+def _merged_m2(partial_ptr, high, low, scale, cols, P, C, BLOCK_P: tl.constexpr):
+    """Chan: the m2 of the parts, and the parts' means about the common one; all deviations times scale."""
+    m2 = tl.zeros((BLOCK_P, cols.shape[0]), high.dtype)
+    for first in range(0, P, BLOCK_P):
+        part_high, part_low, part_m2, n = _load_partial(partial_ptr, first, cols, P, C, BLOCK_P)
+        unit = tl.where(part_m2 < 0, scale[None, :] / BIG_SCALE, scale[None, :])
+        d = ((part_high - high[None, :]) + (part_low - low[None, :])) * scale[None, :]
+        m2 += tl.where(n > 0, tl.abs(part_m2) * unit * unit + n * d * d, 0.0)
+    return tl.sum(m2, axis=0)
+
+
+@triton.jit
+def merged(partial_ptr, cols, total, P, C, BLOCK_P: tl.constexpr):
+    """Mean pair, m2 and its scale of channels `cols` from all P rows of partial (4, P, C)."""
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    shift = tl.load(partial_ptr + cols, mask=cols < C, other=0.0)
+    shift = if_finite(shift, shift)
+    delta = tl.zeros((BLOCK_P, cols.shape[0]), ACC)
+    for first in range(0, P, BLOCK_P):
+        part_high, part_low, _, n = _load_partial(partial_ptr, first, cols, P, C, BLOCK_P)
+        delta += (n / total) * ((part_high - shift[None, :]) + part_low)
+    delta = tl.sum(delta, axis=0)
+    high = shift + delta
+    low = if_finite((shift - high) + delta, high)
+    scale = tl.full((cols.shape[0],), 1.0, ACC)
+    m2 = _merged_m2(partial_ptr, high, low, scale, cols, P, C, BLOCK_P)
+    if any_inf(m2):
+        scale = tl.where(m2 == float("inf"), BIG_SCALE, 1.0).to(ACC)
+        m2 = _merged_m2(partial_ptr, high, low, scale, cols, P, C, BLOCK_P)
+    return high, low, m2, scale
+
+
+@triton.jit
+def store_training(
+    high, low, m2, scale, n, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, cols, last, C, eps, momentum
+):
+    """Mean pair, rstd, and running statistics where they are given, of those of `cols` that are below `last`; returns rstd."""
+    rstd = rstd_of(m2, n, scale, eps)
+    tl.store(mean_ptr + cols, high, mask=cols < last)
+    tl.store(mean_ptr + C + cols, low, mask=cols < last)
+    tl.store(rstd_ptr + cols, rstd, mask=cols < last)
+    if running_mean_ptr is not None:
+        update_running(running_mean_ptr, cols, last, high + low, momentum, 1.0 - momentum)
+    if running_var_ptr is not None:
+        update_running(running_var_ptr, cols, last, m2 / (n - 1.0) / scale / scale, momentum, 1.0 - momentum)
+    return rstd
+
+
+@triton.jit
+def apply_tiles(x_ptr, y_ptr, x_strides, y_strides, c0, inside, high, low, rstd, weight_ptr, bias_ptr, p, P, B, S, C,
+                X_FASTEST: tl.constexpr, Y_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr,
+                BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """y of every P-th tile; mean pair and rstd are [1, BLOCK_C], the parameters are loaded once.
+
+    From the last tile to the first, because the end is what the sums have read last: L2 may still have it.
+    """
+    c = c0 + inside[2]
+    slope = rstd
+    if weight_ptr is not None:  # once per channel, which also saves a rounding per element
+        slope = rstd * tl.load(weight_ptr + c, mask=c < C, other=0.0).to(rstd.dtype)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(rstd.dtype)
+    tiles = tile_count(B, S, BLOCK_B, BLOCK_S)
+    for i in tl.range(p, tiles, P, num_stages=STAGES):
+        corner = tile_corner(tiles - 1 - i, c0, S, BLOCK_B, BLOCK_S)
+        mask = tile_exists(corner, inside, B, S) & (c < C)
+        x = tl.load(tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(rstd.dtype)
+        y = normalize(x, high, low, slope)
+        if bias_ptr is not None:
+            y = y + bias
+        at = tile_at(y_ptr, y_strides, corner, inside, Y_FASTEST, VEC_S, VEC_C)
+        tl.store(at, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_sums(partial_ptr, p, P, dy_ptr, x_ptr, dy_strides, x_strides, c0, inside, mean_ptr, rstd_ptr, B, S, C,
+               DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr,
+               BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Row p of partial (2, P, C), over every P-th tile: sums of dz * x_hat and of dz; rstd is one factor of a whole channel,
+    multiplied in at the end."""
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    c = c0 + inside[2]
+    high, low, _ = load_statistics(mean_ptr, rstd_ptr, c, C)
+    dw = tl.zeros((BLOCK_B * BLOCK_S, BLOCK_C), ACC)
+    db = tl.zeros((BLOCK_B * BLOCK_S, BLOCK_C), ACC)
+    for tile in tl.range(p, tile_count(B, S, BLOCK_B, BLOCK_S), P, num_stages=STAGES):
+        corner = tile_corner(tile, c0, S, BLOCK_B, BLOCK_S)
+        mask = tile_exists(corner, inside, B, S) & (c < C)
+        x = tl.load(tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(ACC)
+        dz = tl.load(tile_at(dy_ptr, dy_strides, corner, inside, DY_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(ACC)
+        dw += dz * centre(x, high, low)
+        db += dz
+    dw, db = sum2(dw, db, 0)
+    cols = c0 + tl.arange(0, BLOCK_C)
+    row = partial_ptr + p.to(tl.int64) * C + cols
+    tl.store(row, dw * tl.load(rstd_ptr + cols, mask=cols < C, other=0.0), mask=cols < C)
+    tl.store(row + P.to(tl.int64) * C, db, mask=cols < C)
+
+
+@triton.jit
+def grad_tiles(dy_ptr, x_ptr, dx_ptr, dy_strides, x_strides, dx_strides, c0, inside, mean_ptr, rstd_ptr, weight_ptr, means,
+               p, P, B, S, C, DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr, DX_FASTEST: tl.constexpr,
+               VEC_S: tl.constexpr, VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
+               STAGES: tl.constexpr):  # fmt: skip
+    """dx of every P-th tile, in the order of apply_tiles.
+
+    `means` are those of g * x_hat and of g [1, BLOCK_C]; None in evaluation, where mean and rstd are constants and x is not read.
+    """
+    c = c0 + inside[2]
+    high, low, rstd = load_statistics(mean_ptr, rstd_ptr, c, C)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(rstd.dtype)
+    if means is not None:
+        c1, c2 = means
+    tiles = tile_count(B, S, BLOCK_B, BLOCK_S)
+    for i in tl.range(p, tiles, P, num_stages=STAGES):
+        corner = tile_corner(tiles - 1 - i, c0, S, BLOCK_B, BLOCK_S)
+        mask = tile_exists(corner, inside, B, S) & (c < C)
+        g = tl.load(tile_at(dy_ptr, dy_strides, corner, inside, DY_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(rstd.dtype)
+        if weight_ptr is not None:
+            g = g * weight
+        if means is not None:
+            x = tl.load(tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(rstd.dtype)
+            dx = grad_input(g, normalize(x, high, low, rstd), rstd, c1, c2)
+        else:
+            dx = g * rstd
+        at = tile_at(dx_ptr, dx_strides, corner, inside, DX_FASTEST, VEC_S, VEC_C)
+        tl.store(at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
