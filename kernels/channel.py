@@ -24,7 +24,21 @@ from .channel_tiles import (
     update_running,
 )
 from .launch import accumulate_dtype, dense, float_pair, launch
-from .math import BIG_SCALE, any_inf, centre, grad_input, if_finite, normalize, pair_of, rstd_of, shifted_moments, sum2
+from .math import (
+    BIG_SCALE,
+    any_inf,
+    centre,
+    divide,
+    grad_input,
+    if_finite,
+    normalize,
+    pair_of,
+    root,
+    rstd_of,
+    shifted_moments,
+    sum2,
+    tile_sum2,
+)
 from .partial import finalise
 from .slab import slab_bwd, slab_fwd
 
@@ -64,7 +78,7 @@ def _channel_stats_kernel(x_ptr, partial_ptr, x_strides, P, B, S_v, C_v, tiles, 
     exists = tile_exists(corner, inside, B, S)
     at = tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C)
     x = tl.load(at, mask=exists & (inside[2] < C - c0), other=0.0).to(ACC)
-    shift = tl.sum(x, axis=0) / tl.sum(exists.to(ACC), axis=0)
+    shift = divide(tl.sum(x, axis=0), tl.sum(exists.to(ACC), axis=0))
     shift = if_finite(shift, shift)
     scale = tl.full((BLOCK_C,), 1.0, ACC)
     s1, s2, n = _shifted_sums(x_ptr, x_strides, c0, inside, shift[None, :], scale[None, :], first, last, B, S, C,
@@ -101,7 +115,7 @@ def _merged_m2(partial_ptr, high, low, scale, cols, last_c, P, C, BLOCK_P: tl.co
     m2 = tl.zeros((BLOCK_P, cols.shape[0]), high.dtype)
     for first in range(0, P, BLOCK_P):
         part_high, part_low, part_m2, n = _load_partial(partial_ptr, first, cols, last_c, P, C, BLOCK_P)
-        unit = tl.where(part_m2 < 0, scale[None, :] / BIG_SCALE, scale[None, :])
+        unit = tl.where(part_m2 < 0, scale[None, :] * (1 / BIG_SCALE), scale[None, :])
         d = ((part_high - high[None, :]) + (part_low - low[None, :])) * scale[None, :]
         m2 += tl.where(n > 0, tl.abs(part_m2) * unit * unit + n * d * d, 0.0)
     return tl.sum(m2, axis=0)
@@ -124,7 +138,7 @@ def _channel_merge_kernel(partial_ptr, mean_ptr, std_ptr, rstd_ptr, running_mean
     delta = tl.zeros((BLOCK_P, BLOCK_C), ACC)
     for first in range(0, P, BLOCK_P):
         part_high, part_low, _, n = _load_partial(partial_ptr, first, cols, last_c, P, C, BLOCK_P)
-        delta += (n / total) * ((part_high - shift[None, :]) + part_low)
+        delta += divide(n, total) * ((part_high - shift[None, :]) + part_low)
     delta = tl.sum(delta, axis=0)
     high = shift + delta
     low = if_finite((shift - high) + delta, high)
@@ -136,14 +150,14 @@ def _channel_merge_kernel(partial_ptr, mean_ptr, std_ptr, rstd_ptr, running_mean
     tl.store(mean_ptr + cols, high, mask=mask)
     tl.store(mean_ptr + C + cols, low, mask=mask)
     if std_ptr is not None:
-        tl.store(std_ptr + cols, tl.sqrt(m2 / total) / scale, mask=mask)
+        tl.store(std_ptr + cols, divide(root(divide(m2, total)), scale), mask=mask)
     if rstd_ptr is not None:
         tl.store(rstd_ptr + cols, rstd_of(m2, total, scale, pair_of(eps, eps_low, ACC)), mask=mask)
     part = pair_of(momentum, momentum_low, ACC)
     if running_mean_ptr is not None:
         update_running(running_mean_ptr, cols, last_c, high + low, part, 1.0 - part)
     if running_var_ptr is not None:
-        update_running(running_var_ptr, cols, last_c, m2 / (total - 1.0) / scale / scale, part, 1.0 - part)
+        update_running(running_var_ptr, cols, last_c, divide(divide(divide(m2, total - 1.0), scale), scale), part, 1.0 - part)
 
 
 @triton.jit(do_not_specialize=["C", "eps", "eps_low"])
@@ -210,7 +224,7 @@ def _channel_sums_kernel(dy_ptr, x_ptr, mean_ptr, rstd_ptr, partial_ptr, dy_stri
         dz = tl.load(tile_at(dy_ptr, dy_strides, corner, inside, DY_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(ACC)
         dw += dz * centre(x, high, low)
         db += dz
-    dw, db = sum2(dw, db, 0)
+    dw, db = tile_sum2(dw, db, VEC_S if X_FASTEST == 0 else max(1, 32 * VEC_C // BLOCK_C), 2)
     cols = c0 + tl.arange(0, BLOCK_C)
     row = partial_ptr + p.to(tl.int64) * C + cols
     tl.store(row, dw * tl.load(rstd_ptr + cols, mask=cols < C, other=0.0), mask=cols < C)
