@@ -4,7 +4,19 @@ import triton
 import triton.language as tl
 
 from .channel_tiles import load_statistics, tile_at, tile_corner, tile_count, tile_exists, update_running
-from .math import BIG_SCALE, any_inf, centre, grad_input, if_finite, normalize, rstd_of, shifted_moments, sum2
+from .math import (
+    BIG_SCALE,
+    any_inf,
+    centre,
+    divide,
+    grad_input,
+    if_finite,
+    normalize,
+    rstd_of,
+    shifted_moments,
+    sum2,
+    tile_sum2,
+)
 
 
 @triton.jit
@@ -38,7 +50,7 @@ def store_statistics(partial_ptr, p, P, x_ptr, x_strides, c0, inside, B, S, C, X
     exists = tile_exists(corner, inside, B, S)
     at = tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C)
     x = tl.load(at, mask=exists & (inside[2] < C - c0), other=0.0).to(ACC)
-    shift = tl.sum(x, axis=0) / tl.sum(exists.to(ACC), axis=0)
+    shift = divide(tl.sum(x, axis=0), tl.sum(exists.to(ACC), axis=0))
     shift = if_finite(shift, shift)
     scale = tl.full((BLOCK_C,), 1.0, ACC)
     s1, s2, n = _shifted_sums(x_ptr, x_strides, c0, inside, shift[None, :], scale[None, :], p, P, B, S, C,
@@ -75,7 +87,7 @@ def _merged_m2(partial_ptr, high, low, scale, cols, P, C, BLOCK_P: tl.constexpr)
     m2 = tl.zeros((BLOCK_P, cols.shape[0]), high.dtype)
     for first in range(0, P, BLOCK_P):
         part_high, part_low, part_m2, n = _load_partial(partial_ptr, first, cols, P, C, BLOCK_P)
-        unit = tl.where(part_m2 < 0, scale[None, :] / BIG_SCALE, scale[None, :])
+        unit = tl.where(part_m2 < 0, scale[None, :] * (1 / BIG_SCALE), scale[None, :])
         d = ((part_high - high[None, :]) + (part_low - low[None, :])) * scale[None, :]
         m2 += tl.where(n > 0, tl.abs(part_m2) * unit * unit + n * d * d, 0.0)
     return tl.sum(m2, axis=0)
@@ -90,7 +102,7 @@ def merged(partial_ptr, cols, total, P, C, BLOCK_P: tl.constexpr):
     delta = tl.zeros((BLOCK_P, cols.shape[0]), ACC)
     for first in range(0, P, BLOCK_P):
         part_high, part_low, _, n = _load_partial(partial_ptr, first, cols, P, C, BLOCK_P)
-        delta += (n / total) * ((part_high - shift[None, :]) + part_low)
+        delta += divide(n, total) * ((part_high - shift[None, :]) + part_low)
     delta = tl.sum(delta, axis=0)
     high = shift + delta
     low = if_finite((shift - high) + delta, high)
@@ -114,7 +126,8 @@ def store_training(
     if running_mean_ptr is not None:
         update_running(running_mean_ptr, cols, last, high + low, momentum, 1.0 - momentum)
     if running_var_ptr is not None:
-        update_running(running_var_ptr, cols, last, m2 / (n - 1.0) / scale / scale, momentum, 1.0 - momentum)
+        var = divide(divide(divide(m2, n - 1.0), scale), scale)
+        update_running(running_var_ptr, cols, last, var, momentum, 1.0 - momentum)
     return rstd
 
 
@@ -162,7 +175,7 @@ def store_sums(partial_ptr, p, P, dy_ptr, x_ptr, dy_strides, x_strides, c0, insi
         dz = tl.load(tile_at(dy_ptr, dy_strides, corner, inside, DY_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(ACC)
         dw += dz * centre(x, high, low)
         db += dz
-    dw, db = sum2(dw, db, 0)
+    dw, db = tile_sum2(dw, db, VEC_S if X_FASTEST == 0 else max(1, 32 * VEC_C // BLOCK_C), 2)
     cols = c0 + tl.arange(0, BLOCK_C)
     row = partial_ptr + p.to(tl.int64) * C + cols
     tl.store(row, dw * tl.load(rstd_ptr + cols, mask=cols < C, other=0.0), mask=cols < C)
@@ -176,7 +189,8 @@ def grad_tiles(dy_ptr, x_ptr, dx_ptr, dy_strides, x_strides, dx_strides, c0, ins
                STAGES: tl.constexpr):  # fmt: skip
     """dx of every P-th tile, in the order of apply_tiles.
 
-    `means` are those of g * x_hat and of g [1, BLOCK_C]; None in evaluation, where mean and rstd are constants and x is not read.
+    `means` are those of g * x_hat and of g [1, BLOCK_C]; None in evaluation, where mean and rstd are constants, and x is not
+    read.
     """
     c = c0 + inside[2]
     high, low, rstd = load_statistics(mean_ptr, rstd_ptr, c, C)

@@ -30,15 +30,84 @@ def grad_input(g, x_hat, rstd, c1, c2):
 
 
 @triton.jit
+def divide(a, b):
+    """a / b rounded to nearest; `/` of float32 may be off by two units of the last place."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    return a / b
+
+
+@triton.jit
+def root(v):
+    """The square root rounded to nearest; `tl.sqrt` of float32 is an approximation."""
+    if v.dtype == tl.float32:
+        return tl.sqrt_rn(v)
+    return tl.sqrt(v)
+
+
+@triton.jit
 def rstd_of(m2, n, scale, eps):
-    """`m2` is in units of scale^-2."""
-    return scale * tl.rsqrt(m2 / n + eps * scale * scale)
+    """`m2` is in units of scale^-2. A Newton step takes the approximate root to one unit of the last place."""
+    var = divide(m2, n) + eps * scale * scale
+    r = tl.rsqrt(var)
+    step = (0.5 * r) * (1.0 - (var * r) * r)
+    return scale * tl.where(step == step, r + step, r)
 
 
 @triton.jit
 def sum2(a, b, axis: tl.constexpr):
     """Two sums with one exchange between the warps."""
     return tl.split(tl.sum(tl.join(a, b), axis=axis))
+
+
+@triton.jit
+def two_sum(a, b):
+    """a + b, and what its rounding took away, exactly. No product is in it that a fused operation could change."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+@triton.jit
+def folded(v, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Plain sums of HIGH places equally far apart along axis 0 of [N, C], then of LOW neighbours.
+
+    They cost no exchange where a thread holds all of them: LOW is its vector, HIGH how often its warps pass over the tile.
+    """
+    if HIGH > 1:
+        v = tl.sum(tl.reshape(v, (HIGH, v.shape[0] // HIGH, v.shape[1])), axis=0)
+    NEAR: tl.constexpr = min(LOW, v.shape[0])
+    if NEAR > 1:
+        v = tl.sum(tl.reshape(v, (v.shape[0] // NEAR, NEAR, v.shape[1])), axis=1)
+    return v
+
+
+@triton.jit
+def exact_sum2(a, a_low, b, b_low):
+    """The sums over axis 0 of two tiles [N, C] of pairs, rounded once.
+
+    Rump, Ogita and Oishi: adding `grid` and taking it away rounds every value to a multiple of the last place of grid / 2.
+    N values of at most grid / 2N sum to less than 2^24 such units, so that their sum is exact in any order; what was rounded
+    away is 2^24 / 2N times smaller, and so are the errors of its sum. Where the grid is not finite the sum is a plain one.
+    """
+    N: tl.constexpr = a.shape[0]
+    v = tl.join(a, b)
+    BITS: tl.constexpr = tl.int64 if v.dtype == tl.float64 else tl.int32
+    # As integers, which order as the floats do: a warp finds the largest integer in one instruction.
+    most = tl.max(tl.abs(v).to(BITS, bitcast=True), axis=0).to(v.dtype, bitcast=True)
+    grid = most * (2 * N)
+    grid = tl.where(grid < float("inf"), grid, 0.0)[None, :, :]
+    rounded = (v + grid) - grid
+    total, rest = sum2(rounded, (v - rounded) + tl.join(a_low, b_low), 0)
+    return tl.split(total + if_finite(rest, total))
+
+
+@triton.jit
+def tile_sum2(a, b, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """The sums over axis 0 of two tiles [N, C]: plain within a thread, see `folded`, and exact across threads."""
+    a = folded(a, LOW, HIGH)
+    b = folded(b, LOW, HIGH)
+    return exact_sum2(a, tl.zeros_like(a), b, tl.zeros_like(b))
 
 
 @triton.jit
@@ -82,9 +151,9 @@ def shifted_moments(shift, s1, s2, n, scale):
 
     Cancellation in s2 - s1^2 / n costs (shift - mean)^2 / var units of the last place: `shift` has to be a mean of many.
     """
-    delta = s1 / n
+    delta = divide(s1, n)
     m2 = s2 - s1 * delta
-    delta = delta / scale
+    delta = divide(delta, scale)
     high = shift + delta
     low = if_finite((shift - high) + delta, high)
     return high, low, tl.where(m2 < 0, 0.0, m2)

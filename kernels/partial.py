@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .. import heuristics
 from .launch import launch
+from .math import divide, exact_sum2, folded, two_sum
 
 
 @triton.jit
@@ -14,26 +15,28 @@ def total(partial_ptr, cols, mask, filled, P, N, BLOCK_P: tl.constexpr, DW: tl.c
     A half that is not wanted is not read, and its sum is 0.
     """
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
-    dw = tl.zeros((BLOCK_P, cols.shape[0]), ACC)
-    db = tl.zeros((BLOCK_P, cols.shape[0]), ACC)
+    THREAD: tl.constexpr = min(16, BLOCK_P)  # rows of a thread
+    dw = tl.zeros((BLOCK_P // THREAD, cols.shape[0]), ACC)
+    db, dw_low, db_low = dw, dw, dw
     for row in range(0, filled, BLOCK_P):
         p = row + tl.arange(0, BLOCK_P)
         inside = (p < filled)[:, None] & mask[None, :]
         at = partial_ptr + p.to(tl.int64)[:, None] * N + cols[None, :]
         if DW:
-            dw += tl.load(at, mask=inside, other=0.0)
+            dw, error = two_sum(dw, folded(tl.load(at, mask=inside, other=0.0), 1, THREAD))
+            dw_low += error
         if DB:
-            db += tl.load(at + P.to(tl.int64) * N, mask=inside, other=0.0)
-    return tl.sum(dw, axis=0), tl.sum(db, axis=0)
+            db, error = two_sum(db, folded(tl.load(at + P.to(tl.int64) * N, mask=inside, other=0.0), 1, THREAD))
+            db_low += error
+    return exact_sum2(dw, dw_low, db, db_low)
 
 
 @triton.jit
 def mean_of(total, weight_ptr, cols, mask, count):
     """weight * total / count"""
-    weight = 1.0
     if weight_ptr is not None:
-        weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
-    return tl.cast(weight, total.dtype) * total / tl.cast(count, total.dtype)
+        total = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(total.dtype) * total
+    return divide(total, tl.cast(count, total.dtype))
 
 
 @triton.jit

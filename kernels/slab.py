@@ -23,7 +23,7 @@ from .channel_tiles import (
     tile_inside,
 )
 from .launch import float_pair, launch
-from .math import centre, grad_input, if_finite, moments, normalize, pair_of, sum2
+from .math import centre, divide, grad_input, if_finite, moments, normalize, pair_of, tile_sum2
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _slab_fwd_kernel(x_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_
 def _slab_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_ptr, db_ptr, dy_strides, x_strides, dx_strides,
                      B, S_v, C_v, DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr, DX_FASTEST: tl.constexpr,
                      VEC_S: tl.constexpr, VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
-                     BLOCK_C: tl.constexpr, INDEX: tl.constexpr):  # fmt: skip
+                     BLOCK_C: tl.constexpr, INDEX: tl.constexpr, REPEATS: tl.constexpr):  # fmt: skip
     """dx, dw and db; what is not wanted has no pointer."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     S = S_v * VEC_S
@@ -75,7 +75,7 @@ def _slab_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_p
     dz = tl.load(tile_at(dy_ptr, dy_strides, corner, inside, DY_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(ACC)
     cols = corner[2] + tl.arange(0, BLOCK_C)
     high, low, rstd = load_statistics(mean_ptr, rstd_ptr, cols, C)
-    dw, db = sum2(dz * centre(x, high[None, :], low[None, :]), dz, 0)
+    dw, db = tile_sum2(dz * centre(x, high[None, :], low[None, :]), dz, VEC_S if X_FASTEST == 0 else 1, REPEATS)
     dw = dw * rstd
     if dw_ptr is not None:
         tl.store(dw_ptr + cols, dw.to(dw_ptr.dtype.element_ty), mask=cols < C)
@@ -83,10 +83,11 @@ def _slab_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_p
         tl.store(db_ptr + cols, db.to(db_ptr.dtype.element_ty), mask=cols < C)
     if dx_ptr is not None:
         n = (B * S).to(ACC)
-        g, c1, c2 = dz, dw / n, db / n
+        g, c1, c2 = dz, dw, db
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(ACC)
-            g, c1, c2 = dz * weight[None, :], weight * dw / n, weight * db / n
+            g, c1, c2 = dz * weight[None, :], weight * dw, weight * db
+        c1, c2 = divide(c1, n), divide(c2, n)
         x_hat = normalize(x, high[None, :], low[None, :], rstd[None, :])
         dx = grad_input(g, x_hat, rstd[None, :], c1[None, :], c2[None, :])
         at = tile_at(dx_ptr, dx_strides, corner, inside, DX_FASTEST, VEC_S, VEC_C)
@@ -103,6 +104,9 @@ class Plan:
         self.layout, self.fastest, self.strides = layout, layout.fastest, layout.divided()
         self.programs = heuristics.cdiv(layout.C, config.block_c)
         self.sizes = (layout.B, layout.S // layout.vec_s, layout.C // layout.vec_c)
+        # How often the warps pass over the slab's positions, a vector of x a thread each time.
+        elements = config.block_b * config.block_s * (config.block_c if layout.fastest[0] == CHANNELS else 1)
+        self.repeats = max(1, elements // (32 * config.warps * layout.vectors[0]))
         self.constants = dict(VEC_S=layout.vec_s, VEC_C=layout.vec_c, BLOCK_B=config.block_b, BLOCK_S=config.block_s,
                               BLOCK_C=config.block_c, INDEX=layout.index((config.block_b, config.block_c, config.block_s)),
                               warps=config.warps, registers=config.registers)  # fmt: skip
@@ -146,5 +150,5 @@ def slab_bwd(dy, x, weight, mean, rstd, dx, dw, db):
     (x, dy, out), (x_strides, dy_strides, dx_strides), (x_fastest, dy_fastest, dx_fastest) = tensors, plan.strides, plan.fastest
     plan.launch(_slab_bwd_kernel, x.device, dy, x, weight, mean, rstd, None if dx is None else out, dw, db, dy_strides,
                 x_strides, dx_strides, *plan.sizes,
-                DY_FASTEST=dy_fastest, X_FASTEST=x_fastest, DX_FASTEST=dx_fastest)  # fmt: skip
+                DY_FASTEST=dy_fastest, X_FASTEST=x_fastest, DX_FASTEST=dx_fastest, REPEATS=plan.repeats)  # fmt: skip
     return True

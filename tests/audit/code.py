@@ -1,4 +1,4 @@
-"""Reads what a compiled variant is made of: registers, spills, FP64, and how wide each pointer is accessed.
+"""Reads what a compiled variant is made of: registers, spills, FP64, rough arithmetic, and how wide each pointer is accessed.
 
 Registers and spills are the assembler's own report. Widths and FP64 are read from the PTX, where every address can be followed
 back to the kernel's parameter it came from; tests/test_audit.py holds that the assembler keeps both as they are.
@@ -22,6 +22,8 @@ WHOLE = ("x_ptr", "dy_ptr", "y_ptr", "dx_ptr")
 _ACCESS = re.compile(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[a-z](\d+)\s[^\[]*\[\s*(%rd\d+)")
 _ASYNC = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S*\s*\[[^\]]*\]\s*,\s*\[\s*(%rd\d+)[^\]]*\]\s*,\s*(0x[0-9a-f]+|\d+)")
 _PARAMETER = re.compile(r"\bld\.param\.\w+\s+(%rd\d+),\s*\[\w+_param_(\d+)\]")
+# Off by up to two units of the last place. rsqrt is in no other form, and torch's own kernels take it.
+_ROUGH = re.compile(r"\b(?:div\.(?:full|approx)|sqrt\.approx)(?:\.ftz)?\.f32\b")
 _STEP = re.compile(r"\b[a-z][\w.]*\s+(%rd\d+)\s*,\s*([^;]*);")
 
 
@@ -30,6 +32,7 @@ class Code:
     registers: int
     spill: int  # bytes a thread
     fp64: int
+    rough: int  # divisions and roots that are not rounded to nearest
     loads: dict[str, dict[int, int]]  # pointer -> {bytes of one access: how many of them}
     stores: dict[str, dict[int, int]]
 
@@ -46,7 +49,7 @@ def _read_nvidia(variant):
     ptx = variant.files["ptx"].read_text()
     fp64 = len(re.findall(r"^\s*(?:@!?%p\d+\s+)?(?!ld|st|mov|selp)[a-z]\w*\.[\w.]*f64\b", ptx, re.M))
     loads, stores = _widths(ptx, [name for name, _ in variant.parameters])
-    return Code(usage["REG"], usage["STACK"] + usage["LOCAL"], fp64, loads, stores)
+    return Code(usage["REG"], usage["STACK"] + usage["LOCAL"], fp64, len(_ROUGH.findall(ptx)), loads, stores)
 
 
 def _widths(ptx, names):
@@ -74,7 +77,7 @@ def _widths(ptx, names):
 def _read_amd(variant):
     text = variant.files["amdgcn"].read_text()
     number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
-    return Code(number("vgpr_count"), number("private_segment_fixed_size"), 0, {}, {})
+    return Code(number("vgpr_count"), number("private_segment_fixed_size"), 0, 0, {}, {})
 
 
 def violations(variant: Compiled, code: Code, wide: bool) -> list[str]:
@@ -86,6 +89,8 @@ def violations(variant: Compiled, code: Code, wide: bool) -> list[str]:
         found.append("SPILL")
     if code.fp64 and not variant.is_float64:
         found.append("FP64")
+    if code.rough:
+        found.append("ROUGH")
     if variant.shared > DEVICES[variant.arch].shared:
         found.append("SHARED")
     accesses = [(name, width) for kind in (code.loads, code.stores) for name, widths in kind.items() for width in widths]

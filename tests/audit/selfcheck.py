@@ -35,6 +35,19 @@ def _leaking_kernel(x_ptr, y_ptr, eps: tl.float64, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _dividing_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at)
+    tl.store(y_ptr + at, x / tl.sum(x))
+
+
+@triton.jit
+def _rooting_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, tl.sqrt(tl.load(x_ptr + at)))
+
+
+@triton.jit
 def _narrow_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
     """N is a multiple of 8, which the compiler does not know."""
     at = tl.program_id(0) * N + tl.arange(0, BLOCK)
@@ -48,6 +61,8 @@ def planted():
         "none": lambda: K.row_fwd(half.view(-1, 1024), None, None, 1e-5, 1024),
         "spill": lambda: _spilling_kernel[(1,)](x, x, 4, BLOCK=16384, num_warps=4),
         "fp64": lambda: _leaking_kernel[(1,)](x, x, 1e-5, BLOCK=1024),
+        "division": lambda: _dividing_kernel[(1,)](x, x, BLOCK=1024),
+        "root": lambda: _rooting_kernel[(1,)](x, x, BLOCK=1024),
         "narrow": lambda: _narrow_kernel[(1,)](half, half, 1000, BLOCK=1024),
     }
     found = {}
