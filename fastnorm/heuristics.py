@@ -20,35 +20,37 @@ class RowForward:
     rows: int
     block: int
     warps: int
+    registers: int | None
     chunked: bool = False
+    stages: int = 1
 
 
 @dataclass(frozen=True)
 class RowBackward:
-    """`programs` persistent programs take `rows` rows at a time, with fp32 weight and bias gradients of those in registers."""
+    """Persistent programs, partial_rows at the most, take `rows` rows at a time, and sum their dw and db in registers.
+
+    Where one is enough, there are no partial rows: it writes dw and db itself.
+    """
 
     rows: int
     block: int
     warps: int
     stages: int
     registers: int | None
-    programs: int
-    partial_rows: int  # the most programs for any M in the same power of two
+    partial_rows: int
 
 
 @dataclass(frozen=True)
 class RowBackwardSplit:
-    """Rows too long for the registers: row sums, then tiles of rows x block columns, in panels of rows that stay in L2 between
-    the two."""
+    """Rows too long for the registers: row sums, then tiles of rows x block columns; partial_rows programs share a column."""
 
     sums_block: int
     sums_warps: int
+    sums_stages: int
     rows: int
     block: int
     warps: int
     stages: int
-    panel_rows: int
-    rows_per_program: int
     partial_rows: int
 
 
@@ -89,51 +91,57 @@ class Finalise:
     warps: int = 8
 
 
-# itemsize -> {bucket of N: (rows, warps)}; a longer row is chunked.
+# itemsize -> {bucket of N: (rows, warps, most registers)}; a longer row is chunked.
+#
+# 2 bytes: bound by instructions and by the latency of reductions, so one row a program from 512 on, and 32 elements a thread
+# from 1024 on: what every thread does once is spread over more of them, and 64 registers still let 64 KB of x be on their way
+# to an SM. 4 bytes: 8 elements a thread are as many bytes in fewer registers. Below 512 rows share a warp: as many of them as
+# fill 4 warps.
 FORWARD = {
-    # Rows share a warp up to 256: as many rows as fill 4 warps. 512, 1024: 2 warps, fewest barriers, most programs per SM.
-    2: {16: (128, 4), 32: (64, 4), 64: (32, 4), 128: (16, 4), 256: (8, 4), 512: (2, 2), 1024: (1, 2), 2048: (1, 4),
-        4096: (1, 8), 8192: (1, 16), 16384: (1, 16)},
-    # 16384 takes 32 warps: 16 spill on sm_80.
-    4: {16: (64, 4), 32: (32, 4), 64: (16, 4), 128: (8, 4), 256: (4, 4), 512: (1, 2), 1024: (1, 4), 2048: (1, 4),
-        4096: (1, 8), 8192: (1, 16), 16384: (1, 32)},
+    2: {16: (128, 4, None), 32: (64, 4, None), 64: (32, 4, None), 128: (8, 4, None), 256: (8, 4, None), 512: (2, 2, None),
+        1024: (1, 1, None), 2048: (1, 2, None), 4096: (1, 4, None), 8192: (1, 8, None), 16384: (1, 16, None)},
+    # 16384 takes 32 warps: 16 spill on sm_80. 80: on sm_100 the assembler aims at 48 and spills.
+    4: {16: (64, 4, None), 32: (32, 4, None), 64: (16, 4, None), 128: (8, 4, None), 256: (4, 4, None), 512: (1, 2, None),
+        1024: (1, 4, None), 2048: (1, 4, 80), 4096: (1, 8, 80), 8192: (1, 16, None), 16384: (1, 32, None)},
     # float64 takes two registers per element.
-    8: {16: (32, 4), 32: (16, 4), 64: (8, 4), 128: (4, 4), 256: (2, 4), 512: (1, 4), 1024: (1, 4), 2048: (1, 8),
-        4096: (1, 16), 8192: (1, 32)},
+    8: {16: (32, 4, None), 32: (16, 4, None), 64: (8, 4, None), 128: (4, 4, None), 256: (2, 4, None), 512: (1, 4, None),
+        1024: (1, 4, None), 2048: (1, 8, None), 4096: (1, 16, None), 8192: (1, 32, None)},
 }  # fmt: skip
-CHUNK_BLOCK, CHUNK_WARPS = {2: 4096, 4: 4096, 8: 2048}, 8
+# itemsize -> (block, warps, stages). 16 warps of 8 elements a thread: two programs fit an SM, so that one reduces while the
+# other reads. L2 would not keep the rows of more of them until they are read again.
+CHUNK = {2: (4096, 16, 4), 4: (4096, 16, 3), 8: (2048, 8, 2)}
 
 # itemsize -> {bucket of N: (rows, warps, stages, programs that fit one SM)}; a longer row is split.
 #
 # A program prefetches stages - 1 tiles of x and dy: (stages - 1) * 2 * rows * block * itemsize bytes are on their way while it
-# reduces and stores. An SM needs about 32 KB of them to keep the memory busy, whatever M is.
-# * From 256 on one program of 16 warps gives them alone: 4096 elements are 8 per thread and at most 118 registers, and sm_count
-#   programs write the fewest partial rows. 2 bytes: 3 tiles of 16 KB; 4 bytes: 2 tiles of 32 KB, but 2048 takes 3 of
-#   16 KB, because two rows without a weight spill on sm_90; all fit 99 KB.
-# * 8192: 2 bytes hold 16 elements per thread, because 32 warps leave 64 registers; 4 bytes need those 32 warps, at 64
-#   registers, and prefetch one tile of 64 KB.
-# * Below 256 a row lies within a warp, so that programs of 4 warps hardly wait for each other: 4 or 8 KB each, as many as the
-#   share of partial rows allows.
+# reduces and stores. An SM needs 48 to 64 KB of them to keep the memory busy, within 99 KB of shared memory.
+# * Several programs of few warps do not wait for each other's reductions: 4 of 4 warps, with 8 elements a thread, up to 1024,
+#   2 of 8 warps above.
+# * 256 is one program of 8 warps, with the fewest partial rows: a row lies within a warp, or two.
+# * 8192, and 4096 of 4 bytes: one program has the registers. 2 bytes hold 16 elements per thread, because 32 warps leave 64
+#   registers; 8192 of 4 bytes need those 32 warps, at 64 registers, and prefetch one tile of 64 KB.
+# * Below 256 a row lies within a warp.
 # * float64 is bound by its arithmetic.
 BACKWARD = {
-    2: {16: (64, 4, 2, 7), 32: (32, 4, 2, 7), 64: (16, 4, 2, 7), 128: (8, 4, 3, 7), 256: (16, 16, 4, 1), 512: (8, 16, 4, 1),
-        1024: (4, 16, 4, 1), 2048: (2, 16, 4, 1), 4096: (1, 16, 4, 1), 8192: (1, 16, 3, 1)},
-    4: {16: (32, 4, 2, 10), 32: (16, 4, 2, 10), 64: (8, 4, 2, 10), 128: (4, 4, 2, 10), 256: (16, 16, 3, 1), 512: (8, 16, 3, 1),
-        1024: (4, 16, 3, 1), 2048: (1, 16, 4, 1), 4096: (1, 16, 3, 1), 8192: (1, 32, 2, 1)},
+    2: {16: (64, 4, 1, 7), 32: (32, 2, 2, 7), 64: (16, 2, 2, 7), 128: (8, 2, 3, 7), 256: (16, 8, 4, 1), 512: (2, 4, 4, 4),
+        1024: (1, 4, 4, 4), 2048: (1, 8, 4, 2), 4096: (1, 8, 3, 2), 8192: (1, 16, 3, 1)},
+    4: {16: (64, 4, 1, 7), 32: (32, 4, 2, 7), 64: (16, 4, 2, 7), 128: (8, 4, 2, 7), 256: (16, 8, 3, 1), 512: (2, 4, 3, 4),
+        1024: (1, 4, 3, 4), 2048: (1, 8, 3, 2), 4096: (1, 16, 3, 1), 8192: (1, 32, 2, 1)},
     8: {16: (16, 4, 1, 4), 32: (8, 4, 1, 4), 64: (4, 4, 1, 4), 128: (2, 4, 1, 4), 256: (1, 4, 1, 4), 512: (1, 4, 1, 4),
         1024: (1, 8, 1, 2), 2048: (1, 16, 1, 1)},
 }  # fmt: skip
 
-# Split rows: rows and columns of a tile, one row a warp. Narrow tiles leave few programs to a column, and so few partial rows.
-# 4 KB of x and dy, 2 of them prefetched by each of 4 programs: 32 KB on their way.
+# Split rows: block, warps and stages of the row sums. x, dy and a weight of 4 bytes take 96 KB at the most.
+ROW_SUMS = {2: (4096, 8, 3), 4: (4096, 8, 3), 8: (2048, 8, 2)}
+# Rows and columns of a tile, one row a warp. Narrow tiles leave few programs to a column, and so few partial rows. 4 KB of x
+# and dy, 2 of them prefetched by each of 4 programs: 32 KB on their way.
 COLUMN_TILE = {2: (4, 256), 4: (4, 128), 8: (4, 64)}
 COLUMN_WARPS, COLUMN_STAGES, COLUMN_PROGRAMS_PER_SM = 4, 3, 4
-# x and dy of one panel, in bytes: half of a 50 MB L2, so that the second kernel still finds them there.
-PANEL_BYTES = 25 << 20
 
 # A partial row is two fp32 numbers per column, written and read: 16 bytes. Where several programs fit an SM, their partial rows
-# may cost 1/6 of the ideal traffic of a backward, 3 * itemsize bytes per element; half of that, the reading, comes from L2.
-PARTIAL_SHARE = 6
+# may cost as much as 1/PARTIAL_SHARE of the ideal traffic of a backward, 3 * itemsize bytes per element: they stay in L2, and
+# fewer programs leave an SM waiting.
+PARTIAL_SHARE = 1
 
 # Partial rows times channels of a block, up to which every program of the second reading merges those of its block itself.
 MERGED_WITH_READING = 512
@@ -177,13 +185,20 @@ def registers(warps: int) -> int:
     return min(255, REGISTERS // (32 * warps))
 
 
+def most_rows(M: int) -> int:
+    """The largest M in the same power of two, all of which one plan serves."""
+    return (1 << M.bit_length()) - 1
+
+
 def row_forward(N: int, itemsize: int) -> RowForward:
     block = max(SMALLEST_BLOCK, power_of_two(N))
     rung = FORWARD[itemsize].get(block)
     if rung is None:
-        return RowForward(1, CHUNK_BLOCK[itemsize], CHUNK_WARPS, chunked=True)
-    rows, warps = rung
-    return RowForward(rows, block, warps)
+        block, warps, stages = CHUNK[itemsize]
+        return RowForward(1, block, warps, None, chunked=True, stages=stages)
+    rows, warps, most = rung
+    # Loads of less than 16 bytes hold a pointer each.
+    return RowForward(rows, block, warps, most if N * itemsize % 16 == 0 else None)
 
 
 def row_backward(M: int, N: int, itemsize: int, sm_count: int) -> RowBackward | RowBackwardSplit:
@@ -193,30 +208,18 @@ def row_backward(M: int, N: int, itemsize: int, sm_count: int) -> RowBackward | 
     if block > max(ladder) or (block == max(ladder) and N * itemsize % 16):
         return _row_backward_split(M, N, itemsize, sm_count)
     rows, warps, stages, fit = ladder[block]
-    least = 1 << (M.bit_length() - 1)
-    affordable = 3 * itemsize * least // (PARTIAL_SHARE * 16 * sm_count)
-    partial_rows = min(sm_count * min(fit, max(1, affordable)), cdiv(2 * least - 1, rows))
-    most = registers(warps) if fit == 1 else None
-    return RowBackward(rows, block, warps, stages, most, min(partial_rows, cdiv(M, rows)), partial_rows)
+    most = most_rows(M)
+    affordable = 3 * itemsize * (most // 2 + 1) // (PARTIAL_SHARE * 16 * sm_count)
+    partial_rows = min(sm_count * min(fit, max(1, affordable)), cdiv(most, rows))
+    limit = registers(warps) if fit == 1 else None
+    return RowBackward(rows, block, warps, stages, limit, partial_rows)
 
 
 def _row_backward_split(M: int, N: int, itemsize: int, sm_count: int) -> RowBackwardSplit:
-    panel_rows = cdiv(M, cdiv(M, max(1, PANEL_BYTES // (2 * N * itemsize))))
     rows, block = COLUMN_TILE[itemsize]
-    row_programs = max(1, COLUMN_PROGRAMS_PER_SM * sm_count // cdiv(N, block))
-    rows_per_program = rows * cdiv(panel_rows, rows * row_programs)
-    panels, rest = divmod(M, panel_rows)
-    return RowBackwardSplit(
-        sums_block=CHUNK_BLOCK[itemsize],
-        sums_warps=CHUNK_WARPS,
-        rows=rows,
-        block=block,
-        warps=COLUMN_WARPS,
-        stages=COLUMN_STAGES,
-        panel_rows=panel_rows,
-        rows_per_program=rows_per_program,
-        partial_rows=panels * cdiv(panel_rows, rows_per_program) + cdiv(rest, rows_per_program),
-    )
+    most = cdiv(most_rows(M), rows)
+    partial_rows = min(max(1, COLUMN_PROGRAMS_PER_SM * sm_count // cdiv(N, block)), most)
+    return RowBackwardSplit(*ROW_SUMS[itemsize], rows, block, COLUMN_WARPS, COLUMN_STAGES, partial_rows)
 
 
 def _channel_block(C: int, S: int, elements: int, folded: bool, channels_fastest: bool) -> int:

@@ -129,19 +129,30 @@ def if_finite(v, of):
 
 
 @triton.jit
-def moments(x, mask, n, axis: tl.constexpr = 1):
-    """high, low, m2 and scale over an axis; two passes over the registers; x is 0 where `mask` is not set."""
-    high = tl.sum(x, axis=axis) / n
+def centred_moments(x, mask, n, axis: tl.constexpr = 1):
+    """d, high, low, m2 and scale over an axis; two passes over the registers. d = x - high, and 0 where `mask` is not set.
+
+    A constant tile comes out as exactly 0: `high` is then off by few units of the last place, d is that many of them
+    everywhere, and so is `low`. That `high` is off by so little also keeps s2 - s1 * low from cancelling more than a digit.
+    """
+    high = divide(tl.sum(x, axis=axis), n)
     d = tl.where(mask, x - tl.expand_dims(high, axis), 0.0)
-    low = tl.sum(d, axis=axis) / n
-    d = tl.where(mask, d - tl.expand_dims(low, axis), 0.0)
-    m2 = tl.sum(d * d, axis=axis)
+    s1, s2 = sum2(d, d * d, axis)
+    low = divide(s1, n)
+    m2 = s2 - s1 * low
     scale = tl.full(m2.shape, 1.0, m2.dtype)
-    if any_inf(m2):
-        overflow = m2 == float("inf")
-        d = d * BIG_SCALE
-        m2 = tl.where(overflow, tl.sum(d * d, axis=axis), m2)
+    if any_inf(s2):
+        overflow = s2 == float("inf")
+        scaled = d * BIG_SCALE
+        m2 = tl.where(overflow, tl.sum(scaled * scaled, axis=axis) - (s1 * BIG_SCALE) * (low * BIG_SCALE), m2)
         scale = tl.where(overflow, BIG_SCALE, 1.0).to(m2.dtype)
+    return d, high, low, tl.where(m2 < 0, 0.0, m2), scale
+
+
+@triton.jit
+def moments(x, mask, n, axis: tl.constexpr = 1):
+    """high, low, m2 and scale over an axis; x is 0 where `mask` is not set."""
+    _, high, low, m2, scale = centred_moments(x, mask, n, axis)
     return high, low, m2, scale
 
 

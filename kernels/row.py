@@ -11,7 +11,18 @@ import triton.language as tl
 from .. import heuristics
 from ..geometry import Rows
 from .launch import Count, accumulate_dtype, dense, float_pair, launch, sm_count, vector
-from .math import BIG_SCALE, any_inf, grad_input, moments, normalize, pair_of, rstd_of, shifted_moments, sum2
+from .math import (
+    BIG_SCALE,
+    any_inf,
+    centred_moments,
+    divide,
+    grad_input,
+    normalize,
+    pair_of,
+    rstd_of,
+    shifted_moments,
+    sum2,
+)
 from .partial import finalise
 
 
@@ -24,9 +35,9 @@ def _store_statistics(mean_ptr, rstd_ptr, rows, M, high, low, rstd):
 
 
 @triton.jit
-def _load_statistics(mean_ptr, rstd_ptr, rows, end, M):
-    """high, low, rstd of rows, each [rows, 1]; 0 from row `end` on."""
-    mask = rows < end
+def _load_statistics(mean_ptr, rstd_ptr, rows, M):
+    """high, low, rstd of rows, each [rows, 1]; 0 from row M on."""
+    mask = rows < M
     high = tl.load(mean_ptr + rows, mask=mask, other=0.0)
     low = tl.load(mean_ptr + M + rows, mask=mask, other=0.0)
     rstd = tl.load(rstd_ptr + rows, mask=mask, other=0.0)
@@ -34,49 +45,51 @@ def _load_statistics(mean_ptr, rstd_ptr, rows, end, M):
 
 
 @triton.jit
-def _load_parameter(ptr, cols, N, LONGEST: tl.constexpr):
+def _load_parameter(ptr, cols, mask, LONGEST: tl.constexpr):
     """In the layout of x, whatever the dtype: that takes `cols` of the shape of x, and vectors no longer than those of x."""
-    return tl.load(tl.max_contiguous(ptr + cols, (1, LONGEST)), mask=cols < N, other=0.0)
+    return tl.load(tl.max_contiguous(ptr + cols, (1, LONGEST)), mask=mask, other=0.0)
 
 
 @triton.jit
-def _store_y(y_ptr, weight_ptr, bias_ptr, x_hat, cols, parameter_cols, N, mask, LONGEST: tl.constexpr):
+def _store_y(y_ptr, weight_ptr, bias_ptr, x_hat, cols, parameter_cols, inside, mask, LONGEST: tl.constexpr):
     y = x_hat
     if weight_ptr is not None:
-        y = y * _load_parameter(weight_ptr, parameter_cols, N, LONGEST).to(y.dtype)
+        y = y * _load_parameter(weight_ptr, parameter_cols, inside, LONGEST).to(y.dtype)
     if bias_ptr is not None:
-        y = y + _load_parameter(bias_ptr, parameter_cols, N, LONGEST).to(y.dtype)
+        y = y + _load_parameter(bias_ptr, parameter_cols, inside, LONGEST).to(y.dtype)
     tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "N_v", "x_stride_v", "eps", "eps_low"])
 def _row_fwd_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, M, N_v, x_stride_v, eps, eps_low,
-                    ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr):  # fmt: skip
-    """ROWS whole rows in registers: one read, one write."""
+                    ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """ROWS whole rows in registers: one read, one write. WHOLE: N is BLOCK."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     N = N_v * VEC
     r = tl.arange(0, ROWS)
     rows = tl.program_id(0).to(tl.int64) * ROWS + r
     cols = tl.arange(0, BLOCK)[None, :]
-    mask = cols < N
+    inside = tl.full((1, BLOCK), True, tl.int1) if WHOLE else cols < N
+    mask = inside
     if ROWS > 1:
         mask = mask & (rows < M)[:, None]
-    x = tl.load(x_ptr + rows[:, None] * x_stride_v * VEC + cols, mask=mask, other=0.0).to(ACC)
-    high, low, m2, scale = moments(x, cols < N, N.to(ACC))
+    # Parameters are what L1 is to keep.
+    x = tl.load(x_ptr + rows[:, None] * x_stride_v * VEC + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
+    d, high, low, m2, scale = centred_moments(x, inside, N.to(ACC))
     rstd = rstd_of(m2, N.to(ACC), scale, pair_of(eps, eps_low, ACC))
     _store_statistics(mean_ptr, rstd_ptr, rows, M, high, low, rstd)
-    x_hat = normalize(x, high[:, None], low[:, None], rstd[:, None])
-    _store_y(y_ptr + rows[:, None] * N_v * VEC, weight_ptr, bias_ptr, x_hat, cols, cols + (r * 0)[:, None], N, mask,
+    x_hat = (d - low[:, None]) * rstd[:, None]
+    _store_y(y_ptr + rows[:, None] * N_v * VEC, weight_ptr, bias_ptr, x_hat, cols, cols + (r * 0)[:, None], inside, mask,
              128 // x_ptr.dtype.element_ty.primitive_bitwidth)  # fmt: skip
 
 
 @triton.jit
-def _chunked_sums(x_ptr, shift, scale, N, BLOCK: tl.constexpr):
+def _chunked_sums(x_ptr, shift, scale, N, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """sum((x - shift) * scale) and the sum of its squares over one row, each [1]."""
     cols = tl.arange(0, BLOCK)[None, :]
     s1 = tl.zeros((1, BLOCK), shift.dtype)
     s2 = tl.zeros((1, BLOCK), shift.dtype)
-    for start in range(0, N, BLOCK):
+    for start in tl.range(0, N, BLOCK, num_stages=STAGES):
         mask = cols < N - start
         x = tl.load(x_ptr + start + cols, mask=mask, other=0.0).to(shift.dtype)
         d = tl.where(mask, (x - shift) * scale, 0.0)
@@ -87,8 +100,11 @@ def _chunked_sums(x_ptr, shift, scale, N, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "N_v", "x_stride_v", "eps", "eps_low"])
 def _row_fwd_chunked_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, M, N_v, x_stride_v, eps, eps_low,
-                            BLOCK: tl.constexpr, VEC: tl.constexpr):  # fmt: skip
-    """One row of any length: a sweep for the statistics, and one that rereads the row (from L2) to normalise it."""
+                            BLOCK: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """One row of any length: a sweep for the statistics, and one that rereads the row (from L2) to normalise it.
+
+    The second has three tensors to prefetch, and prefetches one chunk less of them.
+    """
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     N = N_v * VEC
     n = N.to(ACC)
@@ -97,37 +113,45 @@ def _row_fwd_chunked_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_p
     x_ptr += tl.program_id(0).to(tl.int64) * x_stride_v * VEC
     y_ptr += tl.program_id(0).to(tl.int64) * N_v * VEC
     first = tl.load(x_ptr + cols, mask=cols < N, other=0.0).to(ACC)
-    shift = tl.sum(first, axis=1) / tl.minimum(N, BLOCK).to(ACC)
+    shift = divide(tl.sum(first, axis=1), tl.minimum(N, BLOCK).to(ACC))
     scale = tl.full((1,), 1.0, ACC)
-    s1, s2 = _chunked_sums(x_ptr, shift[:, None], scale[:, None], N, BLOCK)
+    s1, s2 = _chunked_sums(x_ptr, shift[:, None], scale[:, None], N, BLOCK, STAGES)
     if any_inf(s2):
         scale = tl.full((1,), BIG_SCALE, ACC)
-        s1, s2 = _chunked_sums(x_ptr, shift[:, None], scale[:, None], N, BLOCK)
+        s1, s2 = _chunked_sums(x_ptr, shift[:, None], scale[:, None], N, BLOCK, STAGES)
     high, low, m2 = shifted_moments(shift, s1, s2, n, scale)
     rstd = rstd_of(m2, n, scale, pair_of(eps, eps_low, ACC))
     _store_statistics(mean_ptr, rstd_ptr, rows, M, high, low, rstd)
-    for start in range(0, N, BLOCK):
+    for start in tl.range(0, N, BLOCK, num_stages=STAGES - 1):
         mask = cols < N - start
         x = tl.load(x_ptr + start + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
         x_hat = normalize(x, high[:, None], low[:, None], rstd[:, None])
-        _store_y(y_ptr, weight_ptr, bias_ptr, x_hat, start + cols, start + cols, N, mask,
+        _store_y(y_ptr, weight_ptr, bias_ptr, x_hat, start + cols, start + cols, mask, mask,
                  128 // x_ptr.dtype.element_ty.primitive_bitwidth)  # fmt: skip
 
 
 @triton.jit
-def _store_partials(partial_ptr, dw, db, p, P, cols, N_v, N, VEC: tl.constexpr, DW: tl.constexpr, DB: tl.constexpr):
-    """Row p of partial (2, P, N): the sums over axis 0 of dw and of db, each where it is wanted."""
-    at = partial_ptr + p.to(tl.int64) * N_v * VEC + cols
-    if DW:
-        tl.store(at, tl.sum(dw, axis=0), mask=cols < N)
-    if DB:
-        tl.store(at + tl.cast(P, tl.int64) * N_v * VEC, tl.sum(db, axis=0), mask=cols < N)
+def _store_sums(partial_ptr, dw_ptr, db_ptr, dw, db, p, P, cols, mask, N):
+    """The sums over axis 0 of dw and of db, each where it is wanted, in row p of partial (2, P, N); where P is 1 they are all
+    there is, and dw_ptr and db_ptr get them."""
+    if dw_ptr is not None:
+        _store_sum(partial_ptr + p.to(tl.int64) * N, dw_ptr, dw, P, cols, mask)
+    if db_ptr is not None:
+        _store_sum(partial_ptr + (p.to(tl.int64) + P) * N, db_ptr, db, P, cols, mask)
+
+
+@triton.jit
+def _store_sum(partial_ptr, result_ptr, parts, P, cols, mask):
+    total = tl.sum(parts, axis=0)
+    if P == 1:
+        tl.store(result_ptr + cols, total.to(result_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(partial_ptr + cols, total, mask=mask)
 
 
 @triton.jit(do_not_specialize=["P", "M", "N_v", "dy_stride_v", "x_stride_v"])
-def _row_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, partial_ptr, P, M, N_v, dy_stride_v, x_stride_v,
-                    DW: tl.constexpr, DB: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
-                    STAGES: tl.constexpr):  # fmt: skip
+def _row_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, partial_ptr, dw_ptr, db_ptr, P, M, N_v, dy_stride_v,
+                    x_stride_v, ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Persistent single sweep: dx row by row, weight and bias gradients summed in registers, one partial row per program.
 
     Lanes outside a row hold dz = 0, which is all that keeps them out of the sums.
@@ -140,7 +164,8 @@ def _row_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, parti
     dw = tl.zeros((ROWS, BLOCK), ACC)
     db = tl.zeros((ROWS, BLOCK), ACC)
     if dx_ptr is not None and weight_ptr is not None:
-        weight = _load_parameter(weight_ptr, cols + (r * 0)[:, None], N, VEC)
+        weight = _load_parameter(weight_ptr, cols + (r * 0)[:, None], cols < N, VEC)
+    share = divide(tl.cast(1.0, ACC), N.to(ACC))
     for group in tl.range(pid, tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = (group * ROWS + r).to(tl.int64)
         mask = cols < N
@@ -148,56 +173,58 @@ def _row_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, parti
             mask = mask & (rows < M)[:, None]
         x = tl.load(x_ptr + rows[:, None] * x_stride_v * VEC + cols, mask=mask, other=0.0).to(ACC)
         dz = tl.load(dy_ptr + rows[:, None] * dy_stride_v * VEC + cols, mask=mask, other=0.0).to(ACC)
-        high, low, rstd = _load_statistics(mean_ptr, rstd_ptr, rows, M, M)
+        high, low, rstd = _load_statistics(mean_ptr, rstd_ptr, rows, M)
         x_hat = normalize(x, high, low, rstd)
         if dx_ptr is not None:
             g = dz
             if weight_ptr is not None:
                 g = dz * weight.to(ACC)
             c1, c2 = sum2(g * x_hat, g, 1)
-            dx = grad_input(g, x_hat, rstd, (c1 / N.to(ACC))[:, None], (c2 / N.to(ACC))[:, None])
+            dx = grad_input(g, x_hat, rstd, (c1 * share)[:, None], (c2 * share)[:, None])
             tl.store(dx_ptr + rows[:, None] * N_v * VEC + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if DW:
+        if dw_ptr is not None:
             dw += dz * x_hat
-        if DB:
+        if db_ptr is not None:
             db += dz
-    if partial_ptr is not None:
-        _store_partials(partial_ptr, dw, db, pid, P, tl.arange(0, BLOCK), N_v, N, VEC, DW, DB)
+    at = tl.arange(0, BLOCK)
+    _store_sums(partial_ptr, dw_ptr, db_ptr, dw, db, pid, P, at, at < N, N)
 
 
-@triton.jit(do_not_specialize=["first_row", "M", "N_v", "dy_stride_v", "x_stride_v"])
-def _row_bwd_sums_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c_ptr, first_row, M, N_v, dy_stride_v, x_stride_v,
-                         BLOCK: tl.constexpr, VEC: tl.constexpr):  # fmt: skip
-    """c (2, M): c1 and c2 of one long row."""
+@triton.jit(do_not_specialize=["M", "N_v", "dy_stride_v", "x_stride_v"])
+def _row_bwd_sums_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c_ptr, M, N_v, dy_stride_v, x_stride_v,
+                         BLOCK: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """c1 and c2 of one long row, in c: M of the one, then M of the other."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     N = N_v * VEC
-    row = tl.program_id(0).to(tl.int64) + first_row
+    row = tl.program_id(0).to(tl.int64)
     rows = row + tl.arange(0, 1)
     cols = tl.arange(0, BLOCK)[None, :]
-    high, low, rstd = _load_statistics(mean_ptr, rstd_ptr, rows, M, M)
+    high, low, rstd = _load_statistics(mean_ptr, rstd_ptr, rows, M)
     x_ptr += row * x_stride_v * VEC
     dy_ptr += row * dy_stride_v * VEC
     s1 = tl.zeros((1, BLOCK), ACC)
     s2 = tl.zeros((1, BLOCK), ACC)
-    for start in range(0, N, BLOCK):
+    for start in tl.range(0, N, BLOCK, num_stages=STAGES):
         mask = cols < N - start
         x_hat = normalize(tl.load(x_ptr + start + cols, mask=mask, other=0.0).to(ACC), high, low, rstd)
         g = tl.load(dy_ptr + start + cols, mask=mask, other=0.0).to(ACC)
         if weight_ptr is not None:
-            g = g * _load_parameter(weight_ptr, start + cols, N, VEC).to(ACC)
+            g = g * _load_parameter(weight_ptr, start + cols, mask, VEC).to(ACC)
         s1 += g * x_hat
         s2 += g
     c1, c2 = sum2(s1, s2, 1)
-    tl.store(c_ptr + rows, c1 / N.to(ACC))
-    tl.store(c_ptr + M + rows, c2 / N.to(ACC))
+    tl.store(c_ptr + rows, divide(c1, N.to(ACC)))
+    tl.store(c_ptr + M + rows, divide(c2, N.to(ACC)))
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "rows_per", "first_partial", "P", "M", "N_v", "dy_stride_v",
-                               "x_stride_v"])  # fmt: skip
-def _row_bwd_columns_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c_ptr, dx_ptr, partial_ptr, first_row, last_row,
-                            rows_per, first_partial, P, M, N_v, dy_stride_v, x_stride_v, DW: tl.constexpr, DB: tl.constexpr,
-                            ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """BLOCK columns of rows_per rows: dx with the known c1 and c2, and one partial row of the weight and bias gradients."""
+@triton.jit(do_not_specialize=["P", "M", "N_v", "dy_stride_v", "x_stride_v"])
+def _row_bwd_columns_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c_ptr, dx_ptr, partial_ptr, dw_ptr, db_ptr, P, M,
+                            N_v, dy_stride_v, x_stride_v, ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+                            STAGES: tl.constexpr):  # fmt: skip
+    """BLOCK columns of every P-th tile of rows: dx with the known c1 and c2, and one partial row of dw and db.
+
+    From the last row on: those are in L2, if any are.
+    """
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     N = N_v * VEC
     blocks = tl.cdiv(N, BLOCK)
@@ -208,30 +235,29 @@ def _row_bwd_columns_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c_ptr
     dw = tl.zeros((ROWS, BLOCK), ACC)
     db = tl.zeros((ROWS, BLOCK), ACC)
     if dx_ptr is not None and weight_ptr is not None:
-        weight = _load_parameter(weight_ptr, cols + (r * 0)[:, None], N, VEC)
-    begin = first_row + p * rows_per
-    end = tl.minimum(begin + rows_per, last_row)
-    for row in tl.range(begin, end, ROWS, num_stages=STAGES):
-        rows = (row + r).to(tl.int64)
-        mask = (cols < N) & (rows < end)[:, None]
+        weight = _load_parameter(weight_ptr, cols + (r * 0)[:, None], cols < N, VEC)
+    groups = tl.cdiv(M, ROWS)
+    for i in tl.range(p, groups, P, num_stages=STAGES):
+        rows = ((groups - 1 - i) * ROWS + r).to(tl.int64)
+        mask = (cols < N) & (rows < M)[:, None]
         x = tl.load(x_ptr + rows[:, None] * x_stride_v * VEC + cols, mask=mask, other=0.0).to(ACC)
         dz = tl.load(dy_ptr + rows[:, None] * dy_stride_v * VEC + cols, mask=mask, other=0.0).to(ACC)
-        high, low, rstd = _load_statistics(mean_ptr, rstd_ptr, rows, end, M)
+        high, low, rstd = _load_statistics(mean_ptr, rstd_ptr, rows, M)
         x_hat = normalize(x, high, low, rstd)
         if dx_ptr is not None:
             g = dz
             if weight_ptr is not None:
                 g = dz * weight.to(ACC)
-            c1 = tl.load(c_ptr + rows, mask=rows < end, other=0.0)[:, None]
-            c2 = tl.load(c_ptr + M + rows, mask=rows < end, other=0.0)[:, None]
+            c1 = tl.load(c_ptr + rows, mask=rows < M, other=0.0)[:, None]
+            c2 = tl.load(c_ptr + M + rows, mask=rows < M, other=0.0)[:, None]
             dx = grad_input(g, x_hat, rstd, c1, c2)
             tl.store(dx_ptr + rows[:, None] * N_v * VEC + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if DW:
+        if dw_ptr is not None:
             dw += dz * x_hat
-        if DB:
+        if db_ptr is not None:
             db += dz
-    if partial_ptr is not None:
-        _store_partials(partial_ptr, dw, db, p + first_partial, P, first_col + tl.arange(0, BLOCK), N_v, N, VEC, DW, DB)
+    at = first_col + tl.arange(0, BLOCK)
+    _store_sums(partial_ptr, dw_ptr, db_ptr, dw, db, p, P, at, at < N, N)
 
 
 # ---------------------------------------------------------------- launchers
@@ -257,56 +283,44 @@ def row_fwd(x, weight, bias, eps, N, dtype=None):
     M = Count(rows.M)
     args = (source, dense(weight), dense(bias), y, mean, rstd, M, N // vec, stride // vec, *float_pair(eps))
     if config.chunked:
-        launch(_row_fwd_chunked_kernel, M, x.device, *args, BLOCK=config.block, VEC=vec, warps=config.warps)
+        launch(_row_fwd_chunked_kernel, M, x.device, *args, BLOCK=config.block, VEC=vec, STAGES=config.stages,
+               warps=config.warps, stages=config.stages)  # fmt: skip
     else:
-        launch(_row_fwd_kernel, Count(rows.M, config.rows), x.device, *args,
-               ROWS=config.rows, BLOCK=config.block, VEC=vec, warps=config.warps)  # fmt: skip
+        launch(_row_fwd_kernel, Count(rows.M, config.rows), x.device, *args, ROWS=config.rows, BLOCK=config.block, VEC=vec,
+               WHOLE=N == config.block, warps=config.warps, registers=config.registers)  # fmt: skip
     return y, mean, rstd
 
 
 def row_bwd(dy, x, weight, mean, rstd, need):
     rows = Rows(rstd.numel(), x.numel() // rstd.numel())
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need[0] else None
-    wanted = need[1] is not None, need[2] is not None
-    if not need[0] and not any(wanted):
+    if not any(need):
         return None, None, None
+    dw, db = (None if dtype is None else torch.empty(rows.N, dtype=dtype, device=x.device) for dtype in need[1:])
     config = heuristics.row_backward(rows.M, rows.N, x.element_size(), sm_count(x.device))
-    split = isinstance(config, heuristics.RowBackwardSplit)
     partial = None
-    if any(wanted):
+    if dw is not None or db is not None:
         partial = torch.empty((2, config.partial_rows, rows.N), dtype=rstd.dtype, device=x.device)
     dy, dy_stride = _in_place(rows, dy)
     x, x_stride = _in_place(rows, x)
     vec = vector(min(x.element_size(), dy.element_size()), rows.N, dy_stride, x_stride)
     inputs = (dy, x, dense(weight), dense(mean), dense(rstd))
-    # The split's panels are others for another M, so that its M is a number like others.
-    sizes = (rows.M if split else Count(rows.M), rows.N // vec, dy_stride // vec, x_stride // vec)
-    programs = config.partial_rows if split else Count(rows.M, config.rows, config.partial_rows)
-    if split:
-        _row_bwd_split(config, rows, inputs, dx, partial, sizes, vec, wanted)
-    else:
-        launch(_row_bwd_kernel, programs, x.device, *inputs, dx, partial, config.partial_rows, *sizes,
-               DW=wanted[0], DB=wanted[1], ROWS=config.rows, BLOCK=config.block, VEC=vec, STAGES=config.stages,
-               warps=config.warps, stages=config.stages, registers=config.registers)  # fmt: skip
-    if partial is None:
-        return dx, None, None
-    dw, db = (None if dtype is None else torch.empty(rows.N, dtype=dtype, device=x.device) for dtype in need[1:])
-    finalise(partial, dw, db, filled=programs)
-    return dx, dw, db
-
-
-def _row_bwd_split(config, rows, inputs, dx, partial, sizes, vec, wanted):
-    rstd = inputs[-1]
-    c = None if dx is None else torch.empty((2, rows.M), dtype=rstd.dtype, device=rstd.device)
-    partial_row = 0
-    for first in range(0, rows.M, config.panel_rows):
-        last = min(first + config.panel_rows, rows.M)
-        programs = heuristics.cdiv(last - first, config.rows_per_program)
+    results = (dx, partial, dw, db, config.partial_rows)
+    M = Count(rows.M)
+    sizes = (M, rows.N // vec, dy_stride // vec, x_stride // vec)
+    tile = dict(ROWS=config.rows, BLOCK=config.block, VEC=vec, STAGES=config.stages, warps=config.warps, stages=config.stages)
+    if isinstance(config, heuristics.RowBackwardSplit):
+        c = None
         if dx is not None:
-            launch(_row_bwd_sums_kernel, last - first, rstd.device, *inputs, c, first, *sizes,
-                   BLOCK=config.sums_block, VEC=vec, warps=config.sums_warps)  # fmt: skip
-        launch(_row_bwd_columns_kernel, programs * heuristics.cdiv(rows.N, config.block), rstd.device, *inputs, c, dx, partial,
-               first, last, config.rows_per_program, partial_row, config.partial_rows, *sizes, DW=wanted[0], DB=wanted[1],
-               ROWS=config.rows, BLOCK=config.block, VEC=vec, STAGES=config.stages, warps=config.warps,
-               stages=config.stages)  # fmt: skip
-        partial_row += programs
+            c = torch.empty((2, heuristics.most_rows(rows.M)), dtype=rstd.dtype, device=x.device)
+            launch(_row_bwd_sums_kernel, M, x.device, *inputs, c, *sizes, BLOCK=config.sums_block, VEC=vec,
+                   STAGES=config.sums_stages, warps=config.sums_warps, stages=config.sums_stages)  # fmt: skip
+        filled = config.partial_rows
+        launch(_row_bwd_columns_kernel, filled * heuristics.cdiv(rows.N, config.block), x.device, *inputs, c, *results, *sizes,
+               **tile)  # fmt: skip
+    else:
+        filled = Count(rows.M, config.rows, config.partial_rows)
+        launch(_row_bwd_kernel, filled, x.device, *inputs, *results, *sizes, **tile, registers=config.registers)
+    if partial is not None and config.partial_rows > 1:
+        finalise(partial, dw, db, filled=filled)
+    return dx, dw, db

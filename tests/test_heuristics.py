@@ -52,59 +52,67 @@ def test_pipelined_backward_fits_shared_memory(itemsize):
 def test_a_row_is_reduced_the_same_way_in_every_batch(itemsize):
     for N in (1, 10, 100, 768, 1000, 2048, 8192):
         kinds = {H.row_backward(M, N, itemsize, sms) for M in (1, 2, 33, 10**6) for sms in (8, 132)}
-        kinds = {dataclasses.replace(c, programs=0, partial_rows=0) if isinstance(c, H.RowBackward) else type(c) for c in kinds}
-        assert len(kinds) == 1
+        assert len({dataclasses.replace(c, partial_rows=0) for c in kinds}) == 1
 
 
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
 def test_backward_of_all_numbers_of_rows_in_a_power_of_two(itemsize):
-    """All but the number of programs is the same, and that follows M: one plan serves them, see plans.py."""
-    for N, bits in itertools.product((10, 100, 600, 1024, 2048), range(17)):
+    """All of it is the same: one plan serves them, see plans.py."""
+    for N, bits in itertools.product((10, 100, 600, 1024, 2048, 20000), range(17)):
         numbers = {2**bits, 2**bits + 2**bits // 3, 2 ** (bits + 1) - 1}
-        all_c = {M: H.row_backward(M, N, itemsize, 132) for M in numbers}
-        assert len({dataclasses.replace(c, programs=0) for c in all_c.values()}) == 1
-        for M, c in all_c.items():
-            assert c.programs == min(c.partial_rows, H.cdiv(M, c.rows))
-
-
-@pytest.mark.parametrize("M", [1, 7, 512, 100_000])
-def test_backward_programs(M):
-    for N, itemsize in itertools.product((16, 100, 1024, 8192), ITEMSIZES):
-        c = H.row_backward(M, N, itemsize, 132)
-        if isinstance(c, H.RowBackward):
-            assert 1 <= c.programs <= min(c.partial_rows, H.cdiv(M, c.rows))
-            partial_traffic, ideal = 16 * c.programs, 3 * itemsize * M
-            assert c.programs <= 132 or partial_traffic * H.PARTIAL_SHARE <= ideal
-
-
-@pytest.mark.parametrize("M", [2112, 8192, 10**6])
-@pytest.mark.parametrize("N", [512, 1024, 2048, 4096, 8192])
-@pytest.mark.parametrize("itemsize", [2, 4])
-def test_backward_keeps_the_memory_busy_at_few_partial_rows(itemsize, N, M):
-    """32 KB of x and dy prefetched by every SM, at 16 bytes of partial rows for at most 1/6 of the ideal 3 * itemsize."""
-    sms = 132
-    c = H.row_backward(M, N, itemsize, sms)
-    assert c.programs % sms == 0
-    assert c.programs // sms * (c.stages - 1) * 2 * c.rows * N * itemsize >= 32 << 10
-    assert 6 * 16 * c.programs <= 3 * itemsize * M
+        (c,) = {H.row_backward(M, N, itemsize, 132) for M in numbers}
+        assert 1 <= c.partial_rows <= H.cdiv(max(numbers), c.rows)
 
 
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
-def test_split_backward_covers_every_row(itemsize):
-    for M, N in itertools.product((1, 100, 383, 10_000), (8191, 9000, 50_000, 2**20)):
+def test_one_program_where_one_tile_holds_all_rows(itemsize):
+    for N in (10, 64, 256, 1024, 20000):
+        rows = H.row_backward(1, N, itemsize, 132).rows
+        assert H.row_backward(max(1, rows // 2), N, itemsize, 132).partial_rows == 1
+        assert H.row_backward(4 * rows, N, itemsize, 132).partial_rows > 1 or N == 20000  # few programs share a column
+
+
+@pytest.mark.parametrize("M", [512, 100_000])
+def test_partial_rows_cost_less_than_the_rows(M):
+    for N, itemsize in itertools.product((16, 100, 1024, 8192), ITEMSIZES):
         c = H.row_backward(M, N, itemsize, 132)
-        assert 1 <= c.panel_rows <= M
-        assert c.rows_per_program % c.rows == 0
-        assert c.panel_rows == 1 or 2 * c.panel_rows * N * itemsize <= H.PANEL_BYTES
-        panels = [min(c.panel_rows, M - first) for first in range(0, M, c.panel_rows)]
-        assert c.partial_rows == sum(H.cdiv(panel, c.rows_per_program) for panel in panels)
+        if isinstance(c, H.RowBackward):
+            partial_traffic, ideal = 16 * c.partial_rows, 3 * itemsize * M
+            assert c.partial_rows <= 132 or partial_traffic * H.PARTIAL_SHARE <= ideal
+
+
+@pytest.mark.parametrize("M", [4096, 8192, 10**6])
+@pytest.mark.parametrize("N", [256, 512, 1024, 2048, 4096, 8192])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_backward_keeps_the_memory_busy(itemsize, N, M):
+    """48 KB of x and dy prefetched by every SM; no program is left over for a second round on an SM."""
+    sms = 132
+    c = H.row_backward(M, N, itemsize, sms)
+    tile = 2 * c.rows * N * itemsize
+    per_sm = c.partial_rows // sms
+    assert c.partial_rows % sms == 0
+    assert per_sm * (c.stages - 1) * tile >= 48 << 10
+    assert per_sm * (c.stages - 1) * tile <= SHARED
 
 
 def test_split_backward_writes_few_partial_rows():
     for N in (12288, 16384, 40000):
         c = H.row_backward(4096, N, 2, 132)
         assert 6 * 16 * c.partial_rows <= 3 * 2 * 4096
-        assert c.panel_rows / c.rows_per_program * H.cdiv(N, c.block) >= 3 * 132, "the GPU is not filled"
+        assert c.partial_rows * H.cdiv(N, c.block) >= 3 * 132, "the GPU is not filled"
+
+
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+def test_long_rows_fit_shared_memory(itemsize):
+    """x, dy and a weight; x; x with a weight and a bias, a stage less: parameters of 4 bytes at the least."""
+    parameter = max(4, itemsize)
+    block, _, stages = H.ROW_SUMS[itemsize]
+    assert (stages - 1) * block * (2 * itemsize + parameter) <= SHARED
+    block, _, stages = H.CHUNK[itemsize]
+    assert (stages - 1) * block * itemsize <= SHARED
+    assert (stages - 2) * block * (itemsize + 2 * parameter) <= SHARED
+    rows, block = H.COLUMN_TILE[itemsize]
+    assert H.COLUMN_PROGRAMS_PER_SM * (H.COLUMN_STAGES - 1) * 2 * rows * block * itemsize <= SHARED
 
 
 SHAPES = [(32, 64, 3136), (8, 3, 50176), (256, 2048, 49), (1, 1, 1), (2, 5, 3), (5, 65, 49), (1, 64, 10**7), (10**6, 16, 1)]
@@ -212,4 +220,4 @@ def test_configurations_are_frozen_and_printable():
         assert hash(c) == hash(dataclasses.replace(c))
         with pytest.raises(dataclasses.FrozenInstanceError):
             c.warps = 1
-    assert repr(H.row_forward(768, 2)) == "RowForward(rows=1, block=1024, warps=2, chunked=False)"
+    assert repr(H.row_forward(768, 2)) == "RowForward(rows=1, block=1024, warps=1, registers=None, chunked=False, stages=1)"

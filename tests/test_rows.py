@@ -1,5 +1,7 @@
 """Layer norm: every backend against the truth, never worse than torch.nn."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,11 +49,12 @@ def test_only_what_is_needed(shape, need, backend, device):
         assert got is None or torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("M", [1, 3, 40, 41, 61])
-def test_a_backward_of_several_panels(M, backend, device, monkeypatch):
-    """Panels of 20 rows, the last one shorter, a program with fewer rows than its tile: no row is lost or counted twice."""
-    case = Case((M, 9000))
-    monkeypatch.setattr(heuristics, "PANEL_BYTES", 20 * 2 * 9000 * 4)
+def test_a_backward_of_split_rows(M, dtype, backend, device, monkeypatch):
+    """Several programs to a column, rows that fill no tile, and programs without rows: none is lost or counted twice."""
+    monkeypatch.setattr(heuristics, "COLUMN_PROGRAMS_PER_SM", 33)
+    case = Case((M, 16500), dtype=dtype, weight=dtype, bias=dtype)
     inputs = case.make_rows(device)
     truth = Rows.truth(case, *inputs)
     for name, t in gradients(Rows.call(fastnorm.layer_norm, case), *inputs).items():
@@ -99,7 +102,7 @@ def test_not_finite_input_spoils_its_row_alone(N, bad, backend, device):
     assert torch.equal(y.isnan().all(1).cpu(), torch.tensor([False, True, False]))
 
 
-@pytest.mark.parametrize("N", [33, 700])
+@pytest.mark.parametrize("N", [16, 33, 700])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_constant_rows_are_zero(dtype, N, backend, device):
     """Whatever their value, and beside rows that are not constant."""
@@ -121,6 +124,25 @@ def test_row_does_not_depend_on_its_batch(N, dtype, backend, device):
         part = gradients(lambda x, w, b: fastnorm.layer_norm(x, (N,), w, b), x[start:end], dy[start:end], weight, bias)
         assert torch.equal(part["y"], whole["y"][start:end])
         assert torch.equal(part["dx"], whole["dx"][start:end])
+
+
+@pytest.mark.parametrize("M", [2, 4, 7])
+@pytest.mark.parametrize("parameter", [F32, BF16])
+def test_one_program_finishes_alone(M, parameter, backend, device):
+    """Few short rows: one program has all of the gradients of weight and bias, and one launch writes them in their dtype."""
+    if backend.__name__ != "fastnorm.kernels":
+        pytest.skip("no launches to count")
+    case = Case((M, 24), dtype=BF16, weight=parameter, bias=parameter)
+    x, dy, weight, bias = case.make_rows(device)
+    _, mean, rstd = backend.row_fwd(x, weight, bias, 1e-5, 24)
+    launches = []
+    with mock.patch.object(backend.launch.thread, "recorder", launches.append):
+        results = backend.row_bwd(dy, x, weight, mean, rstd, (True, parameter, parameter))
+    assert [launch.kernel.__name__ for launch in launches] == ["_row_bwd_kernel"]
+    truth = Rows.truth(case, x, dy, weight, bias)
+    for name, t in zip(("dx", "dweight", "dbias"), results, strict=True):
+        assert t.dtype == (BF16 if name == "dx" else parameter)
+        assert_no_worse(Rows, case, name, t, truth, backend)
 
 
 def test_two_runs_give_the_same_bits(backend, device):

@@ -201,10 +201,9 @@ def test_numbers_of_any_constant():
 def test_constants_are_varied_in_their_own_terms():
     """Other numbers that follow from a constant follow it, and a cache does not hide it."""
     key = ("row_backward", (4096, 10000, 4, 132), ())
-    state = tune.State().but(("PANEL_BYTES",), heuristics.PANEL_BYTES // 2)
+    state = tune.State().but(("COLUMN_PROGRAMS_PER_SM",), heuristics.COLUMN_PROGRAMS_PER_SM // 2)
     (config,), present = state.table([key]).values(), heuristics.row_backward(*key[1])
-    assert config.panel_rows == present.panel_rows // 2
-    assert config.rows_per_program < present.rows_per_program
+    assert config.partial_rows == present.partial_rows // 2
     assert heuristics.row_backward(*key[1]) == present
     assert state.but((key, "warps"), 1).table([key])[key] == dataclasses.replace(config, warps=1)
 
