@@ -103,8 +103,8 @@ FORWARD = {
     # 16384 takes 32 warps: 16 spill on sm_80. 80: on sm_100 the assembler aims at 48 and spills.
     4: {16: (64, 4, None), 32: (32, 4, None), 64: (16, 4, None), 128: (8, 4, None), 256: (4, 4, None), 512: (1, 2, None),
         1024: (1, 4, None), 2048: (1, 4, 80), 4096: (1, 8, 80), 8192: (1, 16, None), 16384: (1, 32, None)},
-    # float64 takes two registers per element.
-    8: {16: (32, 4, None), 32: (16, 4, None), 64: (8, 4, None), 128: (4, 4, None), 256: (2, 4, None), 512: (1, 4, None),
+    # float64 takes two registers per element. 96: the assembler aims at 64 and spills.
+    8: {16: (32, 4, 96), 32: (16, 4, 96), 64: (8, 4, 96), 128: (4, 4, 96), 256: (2, 4, 96), 512: (1, 4, None),
         1024: (1, 4, None), 2048: (1, 8, None), 4096: (1, 16, None), 8192: (1, 32, None)},
 }  # fmt: skip
 # itemsize -> (block, warps, stages). 16 warps of 8 elements a thread: two programs fit an SM, so that one reduces while the

@@ -49,12 +49,11 @@ def test_only_what_is_needed(shape, need, backend, device):
         assert got is None or torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("M", [1, 3, 40, 41, 61])
-def test_a_backward_of_split_rows(M, dtype, backend, device, monkeypatch):
-    """Several programs to a column, rows that fill no tile, and programs without rows: none is lost or counted twice."""
-    monkeypatch.setattr(heuristics, "COLUMN_PROGRAMS_PER_SM", 33)
-    case = Case((M, 16500), dtype=dtype, weight=dtype, bias=dtype)
+@pytest.mark.parametrize("M", [1, 3, 21])
+def test_a_backward_of_split_rows(M, backend, device, monkeypatch):
+    """Several programs to a column, rows that fill no tile, and a program without rows: none is lost or counted twice."""
+    monkeypatch.setattr(heuristics, "COLUMN_PROGRAMS_PER_SM", 17)
+    case = Case((M, 4099))
     inputs = case.make_rows(device)
     truth = Rows.truth(case, *inputs)
     for name, t in gradients(Rows.call(fastnorm.layer_norm, case), *inputs).items():

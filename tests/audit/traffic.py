@@ -131,7 +131,7 @@ OPS = (
     *(Op(name, ideal, shape, dtype) for shape, dtype in _ROWS for name, ideal in (("row_fwd", 2), ("row_bwd", 3))),
     # Enough SMs that parameters are little beside the L2. Split rows are read twice where the L2 does not hold all of them.
     Op("row_fwd", 2, (100, 20000), BF16, sms=16),
-    Op("row_bwd", 3, (120, 9000), BF16, sms=16),
+    Op("row_bwd", 3, (60, 9000), BF16, sms=16),
     Op("row_bwd", 5, (300, 9000), BF16),
     *(Op("evaluation", 2, shape, F32, layout) for shape, layout in _LARGE),
     *(Op(name, ideal, shape, F32, layout) for shape, layout in _SLAB for name, ideal in _ONCE),
