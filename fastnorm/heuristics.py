@@ -7,6 +7,7 @@ y and dx of a row never depend on the batch around it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 SMALLEST_BLOCK = 16
@@ -56,9 +57,9 @@ class RowBackwardSplit:
 
 @dataclass(frozen=True)
 class Channel:
-    """Tiles of block_b samples x block_s positions x block_c channels; a program takes `tiles` of them, one after another.
+    """Tiles of block_b samples x block_s positions x block_c channels.
 
-    `programs` share the positions of a block of channels; where they sum, each writes one partial row.
+    `programs` share the tiles of a block of channels; where they sum, each writes one partial row.
     """
 
     block_b: int
@@ -67,7 +68,6 @@ class Channel:
     warps: int
     stages: int
     registers: int | None
-    tiles: int
     programs: int
 
 
@@ -143,17 +143,24 @@ COLUMN_WARPS, COLUMN_STAGES, COLUMN_PROGRAMS_PER_SM = 4, 3, 4
 # fewer programs leave an SM waiting.
 PARTIAL_SHARE = 1
 
-# Partial rows times channels of a block, up to which every program of the second reading merges those of its block itself.
-MERGED_WITH_READING = 512
+# Partial rows times channels of a block, up to which every program of the second reading merges those of its block itself, and
+# how many at a time.
+MERGED_WITH_READING, MERGED_AT_ONCE = 1024, 512
 
-# Elements of a tile, warps, and programs per SM. Halved where loads are narrower than 8 bytes: every load in flight then holds
-# a pointer of its own, two registers; and sums of several channels whose positions lie together, which have a set of sums for
-# each of them.
-APPLY_TILE, APPLY_WARPS, APPLY_STAGES, APPLY_PROGRAMS_PER_SM = {2: 2048, 4: 2048, 8: 1024}, 4, 1, 8
-# Sums: few programs, because every one is a partial row that the finalising launch walks through; each prefetches, so that
-# the two that fit keep 32 KB on their way to an SM.
-SUMS_TILE, SUMS_WARPS, SUMS_PROGRAMS_PER_SM = {2: 4096, 4: 4096, 8: 2048}, 8, 2
-SUMS_STAGES = {2: 3, 4: 2, 8: 2}
+# What reads a tensor of channels: itemsize -> (elements of a tile, warps, stages, programs per SM). Tiles are halved where
+# loads are narrower than 8 bytes: every load in flight then holds a pointer of its own, two registers; and sums of several
+# channels whose positions lie together, which have a set of sums for each of them.
+# * Sums: few programs, because every one is a partial row that is merged later; each prefetches, so that 48 to 96 KB are on
+#   their way to an SM.
+# * y, and dx of positions that lie together: 32 elements a thread of 2 bytes are on their way at once, and the programs are
+#   few, because each merges the partial rows of its channels.
+# * dx of channels that lie together holds four numbers of every channel as well, and prefetches instead.
+READINGS = {
+    "sums": {2: (2048, 4, 4, 4), 4: (2048, 4, 4, 4), 8: (2048, 8, 2, 2)},
+    "y": {2: (4096, 4, 1, 16), 4: (4096, 8, 1, 32), 8: (1024, 4, 1, 8)},
+    "dx": {2: (4096, 4, 1, 16), 4: (2048, 4, 1, 32), 8: (1024, 4, 1, 8)},
+    "dx, channels fastest": {2: (2048, 4, 3, 8), 4: (2048, 4, 1, 32), 8: (1024, 4, 1, 8)},
+}
 # 64 bytes of a row at the least: a group of so few channels is still read at full speed.
 CHANNELS_FASTEST_BLOCK = 32
 # A program's sums are shifted by the mean of its first tile, which is off by at most sqrt(tiles) standard deviations: the
@@ -230,36 +237,27 @@ def _channel_block(C: int, S: int, elements: int, folded: bool, channels_fastest
     return 1 if folded else min(8, max(1, elements // (8 * power_of_two(S))), power_of_two(C))
 
 
-def _tile(
-    C: int, S: int, elements: int, folded: bool, channels_fastest: bool, narrow: bool, sums: bool
-) -> tuple[int, int, int]:
-    """Samples, positions and channels of a tile."""
+def channel(
+    B: int, C: int, S: int, itemsize: int, sm_count: int, reading: str, *, folded: bool, channels_fastest: bool, narrow: bool
+) -> Channel:
+    """`reading`: "sums", "y" or "dx". `folded`: the batch is part of S (B = 1), so S is a batch-like number that no block may
+    depend on."""
+    key = f"{reading}, channels fastest" if channels_fastest else reading
+    elements, warps, stages, per_sm = READINGS.get(key, READINGS[reading])[itemsize]
     block_c = _channel_block(C, S, elements, folded, channels_fastest)
-    if narrow or (sums and block_c > 1 and not channels_fastest):
+    if narrow or (reading == "sums" and block_c > 1 and not channels_fastest):
         elements //= 2
         block_c = _channel_block(C, S, elements, folded, channels_fastest)
     positions = elements // block_c
     block_s = positions if folded else min(positions, power_of_two(S))
-    return positions // block_s, block_s, block_c
-
-
-def channel(
-    B: int, C: int, S: int, itemsize: int, sm_count: int, *, folded: bool, channels_fastest: bool, narrow: bool, sums: bool
-) -> Channel:
-    """`folded`: the batch is part of S (B = 1), so S is a batch-like number that no block may depend on."""
-    elements = (SUMS_TILE if sums else APPLY_TILE)[itemsize]
-    block_b, block_s, block_c = _tile(C, S, elements, folded, channels_fastest, narrow, sums)
+    block_b = positions // block_s
     total = cdiv(B, block_b) * cdiv(S, block_s)
     everything = total * cdiv(C, block_c)
-    if sums:
-        tiles = cdiv(everything, SUMS_PROGRAMS_PER_SM * sm_count)
-        warps, stages, most = SUMS_WARPS, SUMS_STAGES[itemsize], None
-    else:
-        tiles = max(1, everything // (APPLY_PROGRAMS_PER_SM * sm_count))
-        warps, stages = APPLY_WARPS, APPLY_STAGES
-        most = registers(warps) if itemsize == 8 else None
-    tiles = min(MOST_TILES, tiles)
-    return Channel(block_b, block_s, block_c, warps, stages, most, tiles, cdiv(total, tiles))
+    share = everything / (per_sm * sm_count)
+    # Sums that fit side by side; the others may be a few more.
+    tiles = max(1, min(MOST_TILES, math.ceil(share) if reading == "sums" else int(share)))
+    most = registers(warps) if itemsize == 8 and reading != "sums" else None
+    return Channel(block_b, block_s, block_c, warps, stages, most, cdiv(total, tiles))
 
 
 def slab(

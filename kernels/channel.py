@@ -141,7 +141,7 @@ def _count(x):
 
 def _stats(x, mean):
     """Partial rows (4, P, C), and whether the second reading may merge them."""
-    plan, (x,) = planned(x, sums=True)
+    plan, (x,) = planned(x, reading="sums")
     partial = mean.new_empty((4, plan.P, mean.shape[1]))
     plan.launch(_channel_stats_kernel, x, partial, *plan.strides, X_FASTEST=plan.fastest[0])
     return partial, plan.few
@@ -156,7 +156,7 @@ def _merge(partial, mean, count, std=None, rstd=None, running=(None, None), eps=
 
 
 def _apply(x, mean, rstd, weight, bias, y, partial=None, running=(None, None), eps=0.0, momentum=0.0):
-    plan, (view, out) = planned(x, y, sums=False)
+    plan, (view, out) = planned(x, y, reading="y")
     plan.launch(_channel_apply_kernel, view, partial, mean, rstd, *running, weight, bias, out, *plan.strides,
                 1 if partial is None else partial.shape[1], _count(x), *float_pair(eps), *float_pair(momentum),
                 X_FASTEST=plan.fastest[0], Y_FASTEST=plan.fastest[1])  # fmt: skip
@@ -165,7 +165,7 @@ def _apply(x, mean, rstd, weight, bias, y, partial=None, running=(None, None), e
 
 def _sums(dy, x, mean, rstd):
     """As _stats, partial rows (2, P, C)."""
-    plan, (x, dy) = planned(x, dy, sums=True)
+    plan, (x, dy) = planned(x, dy, reading="sums")
     (x_strides, dy_strides), (x_fastest, dy_fastest) = plan.strides, plan.fastest
     partial = rstd.new_empty((2, plan.P, rstd.numel()))
     plan.launch(_channel_sums_kernel, dy, x, mean, rstd, partial, dy_strides, x_strides, DY_FASTEST=dy_fastest,
@@ -174,7 +174,7 @@ def _sums(dy, x, mean, rstd):
 
 
 def _grad(dy, x, mean, rstd, weight, dx, partial=None, dw=None, db=None, c1=None, c2=None):
-    plan, (view, dy, out) = planned(x, dy, dx, sums=False)
+    plan, (view, dy, out) = planned(x, dy, dx, reading="dx")
     (x_strides, dy_strides, dx_strides), (x_fastest, dy_fastest, dx_fastest) = plan.strides, plan.fastest
     plan.launch(_channel_grad_kernel, dy, view, partial, mean, rstd, weight, c1, c2, out, dw, db, dy_strides, x_strides,
                 dx_strides, 1 if partial is None else partial.shape[1], _count(x), DY_FASTEST=dy_fastest, X_FASTEST=x_fastest,

@@ -22,7 +22,10 @@ from .math import (
 @triton.jit
 def _shifted_sums(x_ptr, x_strides, c0, inside, shift, scale, p, P, B, S, C, X_FASTEST: tl.constexpr, VEC_S: tl.constexpr,
                   VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """sum((x - shift) * scale) and the sum of its squares per channel over every P-th tile, and the count of positions."""
+    """sum((x - shift) * scale) and the sum of its squares per channel over every P-th tile, and the count of positions.
+
+    `scale` is None where it is 1.
+    """
     shape: tl.constexpr = (BLOCK_B * BLOCK_S, inside[2].shape[1])
     s1 = tl.zeros(shape, shift.dtype)
     s2 = tl.zeros(shape, shift.dtype)
@@ -31,7 +34,10 @@ def _shifted_sums(x_ptr, x_strides, c0, inside, shift, scale, p, P, B, S, C, X_F
         corner = tile_corner(tile, c0, S, BLOCK_B, BLOCK_S)
         mask = tile_exists(corner, inside, B, S) & (inside[2] < C - c0)
         x = tl.load(tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(shift.dtype)
-        d = tl.where(mask, (x - shift) * scale, 0.0)
+        d = x - shift
+        if scale is not None:
+            d = d * scale
+        d = tl.where(mask, d, 0.0)
         s1 += d
         s2 += d * d
         count += (tl.minimum(B - corner[0], BLOCK_B) * tl.minimum(S - corner[1], BLOCK_S)).to(shift.dtype)
@@ -53,7 +59,7 @@ def store_statistics(partial_ptr, p, P, x_ptr, x_strides, c0, inside, B, S, C, X
     shift = divide(tl.sum(x, axis=0), tl.sum(exists.to(ACC), axis=0))
     shift = if_finite(shift, shift)
     scale = tl.full((BLOCK_C,), 1.0, ACC)
-    s1, s2, n = _shifted_sums(x_ptr, x_strides, c0, inside, shift[None, :], scale[None, :], p, P, B, S, C,
+    s1, s2, n = _shifted_sums(x_ptr, x_strides, c0, inside, shift[None, :], None, p, P, B, S, C,
                               X_FASTEST, VEC_S, VEC_C, BLOCK_B, BLOCK_S, STAGES)  # fmt: skip
     if any_inf(s2):
         scale = tl.where(s2 == float("inf"), BIG_SCALE, 1.0).to(ACC)
@@ -100,9 +106,10 @@ def merged(partial_ptr, cols, total, P, C, BLOCK_P: tl.constexpr):
     shift = tl.load(partial_ptr + cols, mask=cols < C, other=0.0)
     shift = if_finite(shift, shift)
     delta = tl.zeros((BLOCK_P, cols.shape[0]), ACC)
+    share = divide(tl.cast(1.0, ACC), total)
     for first in range(0, P, BLOCK_P):
         part_high, part_low, _, n = _load_partial(partial_ptr, first, cols, P, C, BLOCK_P)
-        delta += divide(n, total) * ((part_high - shift[None, :]) + part_low)
+        delta += (n * share) * ((part_high - shift[None, :]) + part_low)
     delta = tl.sum(delta, axis=0)
     high = shift + delta
     low = if_finite((shift - high) + delta, high)

@@ -159,11 +159,11 @@ def _fastest(strides, S, C):
 class Plan:
     """The launch of one tile kernel."""
 
-    def __init__(self, layout, device, sums):
+    def __init__(self, layout, device, reading):
         self.layout, self.device = layout, device
         config = heuristics.channel(
-            layout.B, layout.C, layout.S, layout.itemsize, sm_count(device), folded=layout.folded,
-            channels_fastest=layout.fastest[0] == CHANNELS, narrow=layout.narrow, sums=sums)  # fmt: skip
+            layout.B, layout.C, layout.S, layout.itemsize, sm_count(device), reading, folded=layout.folded,
+            channels_fastest=layout.fastest[0] == CHANNELS, narrow=layout.narrow)  # fmt: skip
         self.P, self.fastest, self.strides = config.programs, layout.fastest, layout.divided()
         self.programs = config.programs * heuristics.cdiv(layout.C, config.block_c)
         self.few = config.programs * config.block_c <= heuristics.MERGED_WITH_READING
@@ -171,8 +171,8 @@ class Plan:
         self.constants = dict(VEC_S=layout.vec_s, VEC_C=layout.vec_c, BLOCK_B=config.block_b, BLOCK_S=config.block_s,
                               BLOCK_C=config.block_c, INDEX=layout.index((config.block_b, config.block_c, config.block_s)),
                               STAGES=config.stages, warps=config.warps, registers=config.registers)  # fmt: skip
-        if not sums:
-            self.constants["BLOCK_P"] = max(1, heuristics.MERGED_WITH_READING // config.block_c)
+        if reading != "sums":
+            self.constants["BLOCK_P"] = max(1, heuristics.MERGED_AT_ONCE // config.block_c)
 
     def launch(self, kernel, *args, after=(), **fastest):
         """args end where the kernel takes the sizes, and go on with `after`."""
@@ -180,8 +180,8 @@ class Plan:
 
 
 @lru_cache(maxsize=1024)
-def _plan(shape, strides, itemsizes, device, sums):
-    return Plan(Layout.of(shape, strides, itemsizes), device, sums)
+def _plan(shape, strides, itemsizes, device, reading):
+    return Plan(Layout.of(shape, strides, itemsizes), device, reading)
 
 
 def described(tensors):
@@ -189,9 +189,9 @@ def described(tensors):
     return tensors[0].shape, tuple(t.stride() for t in tensors), tuple(t.element_size() for t in tensors)
 
 
-def planned(*tensors, sums):
+def planned(*tensors, reading):
     """The plan of the launch, and the tensors as it takes them; the first of them decides the shape of the tile."""
-    plan = _plan(*described(tensors), tensors[0].device, sums)
+    plan = _plan(*described(tensors), tensors[0].device, reading)
     return plan, as_planned(plan.layout, tensors)
 
 

@@ -85,14 +85,17 @@ def _row_fwd_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, M, N
 
 @triton.jit
 def _chunked_sums(x_ptr, shift, scale, N, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """sum((x - shift) * scale) and the sum of its squares over one row, each [1]."""
+    """sum((x - shift) * scale) and the sum of its squares over one row, each [1]; `scale` is None where it is 1."""
     cols = tl.arange(0, BLOCK)[None, :]
     s1 = tl.zeros((1, BLOCK), shift.dtype)
     s2 = tl.zeros((1, BLOCK), shift.dtype)
     for start in tl.range(0, N, BLOCK, num_stages=STAGES):
         mask = cols < N - start
         x = tl.load(x_ptr + start + cols, mask=mask, other=0.0).to(shift.dtype)
-        d = tl.where(mask, (x - shift) * scale, 0.0)
+        d = x - shift
+        if scale is not None:
+            d = d * scale
+        d = tl.where(mask, d, 0.0)
         s1 += d
         s2 += d * d
     return sum2(s1, s2, 1)
@@ -115,7 +118,7 @@ def _row_fwd_chunked_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_p
     first = tl.load(x_ptr + cols, mask=cols < N, other=0.0).to(ACC)
     shift = divide(tl.sum(first, axis=1), tl.minimum(N, BLOCK).to(ACC))
     scale = tl.full((1,), 1.0, ACC)
-    s1, s2 = _chunked_sums(x_ptr, shift[:, None], scale[:, None], N, BLOCK, STAGES)
+    s1, s2 = _chunked_sums(x_ptr, shift[:, None], None, N, BLOCK, STAGES)
     if any_inf(s2):
         scale = tl.full((1,), BIG_SCALE, ACC)
         s1, s2 = _chunked_sums(x_ptr, shift[:, None], scale[:, None], N, BLOCK, STAGES)

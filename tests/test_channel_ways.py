@@ -33,8 +33,8 @@ class Way:
             self.patch(module, "launch", self._recording(module.launch))
         if name != "slab":  # small tiles, so that small tensors have many
             self.patch(heuristics, "slab", lambda *sizes, **layout: None)
-            for tile in ("SUMS_TILE", "APPLY_TILE"):
-                self.patch(heuristics, tile, dict.fromkeys((2, 4, 8), 128))
+            small = {name: dict.fromkeys((2, 4, 8), (128, 4, 2, 8)) for name in heuristics.READINGS}
+            self.patch(heuristics, "READINGS", small)
             self.patch(heuristics, "MERGED_WITH_READING", 2048 if name == "two" else 0)
 
     def _recording(self, launch):

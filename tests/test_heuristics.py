@@ -118,25 +118,28 @@ def test_long_rows_fit_shared_memory(itemsize):
 SHAPES = [(32, 64, 3136), (8, 3, 50176), (256, 2048, 49), (1, 1, 1), (2, 5, 3), (5, 65, 49), (1, 64, 10**7), (10**6, 16, 1)]
 
 
+def _reading(name, channels_fastest):
+    return H.READINGS.get(f"{name}, channels fastest" if channels_fastest else name, H.READINGS[name])
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
 @pytest.mark.parametrize("channels_fastest", [False, True])
 @pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize("sums", [False, True])
-def test_channel_tiles(shape, itemsize, channels_fastest, narrow, sums):
+@pytest.mark.parametrize("reading", ["sums", "y", "dx"])
+def test_channel_tiles(shape, itemsize, channels_fastest, narrow, reading):
     B, C, S = shape
     folded = B == 1 or S == 1
     if folded:
         B, S = 1, B * S
-    options = dict(folded=folded, channels_fastest=channels_fastest, narrow=narrow, sums=sums)
-    c = H.channel(B, C, S, itemsize, 132, **options)
-    elements = H.SUMS_TILE if sums else H.APPLY_TILE
-    several = sums and not folded and not channels_fastest and elements[itemsize] >= 16 * H.power_of_two(S) and C > 1
-    assert c.block_b * c.block_s * c.block_c == elements[itemsize] // (2 if narrow or several else 1)
+    options = dict(folded=folded, channels_fastest=channels_fastest, narrow=narrow)
+    c = H.channel(B, C, S, itemsize, 132, reading, **options)
+    elements = _reading(reading, channels_fastest)[itemsize][0]
+    several = reading == "sums" and not folded and not channels_fastest and elements >= 16 * H.power_of_two(S) and C > 1
+    assert c.block_b * c.block_s * c.block_c == elements // (2 if narrow or several else 1)
     total = H.cdiv(B, c.block_b) * H.cdiv(S, c.block_s)
-    assert (c.programs - 1) * c.tiles < total <= c.programs * c.tiles
-    assert c.tiles <= H.MOST_TILES
-    more = H.channel(B if folded else 7 * B, C, 7 * S if folded else S, itemsize, 132, **options)
+    assert 1 <= c.programs <= total <= H.MOST_TILES * c.programs
+    more = H.channel(B if folded else 7 * B, C, 7 * S if folded else S, itemsize, 132, reading, **options)
     blocks = lambda c: (c.block_b, c.block_s, c.block_c, c.warps, c.stages)
     assert blocks(more) == blocks(c), "a block that depends on the batch is a recompile per batch"
 
@@ -146,16 +149,18 @@ def test_the_partial_rows_of_sums_are_few(itemsize):
     """One wave of programs, whose partial rows one tall tile of the finalising launch takes at once."""
     for sms, channels_fastest in itertools.product((108, 132, 148, 170), (False, True)):
         for B, C, S in [(1, 64, 16 * 3136), (1, 1024, 8192), (1, 64, 256)]:
-            c = H.channel(B, C, S, itemsize, sms, folded=True, channels_fastest=channels_fastest, narrow=False, sums=True)
+            c = H.channel(B, C, S, itemsize, sms, "sums", folded=True, channels_fastest=channels_fastest, narrow=False)
             blocks = H.cdiv(C, c.block_c)
-            assert c.programs * blocks < H.SUMS_PROGRAMS_PER_SM * sms + blocks
+            assert c.programs * blocks < H.READINGS["sums"][itemsize][3] * sms + blocks
             assert c.programs <= H.finalise(C).block_p
 
 
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
 def test_prefetched_tiles_fit_shared_memory(itemsize):
-    """x and dy, on the GPU that has least."""
-    assert (H.SUMS_STAGES[itemsize] - 1) * 2 * H.SUMS_TILE[itemsize] * itemsize <= SHARED
+    """x and dy of a program, on the GPU that has least."""
+    for readings in H.READINGS.values():
+        elements, _, stages, _ = readings[itemsize]
+        assert (stages - 1) * 2 * elements * itemsize <= SHARED
 
 
 @pytest.mark.parametrize("C", [1, 64, 4096, 5000, 32768, 10**6])
@@ -206,15 +211,15 @@ def test_slabs_take_whole_sectors():
 
 
 def test_few_channels_still_fill_the_gpu():
-    for channels_fastest, sums in itertools.product((False, True), repeat=2):
-        c = H.channel(1, 4, 256 * 3136, 4, 132, folded=True, channels_fastest=channels_fastest, narrow=False, sums=sums)
+    for channels_fastest, reading in itertools.product((False, True), ("sums", "y", "dx")):
+        c = H.channel(1, 4, 256 * 3136, 4, 132, reading, folded=True, channels_fastest=channels_fastest, narrow=False)
         assert c.programs * H.cdiv(4, c.block_c) >= 132
 
 
 def test_configurations_are_frozen_and_printable():
     configs = [H.row_forward(768, 2), H.row_backward(10, 768, 2, 132), H.row_backward(10, 10**5, 2, 132), H.finalise(64),
                H.slab(8, 3, 49, 4, folded=False, channels_fastest=False, narrow=True, backward=True),
-               H.channel(2, 3, 49, 4, 132, folded=False, channels_fastest=False, narrow=True, sums=True)]  # fmt: skip
+               H.channel(2, 3, 49, 4, 132, "sums", folded=False, channels_fastest=False, narrow=True)]  # fmt: skip
     for c in configs:
         assert type(c).__name__ in repr(c)
         assert hash(c) == hash(dataclasses.replace(c))
