@@ -1,4 +1,4 @@
-"""Sums of the Triton kernels that cancel: how far the gradients of weight and bias are from being rounded once, over many channels.
+"""Sums of the Triton kernels that cancel: how far gradients of weight and bias are from being rounded once, over many channels.
 
 An addition whose result is s errs by at most 2^-24 |s| in float32, evenly; over all mantissas that is 0.42 * 2^-24 |s| in the
 root mean square. The sums s of one level of a tree over random terms t have sum(s^2) = sum(t^2), so that a tree of L levels,
