@@ -147,7 +147,8 @@ CHANNELS = [
 # Each of these takes every way that the Triton kernels have through a training step, and test_channel_ways.py says so.
 WAYS = [
     *(Case(shape, layout=layout, **_same(dtype)) for layout in ("dense", "channels_last")
-      for shape, dtype in [((3, 1, 7, 7), F32), ((6, 3, 7, 7), BF16), ((6, 5, 7, 7), F32), ((8, 65, 2, 2), F32)]),
+      for shape, dtype in [((3, 1, 7, 7), F32), ((6, 3, 7, 7), BF16), ((4, 5, 7, 7), F32), ((6, 5, 7, 7), F32),
+                           ((8, 65, 2, 2), F32)]),
     *(Case((40, C), **_same(dtype)) for C, dtype in [(1, F32), (5, BF16), (65, F32)]),
     *(Case((3, 6, 40), layout=layout) for layout in ("mT", "transposed", "row_strided", "column_strided", "expanded")),
     Case((3, 6, 2, 4, 5), layout="channels_last", **_same(F16)),
