@@ -98,10 +98,10 @@ class Finalise:
 # to an SM. 4 bytes: 8 elements a thread are as many bytes in fewer registers. Below 512 rows share a warp: as many of them as
 # fill 4 warps.
 FORWARD = {
-    2: {16: (128, 4, None), 32: (64, 4, None), 64: (32, 4, None), 128: (8, 4, None), 256: (8, 4, None), 512: (2, 2, None),
-        1024: (1, 1, None), 2048: (1, 2, None), 4096: (1, 4, None), 8192: (1, 8, None), 16384: (1, 16, None)},
+    2: {16: (128, 4, None), 32: (64, 4, None), 64: (16, 2, None), 128: (8, 4, None), 256: (8, 4, None), 512: (2, 1, None),
+        1024: (1, 1, None), 2048: (1, 4, None), 4096: (1, 8, None), 8192: (1, 8, None), 16384: (1, 8, None)},
     # 16384 takes 32 warps: 16 spill on sm_80. 80: on sm_100 the assembler aims at 48 and spills.
-    4: {16: (64, 4, None), 32: (32, 4, None), 64: (16, 4, None), 128: (8, 4, None), 256: (4, 4, None), 512: (1, 2, None),
+    4: {16: (32, 2, None), 32: (32, 4, None), 64: (16, 2, None), 128: (4, 2, None), 256: (4, 2, None), 512: (1, 2, None),
         1024: (1, 4, None), 2048: (1, 4, 80), 4096: (1, 8, 80), 8192: (1, 16, None), 16384: (1, 32, None)},
     # float64 takes two registers per element. 96: the assembler aims at 64 and spills.
     8: {16: (32, 4, 96), 32: (16, 4, 96), 64: (8, 4, 96), 128: (4, 4, 96), 256: (2, 4, 96), 512: (1, 4, None),
@@ -109,7 +109,7 @@ FORWARD = {
 }  # fmt: skip
 # itemsize -> (block, warps, stages). 16 warps of 8 elements a thread: two programs fit an SM, so that one reduces while the
 # other reads. L2 would not keep the rows of more of them until they are read again.
-CHUNK = {2: (4096, 16, 4), 4: (4096, 16, 3), 8: (2048, 8, 2)}
+CHUNK = {2: (4096, 8, 4), 4: (4096, 16, 4), 8: (2048, 8, 2)}
 
 # itemsize -> {bucket of N: (rows, warps, stages, programs that fit one SM)}; a longer row is split.
 #
@@ -123,9 +123,9 @@ CHUNK = {2: (4096, 16, 4), 4: (4096, 16, 3), 8: (2048, 8, 2)}
 # * Below 256 a row lies within a warp.
 # * float64 is bound by its arithmetic.
 BACKWARD = {
-    2: {16: (64, 4, 1, 7), 32: (32, 2, 2, 7), 64: (16, 2, 2, 7), 128: (8, 2, 3, 7), 256: (16, 8, 4, 1), 512: (2, 4, 4, 4),
-        1024: (1, 4, 4, 4), 2048: (1, 8, 4, 2), 4096: (1, 8, 3, 2), 8192: (1, 16, 3, 1)},
-    4: {16: (64, 4, 1, 7), 32: (32, 4, 2, 7), 64: (16, 4, 2, 7), 128: (8, 4, 2, 7), 256: (16, 8, 3, 1), 512: (2, 4, 3, 4),
+    2: {16: (64, 4, 1, 7), 32: (32, 2, 2, 7), 64: (16, 2, 1, 7), 128: (8, 2, 3, 3), 256: (16, 8, 4, 1), 512: (1, 2, 4, 6),
+        1024: (1, 4, 5, 3), 2048: (1, 8, 4, 2), 4096: (1, 8, 5, 1), 8192: (1, 16, 3, 1)},
+    4: {16: (64, 4, 1, 7), 32: (32, 4, 2, 7), 64: (16, 4, 3, 5), 128: (4, 2, 3, 5), 256: (4, 4, 4, 3), 512: (2, 4, 3, 4),
         1024: (1, 4, 3, 4), 2048: (1, 8, 3, 2), 4096: (1, 16, 3, 1), 8192: (1, 32, 2, 1)},
     8: {16: (16, 4, 1, 4), 32: (8, 4, 1, 4), 64: (4, 4, 1, 4), 128: (2, 4, 1, 4), 256: (1, 4, 1, 4), 512: (1, 4, 1, 4),
         1024: (1, 8, 1, 2), 2048: (1, 16, 1, 1)},
@@ -135,13 +135,13 @@ BACKWARD = {
 ROW_SUMS = {2: (4096, 8, 3), 4: (4096, 8, 3), 8: (2048, 8, 2)}
 # Rows and columns of a tile, one row a warp. Narrow tiles leave few programs to a column, and so few partial rows. 4 KB of x
 # and dy, 2 of them prefetched by each of 4 programs: 32 KB on their way.
-COLUMN_TILE = {2: (4, 256), 4: (4, 128), 8: (4, 64)}
-COLUMN_WARPS, COLUMN_STAGES, COLUMN_PROGRAMS_PER_SM = 4, 3, 4
+COLUMN_TILE = {2: (4, 1024), 4: (4, 512), 8: (4, 128)}
+COLUMN_WARPS, COLUMN_STAGES, COLUMN_PROGRAMS_PER_SM = 4, 3, 2
 
 # A partial row is two fp32 numbers per column, written and read: 16 bytes. Where several programs fit an SM, their partial rows
 # may cost as much as 1/PARTIAL_SHARE of the ideal traffic of a backward, 3 * itemsize bytes per element: they stay in L2, and
 # fewer programs leave an SM waiting.
-PARTIAL_SHARE = 1
+PARTIAL_SHARE = 2
 
 # Partial rows times channels of a block, up to which every program of the second reading merges those of its block itself, and
 # how many at a time.

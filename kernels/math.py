@@ -150,13 +150,6 @@ def centred_moments(x, mask, n, axis: tl.constexpr = 1):
 
 
 @triton.jit
-def moments(x, mask, n, axis: tl.constexpr = 1):
-    """high, low, m2 and scale over an axis; x is 0 where `mask` is not set."""
-    _, high, low, m2, scale = centred_moments(x, mask, n, axis)
-    return high, low, m2, scale
-
-
-@triton.jit
 def shifted_moments(shift, s1, s2, n, scale):
     """high, low and m2 (in units of scale^-2) from s1 = sum((x - shift) * scale) and s2, the sum of its squares.
 

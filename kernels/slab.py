@@ -23,7 +23,7 @@ from .channel_tiles import (
     tile_inside,
 )
 from .launch import float_pair, launch
-from .math import centre, divide, grad_input, if_finite, moments, normalize, pair_of, tile_sum2
+from .math import centre, centred_moments, divide, grad_input, if_finite, normalize, pair_of, tile_sum2
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def _slab_fwd_kernel(x_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_
     corner, inside, mask = _slab(B, S, C, BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
     x = tl.load(tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(ACC)
     n = (B * S).to(ACC)
-    high, low, m2, scale = moments(x, mask, n, 0)
+    d, high, low, m2, scale = centred_moments(x, mask, n, 0)
     low = if_finite(low, high)
     cols = corner[2] + tl.arange(0, BLOCK_C)
     rstd = store_training(high, low, m2, scale, n, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, cols, C, C,
@@ -54,7 +54,7 @@ def _slab_fwd_kernel(x_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_
     slope = rstd
     if weight_ptr is not None:
         slope = rstd * tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(ACC)
-    y = normalize(x, high[None, :], low[None, :], slope[None, :])
+    y = (d - low[None, :]) * slope[None, :]
     if bias_ptr is not None:
         y = y + tl.load(bias_ptr + cols, mask=cols < C, other=0.0).to(ACC)[None, :]
     at = tile_at(y_ptr, y_strides, corner, inside, Y_FASTEST, VEC_S, VEC_C)

@@ -30,11 +30,11 @@ def most(roundings):
 
 
 # 196 of the positions of a tile are filled. Those of one thread are added plainly: of dense tensors it has one, as the rest of
-# the tile is empty; of channels_last it has those of two tiles and of two halves of a tile, and adds those of its warp as well.
+# the tile is empty. Channels_last tiles have a tree over their 64 positions.
 @pytest.mark.parametrize("device", TRITON)
 @pytest.mark.parametrize(("way", "layout", "levels"), [
-    ("slab", "dense", 0), ("slab", "channels_last", 1), ("two passes", "dense", 0), ("two passes", "channels_last", 4),
-    ("evaluation", "dense", 0), ("evaluation", "channels_last", 4),
+    ("slab", "dense", 0), ("slab", "channels_last", 1), ("two passes", "dense", 0), ("two passes", "channels_last", 6),
+    ("evaluation", "dense", 0), ("evaluation", "channels_last", 6),
 ])  # fmt: skip
 def test_gradients_of_weight_and_bias(way, layout, levels, device, monkeypatch):
     import fastnorm.kernels as K
@@ -60,6 +60,6 @@ def test_partial_rows(P, N, levels, device):
 
     torch.manual_seed(5)
     partial, (dw, db) = torch.randn(2, P, N, device=device), torch.empty(2, N, device=device)
-    finalise(partial, (0, N), dw, db)
+    finalise(partial, dw, db)
     for half, sums in zip(partial, (dw, db), strict=True):
         assert error(sums, wide(half), 0) <= most(levels + 1)
