@@ -125,8 +125,8 @@ CHUNK = {2: (4096, 8, 4), 4: (4096, 16, 4), 8: (2048, 8, 2)}
 BACKWARD = {
     2: {16: (64, 4, 1, 7), 32: (32, 2, 2, 7), 64: (16, 2, 1, 7), 128: (8, 2, 3, 3), 256: (16, 8, 4, 1), 512: (1, 2, 4, 6),
         1024: (1, 4, 5, 3), 2048: (1, 8, 4, 2), 4096: (1, 8, 5, 1), 8192: (1, 16, 3, 1)},
-    4: {16: (64, 4, 1, 7), 32: (32, 4, 2, 7), 64: (16, 4, 3, 5), 128: (4, 2, 3, 5), 256: (4, 4, 4, 3), 512: (2, 4, 3, 4),
-        1024: (1, 4, 3, 4), 2048: (1, 8, 3, 2), 4096: (1, 16, 3, 1), 8192: (1, 32, 2, 1)},
+    4: {16: (64, 4, 1, 7), 32: (32, 4, 2, 7), 64: (16, 2, 1, 5), 128: (8, 2, 3, 3), 256: (4, 4, 4, 3), 512: (2, 4, 3, 4),
+        1024: (1, 4, 4, 3), 2048: (1, 8, 3, 2), 4096: (1, 16, 3, 1), 8192: (1, 32, 2, 1)},
     8: {16: (16, 4, 1, 4), 32: (8, 4, 1, 4), 64: (4, 4, 1, 4), 128: (2, 4, 1, 4), 256: (1, 4, 1, 4), 512: (1, 4, 1, 4),
         1024: (1, 8, 1, 2), 2048: (1, 16, 1, 1)},
 }  # fmt: skip
@@ -150,15 +150,15 @@ MERGED_WITH_READING, MERGED_AT_ONCE = 1024, 512
 # What reads a tensor of channels: itemsize -> (elements of a tile, warps, stages, programs per SM). Tiles are halved where
 # loads are narrower than 8 bytes: every load in flight then holds a pointer of its own, two registers; and sums of several
 # channels whose positions lie together, which have a set of sums for each of them.
-# * Sums: few programs, because every one is a partial row that is merged later; each prefetches, so that 48 to 96 KB are on
-#   their way to an SM.
+# * Sums: few programs, because every one is a partial row that is merged later; each prefetches, so that 24 KB of x are
+#   on their way to an SM, or 48 of 4 bytes.
 # * y, and dx of positions that lie together: 32 elements a thread of 2 bytes are on their way at once, and the programs are
 #   few, because each merges the partial rows of its channels.
 # * dx of channels that lie together holds four numbers of every channel as well, and prefetches instead.
 READINGS = {
-    "sums": {2: (2048, 4, 4, 4), 4: (2048, 4, 4, 4), 8: (2048, 8, 2, 2)},
+    "sums": {2: (2048, 4, 4, 2), 4: (2048, 4, 4, 2), 8: (2048, 8, 2, 2)},
     "y": {2: (4096, 4, 1, 16), 4: (4096, 8, 1, 32), 8: (1024, 4, 1, 8)},
-    "dx": {2: (4096, 4, 1, 16), 4: (2048, 4, 1, 32), 8: (1024, 4, 1, 8)},
+    "dx": {2: (4096, 4, 1, 16), 4: (2048, 4, 2, 8), 8: (1024, 4, 1, 8)},
     "dx, channels fastest": {2: (2048, 4, 3, 8), 4: (2048, 4, 1, 32), 8: (1024, 4, 1, 8)},
 }
 # 64 bytes of a row at the least: a group of so few channels is still read at full speed.

@@ -15,7 +15,7 @@ from ..geometry import Channels
 from .channel_parts import apply_tiles, grad_tiles, merged, store_statistics, store_sums, store_training
 from .channel_tiles import SIZES, like, load_statistics, planned, program_block, tile_inside
 from .launch import accumulate_dtype, dense, float_pair, launch
-from .math import divide, pair_of, root
+from .math import pair_of, quotient, root, unscaled
 from .partial import finalise, mean_of, store_total, total
 from .slab import slab_bwd, slab_fwd
 
@@ -46,7 +46,7 @@ def _channel_merge_kernel(partial_ptr, mean_ptr, std_ptr, rstd_ptr, running_mean
     else:
         tl.store(mean_ptr + cols, high, mask=cols < C)
         tl.store(mean_ptr + C + cols, low, mask=cols < C)
-        tl.store(std_ptr + cols, divide(root(divide(m2, n)), scale), mask=cols < C)
+        tl.store(std_ptr + cols, unscaled(root(quotient(m2, n)), scale), mask=cols < C)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "rows", "count", "eps", "eps_low", "momentum", "momentum_low"])
@@ -73,7 +73,8 @@ def _channel_apply_kernel(x_ptr, partial_ptr, mean_ptr, rstd_ptr, running_mean_p
         high = mean.to(ACC)
         low = (mean - high.to(mean.dtype)).to(ACC)
         var = tl.load(running_var_ptr + cols, mask=cols < C, other=0.0).to(ACC)
-        rstd = store_training(high, low, var, 1.0, 1.0, mean_ptr, rstd_ptr, None, None, cols, end, C,
+        one = tl.cast(1.0, ACC)
+        rstd = store_training(high, low, var, one, one, mean_ptr, rstd_ptr, None, None, cols, end, C,
                               pair_of(eps, eps_low, ACC), 0.0)  # fmt: skip
     else:
         high, low, rstd = load_statistics(mean_ptr, rstd_ptr, cols, C)

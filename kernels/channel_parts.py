@@ -8,14 +8,16 @@ from .math import (
     BIG_SCALE,
     any_inf,
     centre,
-    divide,
     grad_input,
     if_finite,
+    inverse,
     normalize,
+    quotient,
     rstd_of,
     shifted_moments,
     sum2,
     tile_sum2,
+    unscaled,
 )
 
 
@@ -56,7 +58,7 @@ def store_statistics(partial_ptr, p, P, x_ptr, x_strides, c0, inside, B, S, C, X
     exists = tile_exists(corner, inside, B, S)
     at = tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C)
     x = tl.load(at, mask=exists & (inside[2] < C - c0), other=0.0).to(ACC)
-    shift = divide(tl.sum(x, axis=0), tl.sum(exists.to(ACC), axis=0))
+    shift = quotient(tl.sum(x, axis=0), tl.sum(exists.to(ACC), axis=0))
     shift = if_finite(shift, shift)
     scale = tl.full((BLOCK_C,), 1.0, ACC)
     s1, s2, n = _shifted_sums(x_ptr, x_strides, c0, inside, shift[None, :], None, p, P, B, S, C,
@@ -106,7 +108,7 @@ def merged(partial_ptr, cols, total, P, C, BLOCK_P: tl.constexpr):
     shift = tl.load(partial_ptr + cols, mask=cols < C, other=0.0)
     shift = if_finite(shift, shift)
     delta = tl.zeros((BLOCK_P, cols.shape[0]), ACC)
-    share = divide(tl.cast(1.0, ACC), total)
+    share = inverse(total)
     for first in range(0, P, BLOCK_P):
         part_high, part_low, _, n = _load_partial(partial_ptr, first, cols, P, C, BLOCK_P)
         delta += (n * share) * ((part_high - shift[None, :]) + part_low)
@@ -133,7 +135,7 @@ def store_training(
     if running_mean_ptr is not None:
         update_running(running_mean_ptr, cols, last, high + low, momentum, 1.0 - momentum)
     if running_var_ptr is not None:
-        var = divide(divide(divide(m2, n - 1.0), scale), scale)
+        var = unscaled(unscaled(quotient(m2, n - 1.0), scale), scale)
         update_running(running_var_ptr, cols, last, var, momentum, 1.0 - momentum)
     return rstd
 
@@ -182,10 +184,7 @@ def store_sums(partial_ptr, p, P, dy_ptr, x_ptr, dy_strides, x_strides, c0, insi
         dz = tl.load(tile_at(dy_ptr, dy_strides, corner, inside, DY_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(ACC)
         dw += dz * centre(x, high, low)
         db += dz
-    if X_FASTEST == 0:
-        dw, db = tile_sum2(dw, db, VEC_S, 2)
-    else:  # the exact sums of many channels would take as long as a small tensor does
-        dw, db = sum2(dw, db, 0)
+    dw, db = tile_sum2(dw, db, X_FASTEST, VEC_S, 2)
     cols = c0 + tl.arange(0, BLOCK_C)
     row = partial_ptr + p.to(tl.int64) * C + cols
     tl.store(row, dw * tl.load(rstd_ptr + cols, mask=cols < C, other=0.0), mask=cols < C)

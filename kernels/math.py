@@ -30,11 +30,26 @@ def grad_input(g, x_hat, rstd, c1, c2):
 
 
 @triton.jit
-def divide(a, b):
-    """a / b rounded to nearest; `/` of float32 may be off by two units of the last place."""
-    if a.dtype == tl.float32:
-        return tl.div_rn(a, b)
-    return a / b
+def inverse(n):
+    """1 / n rounded to nearest; `/` of float32 may be off by two units of the last place."""
+    one = tl.cast(1.0, n.dtype)
+    if n.dtype == tl.float32:
+        return tl.div_rn(one, n)
+    return one / n
+
+
+@triton.jit
+def quotient(a, n):
+    """a / n rounded to nearest for many a and one n: by its reciprocal, and a correction (Markstein 1990)."""
+    share = inverse(n)
+    q = a * share
+    return tl.fma(if_finite(tl.fma(-q, n, a), q), share, q)
+
+
+@triton.jit
+def unscaled(v, scale):
+    """v / scale, where scale is 1 or BIG_SCALE."""
+    return v * tl.where(scale == 1.0, 1.0, 1 / BIG_SCALE)
 
 
 @triton.jit
@@ -48,16 +63,21 @@ def root(v):
 @triton.jit
 def rstd_of(m2, n, scale, eps):
     """`m2` is in units of scale^-2. A Newton step takes the approximate root to one unit of the last place."""
-    var = divide(m2, n) + eps * scale * scale
+    var = quotient(m2, n) + eps * scale * scale
     r = tl.rsqrt(var)
     step = (0.5 * r) * (1.0 - (var * r) * r)
     return scale * tl.where(step == step, r + step, r)
 
 
 @triton.jit
+def _add2(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
 def sum2(a, b, axis: tl.constexpr):
     """Two sums with one exchange between the warps."""
-    return tl.split(tl.sum(tl.join(a, b), axis=axis))
+    return tl.reduce((a, b), axis, _add2)
 
 
 @triton.jit
@@ -103,8 +123,13 @@ def exact_sum2(a, a_low, b, b_low):
 
 
 @triton.jit
-def tile_sum2(a, b, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """The sums over axis 0 of two tiles [N, C]: plain within a thread, see `folded`, and exact across threads."""
+def tile_sum2(a, b, FASTEST: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """The sums over axis 0 of two tiles [N, C]: plain within a thread, see `folded`, and exact across threads.
+
+    They are plain sums where channels lie together: the exact sums of many channels take as long as a small tensor does.
+    """
+    if FASTEST == 1:
+        return sum2(a, b, 0)
     a = folded(a, LOW, HIGH)
     b = folded(b, LOW, HIGH)
     return exact_sum2(a, tl.zeros_like(a), b, tl.zeros_like(b))
@@ -135,10 +160,10 @@ def centred_moments(x, mask, n, axis: tl.constexpr = 1):
     A constant tile comes out as exactly 0: `high` is then off by few units of the last place, d is that many of them
     everywhere, and so is `low`. That `high` is off by so little also keeps s2 - s1 * low from cancelling more than a digit.
     """
-    high = divide(tl.sum(x, axis=axis), n)
+    high = quotient(tl.sum(x, axis=axis), n)
     d = tl.where(mask, x - tl.expand_dims(high, axis), 0.0)
     s1, s2 = sum2(d, d * d, axis)
-    low = divide(s1, n)
+    low = quotient(s1, n)
     m2 = s2 - s1 * low
     scale = tl.full(m2.shape, 1.0, m2.dtype)
     if any_inf(s2):
@@ -155,9 +180,9 @@ def shifted_moments(shift, s1, s2, n, scale):
 
     Cancellation in s2 - s1^2 / n costs (shift - mean)^2 / var units of the last place: `shift` has to be a mean of many.
     """
-    delta = divide(s1, n)
+    delta = quotient(s1, n)
     m2 = s2 - s1 * delta
-    delta = divide(delta, scale)
+    delta = unscaled(delta, scale)
     high = shift + delta
     low = if_finite((shift - high) + delta, high)
     return high, low, tl.where(m2 < 0, 0.0, m2)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .. import heuristics
 from .launch import launch
-from .math import divide, exact_sum2, folded, two_sum
+from .math import exact_sum2, folded, quotient, two_sum
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def mean_of(total, weight_ptr, cols, mask, count):
     """weight * total / count"""
     if weight_ptr is not None:
         total = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(total.dtype) * total
-    return divide(total, tl.cast(count, total.dtype))
+    return quotient(total, tl.cast(count, total.dtype))
 
 
 @triton.jit

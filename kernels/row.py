@@ -15,10 +15,11 @@ from .math import (
     BIG_SCALE,
     any_inf,
     centred_moments,
-    divide,
     grad_input,
+    inverse,
     normalize,
     pair_of,
+    quotient,
     rstd_of,
     shifted_moments,
     sum2,
@@ -116,7 +117,7 @@ def _row_fwd_chunked_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_p
     x_ptr += tl.program_id(0).to(tl.int64) * x_stride_v * VEC
     y_ptr += tl.program_id(0).to(tl.int64) * N_v * VEC
     first = tl.load(x_ptr + cols, mask=cols < N, other=0.0).to(ACC)
-    shift = divide(tl.sum(first, axis=1), tl.minimum(N, BLOCK).to(ACC))
+    shift = quotient(tl.sum(first, axis=1), tl.minimum(N, BLOCK).to(ACC))
     scale = tl.full((1,), 1.0, ACC)
     s1, s2 = _chunked_sums(x_ptr, shift[:, None], None, N, BLOCK, STAGES)
     if any_inf(s2):
@@ -168,7 +169,7 @@ def _row_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, parti
     db = tl.zeros((ROWS, BLOCK), ACC)
     if dx_ptr is not None and weight_ptr is not None:
         weight = _load_parameter(weight_ptr, cols + (r * 0)[:, None], cols < N, VEC)
-    share = divide(tl.cast(1.0, ACC), N.to(ACC))
+    share = inverse(N.to(ACC))
     for group in tl.range(pid, tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = (group * ROWS + r).to(tl.int64)
         mask = cols < N
@@ -216,8 +217,8 @@ def _row_bwd_sums_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c_ptr, M
         s1 += g * x_hat
         s2 += g
     c1, c2 = sum2(s1, s2, 1)
-    tl.store(c_ptr + rows, divide(c1, N.to(ACC)))
-    tl.store(c_ptr + M + rows, divide(c2, N.to(ACC)))
+    tl.store(c_ptr + rows, quotient(c1, N.to(ACC)))
+    tl.store(c_ptr + M + rows, quotient(c2, N.to(ACC)))
 
 
 @triton.jit(do_not_specialize=["P", "M", "N_v", "dy_stride_v", "x_stride_v"])

@@ -23,7 +23,7 @@ from .channel_tiles import (
     tile_inside,
 )
 from .launch import float_pair, launch
-from .math import centre, centred_moments, divide, grad_input, if_finite, normalize, pair_of, tile_sum2
+from .math import centre, centred_moments, grad_input, if_finite, normalize, pair_of, quotient, tile_sum2
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def _slab_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_p
     dz = tl.load(tile_at(dy_ptr, dy_strides, corner, inside, DY_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(ACC)
     cols = corner[2] + tl.arange(0, BLOCK_C)
     high, low, rstd = load_statistics(mean_ptr, rstd_ptr, cols, C)
-    dw, db = tile_sum2(dz * centre(x, high[None, :], low[None, :]), dz, VEC_S if X_FASTEST == 0 else 1, REPEATS)
+    dw, db = tile_sum2(dz * centre(x, high[None, :], low[None, :]), dz, X_FASTEST, VEC_S, REPEATS)
     dw = dw * rstd
     if dw_ptr is not None:
         tl.store(dw_ptr + cols, dw.to(dw_ptr.dtype.element_ty), mask=cols < C)
@@ -87,7 +87,7 @@ def _slab_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_p
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(ACC)
             g, c1, c2 = dz * weight[None, :], weight * dw, weight * db
-        c1, c2 = divide(c1, n), divide(c2, n)
+        c1, c2 = quotient(c1, n), quotient(c2, n)
         x_hat = normalize(x, high[None, :], low[None, :], rstd[None, :])
         dx = grad_input(g, x_hat, rstd[None, :], c1[None, :], c2[None, :])
         at = tile_at(dx_ptr, dx_strides, corner, inside, DX_FASTEST, VEC_S, VEC_C)
@@ -105,8 +105,7 @@ class Plan:
         self.programs = heuristics.cdiv(layout.C, config.block_c)
         self.sizes = (layout.B, layout.S // layout.vec_s, layout.C // layout.vec_c)
         # How often the warps pass over the slab's positions, a vector of x a thread each time.
-        elements = config.block_b * config.block_s * (config.block_c if layout.fastest[0] == CHANNELS else 1)
-        self.repeats = max(1, elements // (32 * config.warps * layout.vectors[0]))
+        self.repeats = max(1, config.block_b * config.block_s // (32 * config.warps * layout.vectors[0]))
         self.constants = dict(VEC_S=layout.vec_s, VEC_C=layout.vec_c, BLOCK_B=config.block_b, BLOCK_S=config.block_s,
                               BLOCK_C=config.block_c, INDEX=layout.index((config.block_b, config.block_c, config.block_s)),
                               warps=config.warps, registers=config.registers)  # fmt: skip

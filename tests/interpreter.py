@@ -1,8 +1,10 @@
 """Makes Triton's CPU interpreter (TRITON_INTERPRET=1) faithful enough for numeric tests; install() before the first launch.
 
 1. float32 -> bfloat16 truncates, and float64 -> bfloat16 is garbage; a GPU rounds to nearest even.
-2. A sum over the first axis is numpy's running sum; a GPU adds in a tree, whose error does not grow with the length.
-3. triton 3.6 with numpy >= 2.4: range(tensor) raises "only 0-dimensional arrays can be converted".
+2. A sum over the first axis is numpy's running sum, and what is reduced by a function of ours is so element by element; a GPU
+   goes by a tree, whose error does not grow with the length.
+3. triton 3.6: a multiplication and an addition fused are rounded twice; a GPU rounds once.
+4. triton 3.6 with numpy >= 2.4: range(tensor) raises "only 0-dimensional arrays can be converted".
 
 Two things are right in the interpreter, but slow: bfloat16 -> float32, and that it patches triton.language anew for every
 function that a kernel calls, though the kernel's own launch has patched it already.
@@ -48,13 +50,30 @@ def install():
     def tree_sum(self, x):
         return self.to_tensor(_tree_sum(x.handle.data, self.axis, self.keep_dims), x.dtype)
 
+    def fused(self, x, y, z):
+        wider = np.float64 if x.data.dtype == np.float32 else np.longdouble
+        exact = x.data.astype(wider) * y.data.astype(wider) + z.data.astype(wider)
+        return interpreter.TensorHandle(exact.astype(x.data.dtype), z.dtype.scalar)
+
+    def tree_reduce(self, input):
+        parts = [np.moveaxis(t.handle.data, self.axis, 0) for t in input]
+        while len(parts[0]) > 1:
+            half = len(parts[0]) // 2
+            halves = [self.to_tensor(x, t.dtype) for part in (slice(half), slice(half, None))
+                      for x, t in zip([p[part] for p in parts], input, strict=True)]  # fmt: skip
+            parts = [t.handle.data for t in self.combine_fn.fn(*halves)]
+        parts = [np.moveaxis(x, 0, self.axis) if self.keep_dims else x[0] for x in parts]
+        return [self.to_tensor(x, t.dtype) for x, t in zip(parts, input, strict=True)]
+
     def patch_once(fn):
         modules = [m for m in fn.__globals__.values() if m is tl or m is tl.core]
         return patch_lang(fn) if any(tl.core.is_builtin(m.load) for m in modules) else unpatched
 
     interpreter._convert_float, interpreter._patch_lang_tensor, interpreter._patch_lang = convert, patch, patch_once
     builder.cast_impl = cast_impl
-    interpreter.ReduceOps.sum = tree_sum
+    if not hasattr(interpreter._interpreter, "fma_fp64"):
+        builder.create_fma = fused
+    interpreter.ReduceOps.sum, interpreter.ReduceOps.generic_reduce = tree_sum, tree_reduce
 
 
 def _to_bfloat16(x):
