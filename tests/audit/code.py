@@ -42,14 +42,16 @@ def read(variant: Compiled) -> Code:
 
 
 def _read_nvidia(variant):
-    used = subprocess.run(
-        [TOOLS / "cuobjdump", "-res-usage", variant.files["cubin"]], capture_output=True, text=True, check=True
-    )
-    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", used.stdout)}
+    dump = lambda what: subprocess.run([TOOLS / "cuobjdump", what, variant.files["cubin"]], capture_output=True, text=True,
+                                       check=True).stdout  # fmt: skip
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump("-res-usage"))}
+    spill = usage["STACK"] + usage["LOCAL"]
+    if spill and not re.search(r"\b(STL|LDL)\b", dump("-sass")):
+        spill = 0  # a frame that the assembler reserves and no instruction touches
     ptx = variant.files["ptx"].read_text()
     fp64 = len(re.findall(r"^\s*(?:@!?%p\d+\s+)?(?!ld|st|mov|selp)[a-z]\w*\.[\w.]*f64\b", ptx, re.M))
     loads, stores = _widths(ptx, [name for name, _ in variant.parameters])
-    return Code(usage["REG"], usage["STACK"] + usage["LOCAL"], fp64, len(_ROUGH.findall(ptx)), loads, stores)
+    return Code(usage["REG"], spill, fp64, len(_ROUGH.findall(ptx)), loads, stores)
 
 
 def _widths(ptx, names):
