@@ -107,9 +107,9 @@ FORWARD = {
     8: {16: (32, 4, 96), 32: (16, 4, 96), 64: (8, 4, 96), 128: (4, 4, 96), 256: (2, 4, 96), 512: (1, 4, None),
         1024: (1, 4, None), 2048: (1, 8, None), 4096: (1, 16, None), 8192: (1, 32, None)},
 }  # fmt: skip
-# itemsize -> (block, warps, stages). 16 warps of 8 elements a thread: two programs fit an SM, so that one reduces while the
-# other reads. L2 would not keep the rows of more of them until they are read again.
-CHUNK = {2: (4096, 8, 4), 4: (4096, 16, 4), 8: (2048, 8, 2)}
+# itemsize -> (block, warps, stages). Several programs fit an SM, so that one reduces while the others read. 4096 elements of 4
+# bytes and 16 warps are 3 % faster on an H200, but spill on sm_120.
+CHUNK = {2: (4096, 8, 4), 4: (2048, 8, 4), 8: (2048, 8, 2)}
 
 # itemsize -> {bucket of N: (rows, warps, stages, programs that fit one SM)}; a longer row is split.
 #
@@ -159,6 +159,7 @@ MERGED_WITH_READING, MERGED_AT_ONCE = 1024, 512
 READINGS = {
     "sums": {2: (2048, 4, 4, 2, None), 4: (2048, 4, 4, 2, None), 8: (2048, 8, 2, 2, None)},
     "y": {2: (4096, 4, 1, 16, None), 4: (4096, 8, 1, 32, None), 8: (1024, 4, 1, 8, 255)},
+    "y, channels fastest": {2: (4096, 4, 1, 16, None), 4: (4096, 8, 1, 32, 80), 8: (1024, 4, 1, 8, 255)},
     "dx": {2: (4096, 4, 1, 16, None), 4: (2048, 4, 2, 8, None), 8: (1024, 4, 1, 8, 255)},
     "dx, channels fastest": {2: (2048, 4, 3, 8, None), 4: (2048, 4, 1, 32, 112), 8: (1024, 4, 1, 8, 255)},
 }
