@@ -93,10 +93,9 @@ class Finalise:
 
 # itemsize -> {bucket of N: (rows, warps, most registers)}; a longer row is chunked.
 #
-# 2 bytes: bound by instructions and by the latency of reductions, so one row a program from 512 on, and 32 elements a thread
-# from 1024 on: what every thread does once is spread over more of them, and 64 registers still let 64 KB of x be on their way
-# to an SM. 4 bytes: 8 elements a thread are as many bytes in fewer registers. Below 512 rows share a warp: as many of them as
-# fill 4 warps.
+# Measured on an H200. 2 bytes are bound by instructions and by the latency of reductions: one row a program from 1024 on, with
+# 16 to 64 elements a thread, so that what every thread does once is spread over more of them. 4 bytes: 8 to 16 elements a
+# thread are as many bytes in fewer registers. Below, rows share a warp, 16 or 32 elements a thread.
 FORWARD = {
     2: {16: (128, 4, None), 32: (64, 4, None), 64: (16, 2, None), 128: (8, 4, None), 256: (8, 4, None), 512: (2, 1, None),
         1024: (1, 1, None), 2048: (1, 4, None), 4096: (1, 8, None), 8192: (1, 8, None), 16384: (1, 8, None)},
@@ -111,21 +110,22 @@ FORWARD = {
 # bytes and 16 warps are 3 % faster on an H200, but spill on sm_120.
 CHUNK = {2: (4096, 8, 4), 4: (2048, 8, 4), 8: (2048, 8, 2)}
 
-# itemsize -> {bucket of N: (rows, warps, stages, programs that fit one SM)}; a longer row is split.
+# itemsize -> {bucket of N: (rows, warps, stages, programs that fit one SM, and the most registers where the assembler would
+# spill by itself)}; a longer row is split. Registers that are not needed are not offered: it would take half as many again.
 #
 # A program prefetches stages - 1 tiles of x and dy: (stages - 1) * 2 * rows * block * itemsize bytes are on their way while it
-# reduces and stores. An SM needs 48 to 64 KB of them to keep the memory busy, within 99 KB of shared memory.
-# * Several programs of few warps do not wait for each other's reductions: 4 of 4 warps, with 8 elements a thread, up to 1024,
-#   2 of 8 warps above.
-# * 256 is one program of 8 warps, with the fewest partial rows: a row lies within a warp, or two.
+# reduces and stores. An SM needs 30 to 64 KB of them to keep the memory busy, within 99 KB of shared memory. Measured on an
+# H200, 2 and 4 bytes:
+# * Several programs of few warps do not wait for each other's reductions: 3 to 6 of 2 or 4 warps up to 1024, with 8 elements or
+#   more a thread, 2 of 8 warps at 2048. 128 and below: as few as still fill the memory, for the partial rows.
+# * 256 and 4096 of 2 bytes are one program of 8 warps, which prefetches more tiles instead.
 # * 8192, and 4096 of 4 bytes: one program has the registers. 2 bytes hold 16 elements per thread, because 32 warps leave 64
 #   registers; 8192 of 4 bytes need those 32 warps, at 64 registers, and prefetch one tile of 64 KB.
-# * Below 256 a row lies within a warp.
 # * float64 is bound by its arithmetic.
 BACKWARD = {
     2: {16: (64, 4, 1, 7), 32: (32, 2, 2, 7), 64: (16, 2, 1, 7), 128: (8, 2, 3, 3), 256: (16, 8, 4, 1), 512: (1, 2, 4, 6),
         1024: (1, 4, 5, 3), 2048: (1, 8, 4, 2), 4096: (1, 8, 5, 1), 8192: (1, 16, 3, 1)},
-    4: {16: (64, 4, 1, 7), 32: (32, 4, 2, 7), 64: (16, 2, 1, 5), 128: (8, 2, 3, 3), 256: (4, 4, 4, 3), 512: (2, 4, 3, 4),
+    4: {16: (64, 4, 1, 7, 72), 32: (32, 4, 2, 7), 64: (16, 2, 1, 5), 128: (8, 2, 3, 3), 256: (4, 4, 4, 3), 512: (2, 4, 3, 4),
         1024: (1, 4, 4, 3), 2048: (1, 8, 3, 2), 4096: (1, 16, 3, 1), 8192: (1, 32, 2, 1)},
     8: {16: (16, 4, 1, 4), 32: (8, 4, 1, 4), 64: (4, 4, 1, 4), 128: (2, 4, 1, 4), 256: (1, 4, 1, 4), 512: (1, 4, 1, 4),
         1024: (1, 8, 1, 2), 2048: (1, 16, 1, 1)},
@@ -133,8 +133,8 @@ BACKWARD = {
 
 # Split rows: block, warps and stages of the row sums. x, dy and a weight of 4 bytes take 96 KB at the most.
 ROW_SUMS = {2: (4096, 8, 3), 4: (4096, 8, 3), 8: (2048, 8, 2)}
-# Rows and columns of a tile, one row a warp. Narrow tiles leave few programs to a column, and so few partial rows. 4 KB of x
-# and dy, 2 of them prefetched by each of 4 programs: 32 KB on their way.
+# Rows and columns of a tile, one row a warp: 16 KB of x and dy, 2 of them prefetched by each of 2 programs. The widest that
+# was measured was the fastest; few programs leave few partial rows.
 COLUMN_TILE = {2: (4, 1024), 4: (4, 512), 8: (4, 128)}
 COLUMN_WARPS, COLUMN_STAGES, COLUMN_PROGRAMS_PER_SM = 4, 3, 2
 
@@ -216,11 +216,11 @@ def row_backward(M: int, N: int, itemsize: int, sm_count: int) -> RowBackward | 
     # The top rung has no registers left for loads of less than 16 bytes, each of which holds a pointer of its own.
     if block > max(ladder) or (block == max(ladder) and N * itemsize % 16):
         return _row_backward_split(M, N, itemsize, sm_count)
-    rows, warps, stages, fit = ladder[block]
+    rows, warps, stages, fit, *told = ladder[block]
     most = most_rows(M)
     affordable = 3 * itemsize * (most // 2 + 1) // (PARTIAL_SHARE * 16 * sm_count)
     partial_rows = min(sm_count * min(fit, max(1, affordable)), cdiv(most, rows))
-    limit = registers(warps) if fit == 1 else None
+    limit = told[0] if told else registers(warps) if fit == 1 else None
     return RowBackward(rows, block, warps, stages, limit, partial_rows)
 
 

@@ -44,7 +44,7 @@ def test_ladders_fit_the_registers(ladder, itemsize):
 
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
 def test_pipelined_backward_fits_shared_memory(itemsize):
-    for block, (rows, _, stages, _) in H.BACKWARD[itemsize].items():
+    for block, (rows, _, stages, *_) in H.BACKWARD[itemsize].items():
         assert (stages - 1) * 2 * rows * block * itemsize <= SHARED
 
 
