@@ -68,7 +68,7 @@ class TestTraffic:
     @pytest.mark.parametrize("op", traffic.OPS, ids=lambda op: f"{op.name}-{op.shape}-{op.layout}")
     def test_no_op_moves_more_than_its_ideal(self, op):
         dram, moved = traffic.ratios(op)
-        assert 0.95 <= dram <= traffic.MOST, f"{dram:.2f} times the ideal; {moved:.2f} pass the L2"
+        assert op.least <= dram <= traffic.MOST, f"{dram:.2f} times the ideal; {moved:.2f} pass the L2"
 
     def test_a_second_sweep_is_seen_where_the_L2_does_not_hold_the_first(self):
         memory = traffic.Memory(1 << 20)

@@ -5,12 +5,16 @@ root mean square. The sums s of one level of a tree over random terms t have sum
 and any number that is rounded L times, errs by 0.42 * 2^-24 * sqrt(L * sum(t^2)). `levels` are those that are added plainly.
 """
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
-from cases import LAYOUTS
+from cases import BF16, F32, LAYOUTS, Case
+from compare import Rows, assert_no_worse
 from conftest import SERVED
-from oracle import wide
+from oracle import error as most_off
+from oracle import layer_norm, ulp, wide
 
 from fastnorm import heuristics
 
@@ -63,3 +67,26 @@ def test_partial_rows(P, N, levels, device):
     finalise(partial, dw, db)
     for half, sums in zip(partial, (dw, db), strict=True):
         assert error(sums, wide(half), 0) <= most(levels + 1)
+
+
+@pytest.mark.parametrize("M", [2, 4, 7])
+@pytest.mark.parametrize("parameter", [F32, BF16])
+@pytest.mark.parametrize("device", TRITON)
+def test_one_program_finishes_alone(M, parameter, device):
+    """Few short rows: one program has all of the gradients of weight and bias, and one launch writes them in their dtype."""
+    import fastnorm.kernels as K
+
+    case = Case((M, 24), dtype=BF16, weight=parameter, bias=parameter)
+    x, dy, weight, bias = case.make_rows(device)
+    _, mean, rstd = K.row_fwd(x, weight, bias, 1e-5, 24)
+    launches = []
+    with mock.patch.object(K.launch.thread, "recorder", launches.append):
+        results = K.row_bwd(dy, x, weight, mean, rstd, (True, parameter, parameter))
+    assert [launch.kernel.__name__ for launch in launches] == ["_row_bwd_kernel"]
+    truth = layer_norm(x, (24,), weight, bias, dy=dy)
+    assert_no_worse(Rows, case, "dx", results[0], Rows.truth(case, x, dy, weight, bias), K)
+    # x_hat is rounded three times and a product once, then M are added, and the sum is rounded to the parameter's dtype.
+    for t, expected, terms in ((results[1], truth.dweight, truth.dz_x_hat), (results[2], truth.dbias, wide(dy))):
+        assert t.dtype == parameter
+        bound = (case.shape[0] + 4) * 2.0**-24 * abs(terms).sum(0).max()
+        assert most_off(t, expected) <= bound + (0 if parameter == F32 else ulp(parameter, abs(expected).max()) / 2)

@@ -157,7 +157,7 @@ def test_a_choice_that_is_not_asked_for_is_refused(monkeypatch):
     """As when launches are cached and not forgotten: it would be timed as the present choice."""
     with fastnorm.use_backend("triton"):
         present, judge = tune.judge_of(Job(ROWS, "fp32", "forward"), "cpu", made_up(lambda table: 0.5))
-        other = {("row_forward", (1, 4), ()): heuristics.RowForward(1, 16, 1)}
+        other = {("row_forward", (1, 4), ()): heuristics.RowForward(1, 16, 1, None)}
         assert present.keys() != other.keys()
         monkeypatch.setattr(tune, "gradients", lambda *args: ())
         (key,) = present
