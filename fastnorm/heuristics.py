@@ -220,7 +220,9 @@ def row_backward(M: int, N: int, itemsize: int, sm_count: int) -> RowBackward | 
     most = most_rows(M)
     affordable = 3 * itemsize * (most // 2 + 1) // (PARTIAL_SHARE * 16 * sm_count)
     partial_rows = min(sm_count * min(fit, max(1, affordable)), cdiv(most, rows))
-    limit = told[0] if told else registers(warps) if fit == 1 else None
+    limit = registers(warps) if fit == 1 else None
+    if told and N * itemsize % 16 == 0:  # narrow loads need what they take: a pointer each
+        limit = told[0]
     return RowBackward(rows, block, warps, stages, limit, partial_rows)
 
 
