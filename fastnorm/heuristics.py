@@ -135,7 +135,7 @@ BACKWARD = {
 ROW_SUMS = {2: (4096, 8, 3), 4: (4096, 8, 3), 8: (2048, 8, 2)}
 # Rows and columns of a tile, one row a warp: 16 KB of x and dy, 2 of them prefetched by each of 2 programs. The widest that
 # was measured was the fastest; few programs leave few partial rows.
-COLUMN_TILE = {2: (4, 1024), 4: (4, 512), 8: (4, 128)}
+COLUMN_TILE = {2: (4, 1024), 4: (4, 512), 8: (4, 64)}
 COLUMN_WARPS, COLUMN_STAGES, COLUMN_PROGRAMS_PER_SM = 4, 3, 2
 
 # A partial row is two fp32 numbers per column, written and read: 16 bytes. Where several programs fit an SM, their partial rows
