@@ -159,9 +159,9 @@ MERGED_WITH_READING, MERGED_AT_ONCE = 1024, 512
 READINGS = {
     "sums": {2: (2048, 4, 4, 2, None), 4: (2048, 4, 4, 2, None), 8: (2048, 8, 2, 2, None)},
     "y": {2: (4096, 4, 1, 16, None), 4: (4096, 8, 1, 32, None), 8: (1024, 4, 1, 8, 255)},
-    "y, channels fastest": {2: (4096, 4, 1, 16, None), 4: (4096, 8, 1, 32, 80), 8: (1024, 4, 1, 8, 255)},
+    "y, channels fastest": {4: (4096, 8, 1, 32, 80)},
     "dx": {2: (4096, 4, 1, 16, None), 4: (2048, 4, 2, 8, None), 8: (1024, 4, 1, 8, 255)},
-    "dx, channels fastest": {2: (2048, 4, 3, 8, None), 4: (2048, 4, 1, 32, 112), 8: (1024, 4, 1, 8, 255)},
+    "dx, channels fastest": {2: (2048, 4, 3, 8, None), 4: (2048, 4, 1, 32, 112)},
 }
 # 64 bytes of a row at the least: a group of so few channels is still read at full speed.
 CHANNELS_FASTEST_BLOCK = 32
@@ -246,8 +246,8 @@ def channel(
 ) -> Channel:
     """`reading`: "sums", "y" or "dx". `folded`: the batch is part of S (B = 1), so S is a batch-like number that no block may
     depend on."""
-    key = f"{reading}, channels fastest" if channels_fastest else reading
-    elements, warps, stages, per_sm, most = READINGS.get(key, READINGS[reading])[itemsize]
+    own = READINGS.get(f"{reading}, channels fastest", {}) if channels_fastest else {}
+    elements, warps, stages, per_sm, most = own.get(itemsize) or READINGS[reading][itemsize]
     block_c = _channel_block(C, S, elements, folded, channels_fastest)
     if narrow or (reading == "sums" and block_c > 1 and not channels_fastest):
         elements //= 2

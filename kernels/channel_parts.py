@@ -6,6 +6,7 @@ import triton.language as tl
 from .channel_tiles import load_statistics, tile_at, tile_corner, tile_count, tile_exists, update_running
 from .math import (
     BIG_SCALE,
+    add_shifted,
     any_inf,
     centre,
     grad_input,
@@ -24,10 +25,7 @@ from .math import (
 @triton.jit
 def _shifted_sums(x_ptr, x_strides, c0, inside, shift, scale, p, P, B, S, C, X_FASTEST: tl.constexpr, VEC_S: tl.constexpr,
                   VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """sum((x - shift) * scale) and the sum of its squares per channel over every P-th tile, and the count of positions.
-
-    `scale` is None where it is 1.
-    """
+    """The sums of add_shifted per channel over every P-th tile, and the count of positions."""
     shape: tl.constexpr = (BLOCK_B * BLOCK_S, inside[2].shape[1])
     s1 = tl.zeros(shape, shift.dtype)
     s2 = tl.zeros(shape, shift.dtype)
@@ -36,12 +34,7 @@ def _shifted_sums(x_ptr, x_strides, c0, inside, shift, scale, p, P, B, S, C, X_F
         corner = tile_corner(tile, c0, S, BLOCK_B, BLOCK_S)
         mask = tile_exists(corner, inside, B, S) & (inside[2] < C - c0)
         x = tl.load(tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(shift.dtype)
-        d = x - shift
-        if scale is not None:
-            d = d * scale
-        d = tl.where(mask, d, 0.0)
-        s1 += d
-        s2 += d * d
+        s1, s2 = add_shifted(s1, s2, x, shift, scale, mask)
         count += (tl.minimum(B - corner[0], BLOCK_B) * tl.minimum(S - corner[1], BLOCK_S)).to(shift.dtype)
     s1, s2 = sum2(s1, s2, 0)
     return s1, s2, tl.sum(count, axis=0)

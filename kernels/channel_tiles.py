@@ -174,9 +174,9 @@ class Plan:
         if reading != "sums":
             self.constants["BLOCK_P"] = max(1, heuristics.MERGED_AT_ONCE // config.block_c)
 
-    def launch(self, kernel, *args, after=(), **fastest):
-        """args end where the kernel takes the sizes, and go on with `after`."""
-        launch(kernel, self.programs, self.device, *args, *self.sizes, *after, **fastest, **self.constants)
+    def launch(self, kernel, *args, **fastest):
+        """args end where the kernel takes the sizes."""
+        launch(kernel, self.programs, self.device, *args, *self.sizes, **fastest, **self.constants)
 
 
 @lru_cache(maxsize=1024)

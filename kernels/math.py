@@ -175,6 +175,16 @@ def centred_moments(x, mask, n, axis: tl.constexpr = 1):
 
 
 @triton.jit
+def add_shifted(s1, s2, x, shift, scale, mask):
+    """s1 + d and s2 + d * d, where d is (x - shift) * scale, and 0 where `mask` is not set; `scale` is None where it is 1."""
+    d = x - shift
+    if scale is not None:
+        d = d * scale
+    d = tl.where(mask, d, 0.0)
+    return s1 + d, s2 + d * d
+
+
+@triton.jit
 def shifted_moments(shift, s1, s2, n, scale):
     """high, low and m2 (in units of scale^-2) from s1 = sum((x - shift) * scale) and s2, the sum of its squares.
 

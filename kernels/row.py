@@ -13,6 +13,7 @@ from ..geometry import Rows
 from .launch import Count, accumulate_dtype, dense, float_pair, launch, sm_count, vector
 from .math import (
     BIG_SCALE,
+    add_shifted,
     any_inf,
     centred_moments,
     grad_input,
@@ -86,19 +87,14 @@ def _row_fwd_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, M, N
 
 @triton.jit
 def _chunked_sums(x_ptr, shift, scale, N, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """sum((x - shift) * scale) and the sum of its squares over one row, each [1]; `scale` is None where it is 1."""
+    """The sums of add_shifted over one row, each [1]."""
     cols = tl.arange(0, BLOCK)[None, :]
     s1 = tl.zeros((1, BLOCK), shift.dtype)
     s2 = tl.zeros((1, BLOCK), shift.dtype)
     for start in tl.range(0, N, BLOCK, num_stages=STAGES):
         mask = cols < N - start
         x = tl.load(x_ptr + start + cols, mask=mask, other=0.0).to(shift.dtype)
-        d = x - shift
-        if scale is not None:
-            d = d * scale
-        d = tl.where(mask, d, 0.0)
-        s1 += d
-        s2 += d * d
+        s1, s2 = add_shifted(s1, s2, x, shift, scale, mask)
     return sum2(s1, s2, 1)
 
 

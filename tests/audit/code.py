@@ -70,9 +70,9 @@ def _widths(ptx, names):
     accesses += [("ld", int(size, 0), at) for at, size in _ASYNC.findall(ptx)]
     for kind, width, at in accesses:
         pointers = {name for name in origins[at] if name.endswith("_ptr")}
-        if not pointers:
-            raise ValueError(f"an access at {at} that comes from {sorted(origins[at])}, and not from a pointer")
-        for name in pointers:  # a choice between two is an access of both
+        if not pointers or (kind == "ld" and len(pointers) > 1):
+            raise ValueError(f"an access at {at} that comes from {sorted(origins[at])}, and not from one pointer")
+        for name in pointers:  # a store to one of two is one to both
             found[kind][name][width] += 1
     return found["ld"], found["st"]
 
