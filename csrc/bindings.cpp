@@ -21,7 +21,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("channel_apply", &channel_apply, no_gil);
   m.def("channel_sums", &channel_sums, no_gil);
   m.def("channel_grad", &channel_grad, no_gil);
-  m.def("channel_fwd", &channel_fwd, no_gil);
+  m.def("channel_fwd", &channel_fwd, no_gil, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("running_mean"),
+        py::arg("running_var"), py::arg("training"), py::arg("momentum"), py::arg("eps"),
+        py::arg("num_batches_tracked") = py::none());
   m.def("channel_bwd", &channel_bwd, no_gil);
   if (PyModule_AddFunctions(m.ptr(), eager_functions) != 0) throw py::error_already_set();
   m.def("set_config", [](const py::object& config) { set_config(config.ptr()); });

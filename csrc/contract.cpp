@@ -226,16 +226,21 @@ Tensor channel_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, 
   cpu::channel_fwd(d.g, d.in, parameter(weight, "weight", d.g.C, w), parameter(bias, "bias", d.g.C, b), m.array(), v.array(),
                    o.training, o.momentum, o.eps, output(y), s.mean, s.rstd);
   if (o.training) m.write_back(), v.write_back();
+  if (o.training && o.num_batches_tracked) ++*o.num_batches_tracked->mutable_data_ptr<int64_t>();
   return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> channel_fwd(const Tensor& x, const Maybe& weight, const Maybe& bias,
                                                const Maybe& running_mean, const Maybe& running_var, bool training,
-                                               double momentum, double eps) {
+                                               double momentum, double eps, const Maybe& num_batches_tracked) {
   TORCH_CHECK(running_mean.has_value() == running_var.has_value() && (training || running_mean),
               "running_mean and running_var are given together, and always in evaluation");
+  if (num_batches_tracked) {
+    check_cpu(*num_batches_tracked, "num_batches_tracked");
+    check_numel(*num_batches_tracked, "num_batches_tracked", 1);
+  }
   SavedStatistics s;
-  Tensor y = channel_forward(x, weight, bias, {running_mean, running_var, training, momentum, eps},
+  Tensor y = channel_forward(x, weight, bias, {running_mean, running_var, training, momentum, eps, num_batches_tracked},
                              [&] { return s.make(x, channels_of(x)); });
   return {y, s.mean, s.rstd};
 }

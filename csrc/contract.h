@@ -30,7 +30,7 @@ Tensor channel_grad(const Tensor& dy, const Tensor& x, const Tensor& mean, const
                     const Maybe& c1, const Maybe& c2);
 std::tuple<Tensor, Tensor, Tensor> channel_fwd(const Tensor& x, const Maybe& weight, const Maybe& bias,
                                                const Maybe& running_mean, const Maybe& running_var, bool training,
-                                               double momentum, double eps);
+                                               double momentum, double eps, const Maybe& num_batches_tracked);
 Grads channel_bwd(const Tensor& dy, const Tensor& x, const Maybe& weight, const Tensor& mean, const Tensor& rstd, bool training,
                   const Need& need);
 
@@ -50,6 +50,7 @@ struct BatchOptions {
   const Maybe &running_mean, &running_var;
   bool training;
   double momentum, eps;
+  const Maybe& num_batches_tracked;
 };
 Tensor row_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, double eps, int64_t N, MakeStatistics make);
 Tensor channel_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, const BatchOptions& o, MakeStatistics make);

@@ -61,6 +61,14 @@ bool parse(PyObject* object, Maybe& t, const Tensor& x, at::IntArrayRef sizes) {
   return readable(*t) && t->device() == x.device() && t->sizes() == sizes;
 }
 
+// A counter of batches beside x; none for None.
+bool parse_counter(PyObject* object, Maybe& t, const Tensor& x) {
+  if (object == Py_None) return true;
+  if (!THPVariable_CheckExact(object)) return false;
+  t = THPVariable_Unpack(object);
+  return plain(*t) && t->scalar_type() == at::kLong && t->dim() == 0 && t->device() == x.device();
+}
+
 bool parse(PyObject* object, Tensor& x) {
   if (!THPVariable_CheckExact(object)) return false;
   x = THPVariable_Unpack(object);
@@ -318,12 +326,12 @@ bool buffers_fit(const Maybe& mean, const Maybe& var, bool training) {
 PyObject* batch_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   Tensor x;
-  if (count != 8 || !unwatched() || !parse(args[0], x) || x.dim() < 2 || !PyBool_Check(args[5])) Py_RETURN_NONE;
-  Maybe running_mean, running_var, weight, bias;
+  if (count < 8 || count > 9 || !unwatched() || !parse(args[0], x) || x.dim() < 2 || !PyBool_Check(args[5])) Py_RETURN_NONE;
+  Maybe running_mean, running_var, weight, bias, counter;
   const auto C = x.sizes().slice(1, 1);
-  BatchOptions o{running_mean, running_var, args[5] == Py_True, 0, 0};
+  BatchOptions o{running_mean, running_var, args[5] == Py_True, 0, 0, counter};
   if (!parse(args[1], running_mean, x, C) || !parse(args[2], running_var, x, C) || !parse(args[3], weight, x, C) ||
-      !parse(args[4], bias, x, C) || !parse(args[6], o.momentum) || !parse(args[7], o.eps) ||
+      !parse(args[4], bias, x, C) || !parse(args[6], o.momentum) || !parse(args[7], o.eps) || (count == 9 && !parse_counter(args[8], counter, x)) ||
       !buffers_fit(running_mean, running_var, o.training))
     Py_RETURN_NONE;
   if (!(o.eps >= 0) || (o.training && (o.eps == 0 || x.numel() == C[0]))) Py_RETURN_NONE;

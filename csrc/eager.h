@@ -6,7 +6,7 @@
 namespace fastnorm {
 
 // layer_norm(input, normalized_shape, weight, bias, eps) and
-// batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps):
+// batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps[, num_batches_tracked]):
 // the result, or None where the call is not one that the kernels cover, before anything has happened.
 extern PyMethodDef eager_functions[];
 

@@ -25,7 +25,8 @@ using Launch = int (*)(void* function, unsigned grid_x, unsigned grid_y, unsigne
 // aoti_torch_get_current_cuda_stream.
 using CurrentStream = int32_t (*)(int32_t device, void** stream);
 
-constexpr size_t MOST_TENSORS = 5, MOST_OUTPUTS = 3, MOST_PARAMETERS = 48;
+// The arguments of a function of the contract, of which some are tensors.
+constexpr size_t MOST_INPUTS = 9, MOST_OUTPUTS = 3, MOST_PARAMETERS = 48;
 // Of each piece of one scratch memory, in bytes: that of torch's own allocations.
 constexpr int64_t ALIGNMENT = 512;
 
@@ -155,7 +156,7 @@ using Results = std::array<Maybe, MOST_OUTPUTS>;
 struct Call {
   Function function;
   const Tensor& x;
-  std::array<const Tensor*, MOST_TENSORS> inputs;
+  std::array<const Tensor*, MOST_INPUTS> inputs;  // by their place among the arguments
   int64_t M;  // rows, or 0
   Key key;
   bool power;  // the key stands for all numbers of rows in a power of two
@@ -296,7 +297,7 @@ constexpr size_t ALL = MOST_OUTPUTS;
 
 const Tensor* pointer(const Maybe& t) { return t ? &*t : nullptr; }
 
-Call begin(Function f, const Tensor& x, std::array<const Tensor*, MOST_TENSORS> inputs) {
+Call begin(Function f, const Tensor& x, std::array<const Tensor*, MOST_INPUTS> inputs) {
   return {f, x, inputs, 0, {static_cast<int64_t>(f), x.get_device()}, false};
 }
 
@@ -363,12 +364,14 @@ Grads row_bwd(const Tensor& dy, const Tensor& x, const Maybe& weight, const Tens
 }
 
 Tensor channel_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, const BatchOptions& o, SavedStatistics* saved) {
-  Call call = begin(CHANNEL_FWD, x, {&x, pointer(weight), pointer(bias), pointer(o.running_mean), pointer(o.running_var)});
+  Call call = begin(CHANNEL_FWD, x, {&x, pointer(weight), pointer(bias), pointer(o.running_mean), pointer(o.running_var),
+                                     nullptr, nullptr, nullptr, pointer(o.num_batches_tracked)});
   append(call.key, x);
-  for (const Maybe* t : {&weight, &bias, &o.running_mean, &o.running_var}) append(call.key, *t);
+  for (const Maybe* t : {&weight, &bias, &o.running_mean, &o.running_var, &o.num_batches_tracked}) append(call.key, *t);
   append(call.key, {int64_t{o.training}, bits(o.momentum), bits(o.eps)});
   Results r = replay(call, saved ? ALL : 1, [&] {
-    return py::make_tuple(x, weight, bias, o.running_mean, o.running_var, o.training, o.momentum, o.eps);
+    return py::make_tuple(x, weight, bias, o.running_mean, o.running_var, o.training, o.momentum, o.eps,
+                          o.num_batches_tracked);
   });
   if (saved) saved->mean = *r[1], saved->rstd = *r[2];
   return *r[0];

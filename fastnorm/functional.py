@@ -229,12 +229,44 @@ def _channels_fit(x, running_mean, running_var, weight, bias, training, momentum
     return eps >= 0 and (not training or (eps > 0 and x.numel() > shape[0]))
 
 
+def counted(num_batches_tracked, function, *args):
+    """function(*args), after this batch is counted, as torch.nn does: functorch and checkpoints that stop early see the order.
+
+    Where it raises, the count is taken back.
+    """
+    if num_batches_tracked is None:
+        return function(*args)
+    num_batches_tracked.add_(1)
+    try:
+        return function(*args)
+    except (RuntimeError, TypeError, ValueError):
+        num_batches_tracked.sub_(1)
+        raise
+
+
+def counting_batch_norm(input, running_mean, running_var, weight, bias, num_batches_tracked, momentum, eps):
+    """Training that counts its batches. Plain calls count where they update the running statistics.
+
+    Equivalent to: ``num_batches_tracked.add_(1)`` and ``batch_norm(..., training=True, momentum=momentum, eps=eps)``
+    """
+    if not _is_compiling():
+        y = direct.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps, num_batches_tracked)
+        if y is not None:
+            return y
+    return counted(num_batches_tracked, batch_norm, input, running_mean, running_var, weight, bias, True, momentum, eps)
+
+
 def cumulative_batch_norm(input, running_mean, running_var, weight, bias, num_batches_tracked, eps):
     """Training with ``momentum=None``: the running statistics become the average over all batches, of which this is one more.
 
     Equivalent to: ``batch_norm(..., training=True, momentum=1 / num_batches_tracked)``, with the counter read on its
-    device: no synchronisation, no graph break, and CUDA graphs capture it. The counter has counted this batch already.
+    device: no synchronisation, no graph break, and CUDA graphs capture it.
     """
+    tensors = (input, running_mean, running_var, weight, bias, num_batches_tracked)
+    return counted(num_batches_tracked, _cumulative_batch_norm, *tensors, eps)
+
+
+def _cumulative_batch_norm(input, running_mean, running_var, weight, bias, num_batches_tracked, eps):
     batch = [None if b is None else torch.zeros_like(b) for b in (running_mean, running_var)]
     y = batch_norm(input, *batch, weight, bias, True, 1.0, eps)
     if running_mean is not None and input.numel() > 0:

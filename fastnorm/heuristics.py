@@ -16,12 +16,16 @@ REGISTERS = 65536  # of one SM
 
 @dataclass(frozen=True)
 class RowForward:
-    """One program normalises `rows` rows held in registers, or, when chunked, sweeps over one row twice."""
+    """One program normalises `rows` rows held in registers, or, when chunked, sweeps over one row twice.
+
+    `early`: weight and bias are read with the rows, and not after the sums.
+    """
 
     rows: int
     block: int
     warps: int
     registers: int | None
+    early: bool = False
     chunked: bool = False
     stages: int = 1
 
@@ -106,6 +110,9 @@ FORWARD = {
     8: {16: (32, 4, 96), 32: (16, 4, 96), 64: (8, 4, 96), 128: (4, 4, 96), 256: (2, 4, 96), 512: (1, 4, None),
         1024: (1, 4, None), 2048: (1, 8, None), 4096: (1, 16, None), 8192: (1, 32, None)},
 }  # fmt: skip
+# itemsize -> the longest rows whose parameters are read with them, which spares a short row a second wait for the memory. Held
+# meanwhile, those of a longer one cost more registers than other programs beside it can do without.
+EARLY = {2: 512, 4: 1024, 8: 512}
 # itemsize -> (block, warps, stages). Several programs fit an SM, so that one reduces while the others read. 4096 elements of 4
 # bytes and 16 warps are 3 % faster on an H200, but spill on sm_120.
 CHUNK = {2: (4096, 8, 4), 4: (2048, 8, 4), 8: (2048, 8, 2)}
@@ -148,21 +155,23 @@ PARTIAL_SHARE = 2
 MERGED_WITH_READING, MERGED_AT_ONCE = 1024, 512
 
 # What reads a tensor of channels: itemsize -> (elements of a tile, warps, stages, programs per SM, most registers: without a
-# word the assembler aims at a rounder number and spills). Tiles are halved where loads are narrower than 8 bytes: every load in
-# flight then holds a pointer of its own, two registers; and sums of several channels whose positions lie together, which have a
-# set of sums for each of them.
+# word the assembler aims at a rounder number and spills). Tiles are halved where accesses are narrower than 8 bytes: every one
+# in flight then holds a pointer of its own, two registers; and sums of several channels whose positions lie together, which
+# have a set of sums for each of them. Loads of 2 bytes are not prefetched: programs are as many more as there are stages.
 # * Sums: few programs, because every one is a partial row that is merged later; each prefetches, so that 24 KB of x are
 #   on their way to an SM, or 48 of 4 bytes.
 # * y, and dx of positions that lie together: 32 elements a thread of 2 bytes are on their way at once, and the programs are
 #   few, because each merges the partial rows of its channels.
 # * dx of channels that lie together holds four numbers of every channel as well, and prefetches instead.
 READINGS = {
-    "sums": {2: (2048, 4, 4, 2, None), 4: (2048, 4, 4, 2, None), 8: (2048, 8, 2, 2, None)},
+    "sums": {2: (2048, 4, 4, 2, None), 4: (2048, 4, 4, 2, None), 8: (1024, 8, 2, 2, None)},
     "y": {2: (4096, 4, 1, 16, None), 4: (4096, 8, 1, 32, None), 8: (1024, 4, 1, 8, 255)},
     "y, channels fastest": {4: (4096, 8, 1, 32, 80)},
     "dx": {2: (4096, 4, 1, 16, None), 4: (2048, 4, 2, 8, None), 8: (1024, 4, 1, 8, 255)},
     "dx, channels fastest": {2: (2048, 4, 3, 8, None), 4: (2048, 4, 1, 32, 112)},
 }
+# Most registers, where accesses are narrower than 8 bytes: by itself the assembler aims at 72 and spills.
+NARROW = {("y", 2): 128}
 # 64 bytes of a row at the least: a group of so few channels is still read at full speed.
 CHANNELS_FASTEST_BLOCK = 32
 # A program's sums are shifted by the mean of its first tile, which is off by at most sqrt(tiles) standard deviations: the
@@ -173,6 +182,8 @@ MOST_TILES = 64
 SLAB_FORWARD = {2: ((4096, 4), (16384, 16)), 4: ((4096, 4), (16384, 16)), 8: ((4096, 8),)}
 # 32 warps backward: with 16 the two tensors spill on sm_100 where their loads are of 8 bytes.
 SLAB_BACKWARD = {2: ((4096, 8), (16384, 32)), 4: ((4096, 8), (16384, 16)), 8: ((2048, 8),)}
+# Loads of a pointer each: 16384 spill on sm_100.
+SLAB_BACKWARD_NARROW = {2: ((4096, 8), (8192, 16)), 4: ((4096, 8), (8192, 16))}
 SLAB_CHANNELS_FASTEST = {2: ((8192, 8),), 4: ((8192, 8),), 8: ((2048, 4),)}
 # Channels loaded one by one: 8192 of 4 bytes spill on sm_80.
 SLAB_CHANNELS_FASTEST_NARROW = {2: ((8192, 8),), 4: ((4096, 8),)}
@@ -207,7 +218,7 @@ def row_forward(N: int, itemsize: int) -> RowForward:
         return RowForward(1, block, warps, None, chunked=True, stages=stages)
     rows, warps, most = rung
     # Loads of less than 16 bytes hold a pointer each.
-    return RowForward(rows, block, warps, most if N * itemsize % 16 == 0 else None)
+    return RowForward(rows, block, warps, most if N * itemsize % 16 == 0 else None, block <= EARLY[itemsize])
 
 
 def row_backward(M: int, N: int, itemsize: int, sm_count: int) -> RowBackward | RowBackwardSplit:
@@ -242,14 +253,18 @@ def _channel_block(C: int, S: int, elements: int, folded: bool, channels_fastest
 
 
 def channel(
-    B: int, C: int, S: int, itemsize: int, sm_count: int, reading: str, *, folded: bool, channels_fastest: bool, narrow: bool
+    B: int, C: int, S: int, itemsize: int, sm_count: int, reading: str, *, folded: bool, channels_fastest: bool, width: int
 ) -> Channel:
     """`reading`: "sums", "y" or "dx". `folded`: the batch is part of S (B = 1), so S is a batch-like number that no block may
-    depend on."""
+    depend on. `width`: bytes of the narrowest access."""
     own = READINGS.get(f"{reading}, channels fastest", {}) if channels_fastest else {}
     elements, warps, stages, per_sm, most = own.get(itemsize) or READINGS[reading][itemsize]
     block_c = _channel_block(C, S, elements, folded, channels_fastest)
-    if narrow or (reading == "sums" and block_c > 1 and not channels_fastest):
+    if width < 4:
+        per_sm, stages = per_sm * stages, 1
+    if width < 8:
+        most = most or NARROW.get((reading, itemsize))
+    if width < 8 or (reading == "sums" and block_c > 1 and not channels_fastest):
         elements //= 2
         block_c = _channel_block(C, S, elements, folded, channels_fastest)
     positions = elements // block_c
@@ -264,15 +279,18 @@ def channel(
 
 
 def slab(
-    B: int, C: int, S: int, itemsize: int, *, folded: bool, channels_fastest: bool, narrow: bool, backward: bool
+    B: int, C: int, S: int, itemsize: int, *, folded: bool, channels_fastest: bool, width: int, backward: bool
 ) -> Slab | None:
-    """None where the slab of one segment of channels does not fit. A layer has few variants, whatever its batch sizes."""
+    """None where the slab of one segment of channels does not fit. A layer has few variants, whatever its batch sizes.
+    `width`: bytes of the narrowest load."""
     row = 1 if folded else power_of_two(S)  # positions that lie together whatever the batch is
     block_c = min(power_of_two(C), max(1, SEGMENT // (itemsize * (1 if channels_fastest else row))))
     if channels_fastest:
-        ladder = SLAB_CHANNELS_FASTEST_NARROW if narrow else SLAB_CHANNELS_FASTEST
+        ladder = SLAB_CHANNELS_FASTEST_NARROW if width < 8 else SLAB_CHANNELS_FASTEST
+    elif backward:
+        ladder = SLAB_BACKWARD_NARROW if width < 8 else SLAB_BACKWARD
     else:
-        ladder = SLAB_BACKWARD if backward else SLAB_FORWARD
+        ladder = SLAB_FORWARD
     for elements, warps in ladder[itemsize]:
         positions = elements // block_c
         block_s = positions if folded else row

@@ -27,21 +27,6 @@ def _statistics(module):
         return module.running_mean, module.running_var, module.num_batches_tracked
 
 
-def _counted(tracked, function, *args):
-    """function(*args), after this batch is counted, as torch.nn does: functorch and checkpoints that stop early see the order.
-
-    Where it raises, the count is taken back.
-    """
-    if tracked is None:
-        return function(*args)
-    tracked.add_(1)
-    try:
-        return function(*args)
-    except (RuntimeError, TypeError, ValueError):
-        tracked.sub_(1)
-        raise
-
-
 class LayerNorm(Scriptable, torch.nn.LayerNorm):
     """Layer normalization over the trailing ``normalized_shape`` of the input, on fused kernels.
 
@@ -71,10 +56,12 @@ class _BatchNorm(Scriptable):
         elif not self.track_running_stats:
             mean = var = tracked = None
         if tracked is not None and self.momentum is None:
-            return _counted(tracked, functional.cumulative_batch_norm, input, mean, var, weight, bias, tracked, self.eps)
+            return functional.cumulative_batch_norm(input, mean, var, weight, bias, tracked, self.eps)
         momentum = 0.0 if self.momentum is None else self.momentum
+        if tracked is not None:
+            return functional.counting_batch_norm(input, mean, var, weight, bias, tracked, momentum, self.eps)
         own_statistics = training or (mean is None and var is None)
-        return _counted(tracked, functional.batch_norm, input, mean, var, weight, bias, own_statistics, momentum, self.eps)
+        return functional.batch_norm(input, mean, var, weight, bias, own_statistics, momentum, self.eps)
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):

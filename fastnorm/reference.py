@@ -9,6 +9,7 @@ This file is also where the contract is written down. Every backend has these fu
 * `rstd`: (M,) or (C,), 1 / sqrt(var + eps) with the biased variance.
 * `weight`, `bias`: N or C elements in any floating dtype, or None.
 * `dtype` of row_fwd: y's, float32 where autocast asks for it, or None for x's. `dy` of row_bwd then has it as well.
+* `num_batches_tracked` of channel_fwd: an int64 tensor without dimensions, one more after training, or None.
 * `need`: (dx, dweight, dbias): True or False for dx; the dtype wanted, or None when it is not wanted, for the other two.
 
 No element count is ever zero here: functional.py hands empty inputs to torch.
@@ -173,8 +174,8 @@ def channel_grad(dy, x, mean, rstd, weight, c1, c2):
 # ---------------------------------------------------------------- channels: the whole op
 
 
-def channel_fwd(x, weight, bias, running_mean, running_var, training, momentum, eps):
-    """y, mean (2, C), rstd (C,); in training, running statistics that are given are updated in place.
+def channel_fwd(x, weight, bias, running_mean, running_var, training, momentum, eps, num_batches_tracked=None):
+    """y, mean (2, C), rstd (C,); in training, running statistics and the counter that are given are updated in place.
 
     running_mean = (1 - momentum) * running_mean + momentum * mean, and the same with the unbiased variance. As in torch.nn
     the update does not count as an in-place change for autograd: nothing saved for backward aliases the buffers.
@@ -186,6 +187,8 @@ def channel_fwd(x, weight, bias, running_mean, running_var, training, momentum, 
         if running_mean is not None:
             update_running(running_mean.data, mean.double().sum(0), momentum)
             update_running(running_var.data, (m2 / (n - 1) / scale / scale).view(C), momentum)
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
     else:
         mean = split(running_mean, acc)
         rstd = torch.rsqrt(running_var.double() + eps).to(acc)

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch.fx import Proxy
 from torch.nn.parallel import DistributedDataParallel
 
-from . import collective, reference
+from . import collective, functional, reference
 from .dispatch import DTYPES, select
-from .nn import _BatchNorm, _counted
+from .nn import _BatchNorm
 from .tracing import Scriptable, leaf
 
 TorchBatchNorm = torch.nn.modules.batchnorm._BatchNorm
@@ -64,7 +64,7 @@ class SyncBatchNorm(_BatchNorm, torch.nn.SyncBatchNorm):
         if momentum is None:  # cumulative average, without reading the counter on the host
             momentum = 0.0 if tracked is None else (tracked.double() + 1).reciprocal()
         backend = (select(input.device.type) if collective.fused(*tensors) else None) or reference
-        return _counted(tracked, collective.sync_batch_norm, *tensors, momentum, self.eps, group, backend)
+        return functional.counted(tracked, collective.sync_batch_norm, *tensors, momentum, self.eps, group, backend)
 
     def _synchronised_group(self):
         """The process group to synchronise with; None where there is nobody to synchronise with, and in evaluation."""

@@ -13,11 +13,12 @@ import triton.language as tl
 from .. import heuristics
 from ..geometry import Channels
 from .channel_parts import apply_tiles, grad_tiles, merged, store_statistics, store_sums, store_training
-from .channel_tiles import SIZES, like, load_statistics, planned, program_block, tile_inside
+from .channel_tiles import SIZES, like, load_running, load_statistics, planned, program_block, tile_inside
 from .launch import accumulate_dtype, dense, float_pair, launch
 from .math import pair_of, quotient, root, unscaled
-from .partial import finalise, mean_of, store_total, total
+from .partial import finalise, mean_of, total
 from .slab import slab_bwd, slab_fwd
+from .wanted import load_wanted, store_wanted
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -33,16 +34,18 @@ def _channel_stats_kernel(x_ptr, partial_ptr, x_strides, P, B, S_v, C_v, X_FASTE
 
 
 @triton.jit(do_not_specialize=["P", "C", "count", "eps", "eps_low", "momentum", "momentum_low"])
-def _channel_merge_kernel(partial_ptr, mean_ptr, std_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, P, C, count, eps,
-                          eps_low, momentum, momentum_low, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+def _channel_merge_kernel(partial_ptr, mean_ptr, std_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, P, C, count,
+                          eps, eps_low, momentum, momentum_low, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     """From all P rows of partial (4, P, C): mean pair and std, or, where rstd has a pointer, all that training stores."""
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     n = tl.cast(count, ACC)
+    running = (running_mean_ptr, running_var_ptr, tracked_ptr)
+    old = load_running(running, cols, C)
     high, low, m2, scale = merged(partial_ptr, cols, n, P, C, BLOCK_P)
     if rstd_ptr is not None:
-        store_training(high, low, m2, scale, n, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, cols, C, C,
-                       pair_of(eps, eps_low, ACC), pair_of(momentum, momentum_low, ACC))  # fmt: skip
+        store_training(high, low, m2, scale, n, mean_ptr, rstd_ptr, running, old, cols, C, C, pair_of(eps, eps_low, ACC),
+                       pair_of(momentum, momentum_low, ACC))  # fmt: skip
     else:
         tl.store(mean_ptr + cols, high, mask=cols < C)
         tl.store(mean_ptr + C + cols, low, mask=cols < C)
@@ -50,9 +53,9 @@ def _channel_merge_kernel(partial_ptr, mean_ptr, std_ptr, rstd_ptr, running_mean
 
 
 @triton.jit(do_not_specialize=[*SIZES, "rows", "count", "eps", "eps_low", "momentum", "momentum_low"])
-def _channel_apply_kernel(x_ptr, partial_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr,
-                          y_ptr, x_strides, y_strides, rows, count, eps, eps_low, momentum, momentum_low, P, B, S_v, C_v,
-                          X_FASTEST: tl.constexpr, Y_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr,
+def _channel_apply_kernel(x_ptr, partial_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, weight_ptr,
+                          bias_ptr, y_ptr, x_strides, y_strides, rows, count, eps, eps_low, momentum, momentum_low, P, B, S_v,
+                          C_v, X_FASTEST: tl.constexpr, Y_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr,
                           BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
                           INDEX: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """y. Mean pair and rstd come from the partial rows of training, else from the running statistics where they are given:
@@ -63,24 +66,29 @@ def _channel_apply_kernel(x_ptr, partial_ptr, mean_ptr, rstd_ptr, running_mean_p
     p, c0 = program_block(C, BLOCK_C)
     cols = c0 + tl.arange(0, BLOCK_C)
     end = tl.where(p == 0, C, 0)
+    inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
+    c = c0 + inside[2]
+    weight, bias = load_wanted(weight_ptr, c, c < C), load_wanted(bias_ptr, c, c < C)
+    running = (running_mean_ptr, running_var_ptr, tracked_ptr)
+    old = load_running(running, cols, C)
     if partial_ptr is not None:
         n = tl.cast(count, ACC)
         high, low, m2, scale = merged(partial_ptr, cols, n, rows, C, BLOCK_P)
-        rstd = store_training(high, low, m2, scale, n, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, cols, end, C,
+        rstd = store_training(high, low, m2, scale, n, mean_ptr, rstd_ptr, running, old, cols, end, C,
                               pair_of(eps, eps_low, ACC), pair_of(momentum, momentum_low, ACC))  # fmt: skip
     elif running_mean_ptr is not None:
-        mean = tl.load(running_mean_ptr + cols, mask=cols < C, other=0.0)
-        high = mean.to(ACC)
-        low = (mean - high.to(mean.dtype)).to(ACC)
-        var = tl.load(running_var_ptr + cols, mask=cols < C, other=0.0).to(ACC)
+        high = old[0].to(ACC)
+        low = (old[0] - high.to(old[0].dtype)).to(ACC)
         one = tl.cast(1.0, ACC)
-        rstd = store_training(high, low, var, one, one, mean_ptr, rstd_ptr, None, None, cols, end, C,
+        rstd = store_training(high, low, old[1].to(ACC), one, one, mean_ptr, rstd_ptr, (None, None, None), old, cols, end, C,
                               pair_of(eps, eps_low, ACC), 0.0)  # fmt: skip
     else:
         high, low, rstd = load_statistics(mean_ptr, rstd_ptr, cols, C)
-    apply_tiles(x_ptr, y_ptr, x_strides, y_strides, c0, tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX), high[None, :],
-                low[None, :], rstd[None, :], weight_ptr, bias_ptr, p, P, B, S, C, X_FASTEST, Y_FASTEST, VEC_S, VEC_C,
-                BLOCK_B, BLOCK_S, STAGES)  # fmt: skip
+    slope = rstd[None, :]
+    if weight is not None:  # once per channel, which also saves a rounding per element
+        slope = slope * weight.to(ACC)
+    apply_tiles(x_ptr, y_ptr, x_strides, y_strides, c0, inside, high[None, :], low[None, :], slope, bias, p, P, B, S, C,
+                X_FASTEST, Y_FASTEST, VEC_S, VEC_C, BLOCK_B, BLOCK_S, STAGES)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -109,22 +117,21 @@ def _channel_grad_kernel(dy_ptr, x_ptr, partial_ptr, mean_ptr, rstd_ptr, weight_
     C = C_v * VEC_C
     p, c0 = program_block(C, BLOCK_C)
     cols = c0 + tl.arange(0, BLOCK_C)
+    inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
+    c = c0 + inside[2]
+    weight = load_wanted(weight_ptr, c, c < C)
+    high, low, rstd = load_statistics(mean_ptr, rstd_ptr, c, C)
     means = None
     if partial_ptr is not None:
         dw, db = total(partial_ptr, cols, cols < C, rows, rows, C, BLOCK_P, True, True)
         end = tl.where(p == 0, C, 0)
-        store_total(dw, dw_ptr, cols, cols < end)
-        store_total(db, db_ptr, cols, cols < end)
-        c1 = mean_of(dw, weight_ptr, cols, cols < C, count)
-        c2 = mean_of(db, weight_ptr, cols, cols < C, count)
-        means = (c1[None, :], c2[None, :])
+        store_wanted(dw_ptr, cols, dw, cols < end)
+        store_wanted(db_ptr, cols, db, cols < end)
+        means = (mean_of(dw[None, :], weight, count), mean_of(db[None, :], weight, count))
     elif c1_ptr is not None:
-        c1 = tl.load(c1_ptr + cols, mask=cols < C, other=0.0)
-        c2 = tl.load(c2_ptr + cols, mask=cols < C, other=0.0)
-        means = (c1[None, :], c2[None, :])
-    grad_tiles(dy_ptr, x_ptr, dx_ptr, dy_strides, x_strides, dx_strides, c0, tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX),
-               mean_ptr, rstd_ptr, weight_ptr, means, p, P, B, S, C, DY_FASTEST, X_FASTEST, DX_FASTEST, VEC_S, VEC_C,
-               BLOCK_B, BLOCK_S, STAGES)  # fmt: skip
+        means = (tl.load(c1_ptr + c, mask=c < C, other=0.0), tl.load(c2_ptr + c, mask=c < C, other=0.0))
+    grad_tiles(dy_ptr, x_ptr, dx_ptr, dy_strides, x_strides, dx_strides, c0, inside, high, low, rstd, weight, means, p, P, B,
+               S, C, DY_FASTEST, X_FASTEST, DX_FASTEST, VEC_S, VEC_C, BLOCK_B, BLOCK_S, STAGES)  # fmt: skip
 
 
 # ---------------------------------------------------------------- launchers
@@ -148,7 +155,8 @@ def _stats(x, mean):
     return partial, plan.few
 
 
-def _merge(partial, mean, count, std=None, rstd=None, running=(None, None), eps=0.0, momentum=0.0):
+def _merge(partial, mean, count, std=None, rstd=None, running=(None, None, None), eps=0.0, momentum=0.0):
+    """`running`: running_mean, running_var and num_batches_tracked."""
     _, P, C = partial.shape
     config = heuristics.finalise(C)
     launch(_channel_merge_kernel, heuristics.cdiv(C, config.block_c), partial.device, partial, mean, std, rstd, *running, P, C,
@@ -156,7 +164,7 @@ def _merge(partial, mean, count, std=None, rstd=None, running=(None, None), eps=
            warps=config.warps)  # fmt: skip
 
 
-def _apply(x, mean, rstd, weight, bias, y, partial=None, running=(None, None), eps=0.0, momentum=0.0):
+def _apply(x, mean, rstd, weight, bias, y, partial=None, running=(None, None, None), eps=0.0, momentum=0.0):
     plan, (view, out) = planned(x, y, reading="y")
     plan.launch(_channel_apply_kernel, view, partial, mean, rstd, *running, weight, bias, out, *plan.strides,
                 1 if partial is None else partial.shape[1], _count(x), *float_pair(eps), *float_pair(momentum),
@@ -203,19 +211,19 @@ def channel_grad(dy, x, mean, rstd, weight, c1, c2):
     return _grad(dy, x, dense(mean), dense(rstd), dense(weight), like(x), c1=dense(c1), c2=dense(c2))
 
 
-def channel_fwd(x, weight, bias, running_mean, running_var, training, momentum, eps):
+def channel_fwd(x, weight, bias, running_mean, running_var, training, momentum, eps, num_batches_tracked=None):
     y, (mean, rstd), weight, bias = like(x), _statistics(x), dense(weight), dense(bias)
-    running = [dense(running_mean), dense(running_var)]
+    running = [dense(running_mean), dense(running_var), num_batches_tracked if training else None]
     if not training:
         return _apply(x, mean, rstd, weight, bias, y, None, running, eps), mean, rstd
-    if not slab_fwd(x, weight, bias, *running, y, mean, rstd, momentum, eps):
+    if not slab_fwd(x, weight, bias, running, y, mean, rstd, momentum, eps):
         partial, few = _stats(x, mean)
         if few:
             _apply(x, mean, rstd, weight, bias, y, partial, running, eps, momentum)
         else:
             _merge(partial, mean, _count(x), None, rstd, running, eps, momentum)
             _apply(x, mean, rstd, weight, bias, y)
-    for new, old in zip(running, (running_mean, running_var), strict=True):
+    for new, old in zip(running[:2], (running_mean, running_var), strict=True):
         if new is not old:  # the buffer is strided: dense made a copy
             old.data.copy_(new)
     return y, mean, rstd

@@ -3,7 +3,18 @@
 import triton
 import triton.language as tl
 
-from .channel_tiles import load_statistics, tile_at, tile_corner, tile_count, tile_exists, update_running
+from .channel_tiles import (
+    load_statistics,
+    tile_corner,
+    tile_count,
+    tile_load,
+    tile_places,
+    tile_positions,
+    tile_span,
+    tile_store,
+    tile_vector,
+    update_running,
+)
 from .math import (
     BIG_SCALE,
     add_shifted,
@@ -29,15 +40,16 @@ def _shifted_sums(x_ptr, x_strides, c0, inside, shift, scale, p, P, B, S, C, X_F
     shape: tl.constexpr = (BLOCK_B * BLOCK_S, inside[2].shape[1])
     s1 = tl.zeros(shape, shift.dtype)
     s2 = tl.zeros(shape, shift.dtype)
-    count = tl.zeros((1, 1), shift.dtype)
-    for tile in tl.range(p, tile_count(B, S, BLOCK_B, BLOCK_S), P, num_stages=STAGES):
-        corner = tile_corner(tile, c0, S, BLOCK_B, BLOCK_S)
-        mask = tile_exists(corner, inside, B, S) & (inside[2] < C - c0)
-        x = tl.load(tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(shift.dtype)
-        s1, s2 = add_shifted(s1, s2, x, shift, scale, mask)
-        count += (tl.minimum(B - corner[0], BLOCK_B) * tl.minimum(S - corner[1], BLOCK_S)).to(shift.dtype)
+    count = tl.zeros((1, shape[1] if X_FASTEST == 3 else 1), tl.int32)
+    span = tile_span(x_ptr, S, X_FASTEST)
+    for tile in tl.range(p, tile_count(B, span, BLOCK_B, BLOCK_S), P, num_stages=STAGES):
+        corner = tile_corner(tile, c0, span, BLOCK_B, BLOCK_S)
+        places = tile_places(x_ptr, x_strides, corner, inside, B, S, C, X_FASTEST)
+        x = tile_load(x_ptr, x_strides, corner, inside, places, X_FASTEST, VEC_S, VEC_C).to(shift.dtype)
+        s1, s2 = add_shifted(s1, s2, x, shift, scale, places[1])
+        count += tile_positions(corner, places, B, S, BLOCK_B, BLOCK_S)
     s1, s2 = sum2(s1, s2, 0)
-    return s1, s2, tl.sum(count, axis=0)
+    return s1, s2, tl.sum(count, axis=0).to(shift.dtype)
 
 
 @triton.jit
@@ -47,11 +59,12 @@ def store_statistics(partial_ptr, p, P, x_ptr, x_strides, c0, inside, B, S, C, X
     """Row p of partial (4, P, C), over every P-th tile, so that all programs are about as far at any time: mean pair, m2
     (negative: it overflows, and stands there in units of BIG_SCALE^-2), and count."""
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
-    corner = tile_corner(p, c0, S, BLOCK_B, BLOCK_S)
-    exists = tile_exists(corner, inside, B, S)
-    at = tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C)
-    x = tl.load(at, mask=exists & (inside[2] < C - c0), other=0.0).to(ACC)
-    shift = quotient(tl.sum(x, axis=0), tl.sum(exists.to(ACC), axis=0))
+    b0, s0, _ = tile_corner(p, c0, tile_span(x_ptr, S, X_FASTEST), BLOCK_B, BLOCK_S)
+    corner = (b0, tl.where(s0 + BLOCK_S > S, 0, s0), c0)  # the last tile of a row may be too short for a mean of many
+    places = tile_places(x_ptr, x_strides, corner, inside, B, S, C, X_FASTEST)
+    x = tile_load(x_ptr, x_strides, corner, inside, places, X_FASTEST, VEC_S, VEC_C).to(ACC)
+    n = tl.zeros((1, 1), tl.int32) + tile_positions(corner, places, B, S, BLOCK_B, BLOCK_S)
+    shift = quotient(tl.sum(x, axis=0), tl.sum(n, axis=0).to(ACC))
     shift = if_finite(shift, shift)
     scale = tl.full((BLOCK_C,), 1.0, ACC)
     s1, s2, n = _shifted_sums(x_ptr, x_strides, c0, inside, shift[None, :], None, p, P, B, S, C,
@@ -117,46 +130,38 @@ def merged(partial_ptr, cols, total, P, C, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def store_training(
-    high, low, m2, scale, n, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, cols, last, C, eps, momentum
-):
-    """Mean pair, rstd, and running statistics where they are given, of those of `cols` that are below `last`; returns rstd."""
+def store_training(high, low, m2, scale, n, mean_ptr, rstd_ptr, running, old, cols, last, C, eps, momentum):
+    """Mean pair and rstd of those of `cols` that are below `last`, and running statistics and counter, see update_running.
+
+    Returns rstd.
+    """
     rstd = rstd_of(m2, n, scale, eps)
     tl.store(mean_ptr + cols, high, mask=cols < last)
     tl.store(mean_ptr + C + cols, low, mask=cols < last)
     tl.store(rstd_ptr + cols, rstd, mask=cols < last)
-    if running_mean_ptr is not None:
-        update_running(running_mean_ptr, cols, last, high + low, momentum, 1.0 - momentum)
-    if running_var_ptr is not None:
-        var = unscaled(unscaled(quotient(m2, n - 1.0), scale), scale)
-        update_running(running_var_ptr, cols, last, var, momentum, 1.0 - momentum)
+    var = unscaled(unscaled(quotient(m2, n - 1.0), scale), scale)
+    update_running(running, old, cols, last, high + low, var, momentum)
     return rstd
 
 
 @triton.jit
-def apply_tiles(x_ptr, y_ptr, x_strides, y_strides, c0, inside, high, low, rstd, weight_ptr, bias_ptr, p, P, B, S, C,
+def apply_tiles(x_ptr, y_ptr, x_strides, y_strides, c0, inside, high, low, slope, bias, p, P, B, S, C,
                 X_FASTEST: tl.constexpr, Y_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr,
                 BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """y of every P-th tile; mean pair and rstd are [1, BLOCK_C], the parameters are loaded once.
+    """y of every P-th tile; mean pair, slope = rstd * weight, and bias, which may be None, are [1, BLOCK_C].
 
     From the last tile to the first, because the end is what the sums have read last: L2 may still have it.
     """
-    c = c0 + inside[2]
-    slope = rstd
-    if weight_ptr is not None:  # once per channel, which also saves a rounding per element
-        slope = rstd * tl.load(weight_ptr + c, mask=c < C, other=0.0).to(rstd.dtype)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(rstd.dtype)
-    tiles = tile_count(B, S, BLOCK_B, BLOCK_S)
+    span = tile_span(x_ptr, S, X_FASTEST)
+    tiles = tile_count(B, span, BLOCK_B, BLOCK_S)
     for i in tl.range(p, tiles, P, num_stages=STAGES):
-        corner = tile_corner(tiles - 1 - i, c0, S, BLOCK_B, BLOCK_S)
-        mask = tile_exists(corner, inside, B, S) & (c < C)
-        x = tl.load(tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(rstd.dtype)
+        corner = tile_corner(tiles - 1 - i, c0, span, BLOCK_B, BLOCK_S)
+        places = tile_places(x_ptr, x_strides, corner, inside, B, S, C, X_FASTEST)
+        x = tile_load(x_ptr, x_strides, corner, inside, places, X_FASTEST, VEC_S, VEC_C).to(slope.dtype)
         y = normalize(x, high, low, slope)
-        if bias_ptr is not None:
-            y = y + bias
-        at = tile_at(y_ptr, y_strides, corner, inside, Y_FASTEST, VEC_S, VEC_C)
-        tl.store(at, y.to(y_ptr.dtype.element_ty), mask=mask)
+        if bias is not None:
+            y = y + bias.to(slope.dtype)
+        tile_store(y_ptr, y_strides, corner, inside, places, y, Y_FASTEST, VEC_S, VEC_C)
 
 
 @triton.jit
@@ -170,14 +175,15 @@ def store_sums(partial_ptr, p, P, dy_ptr, x_ptr, dy_strides, x_strides, c0, insi
     high, low, _ = load_statistics(mean_ptr, rstd_ptr, c, C)
     dw = tl.zeros((BLOCK_B * BLOCK_S, BLOCK_C), ACC)
     db = tl.zeros((BLOCK_B * BLOCK_S, BLOCK_C), ACC)
-    for tile in tl.range(p, tile_count(B, S, BLOCK_B, BLOCK_S), P, num_stages=STAGES):
-        corner = tile_corner(tile, c0, S, BLOCK_B, BLOCK_S)
-        mask = tile_exists(corner, inside, B, S) & (c < C)
-        x = tl.load(tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(ACC)
-        dz = tl.load(tile_at(dy_ptr, dy_strides, corner, inside, DY_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(ACC)
+    span = tile_span(x_ptr, S, X_FASTEST)
+    for tile in tl.range(p, tile_count(B, span, BLOCK_B, BLOCK_S), P, num_stages=STAGES):
+        corner = tile_corner(tile, c0, span, BLOCK_B, BLOCK_S)
+        places = tile_places(x_ptr, x_strides, corner, inside, B, S, C, X_FASTEST)
+        x = tile_load(x_ptr, x_strides, corner, inside, places, X_FASTEST, VEC_S, VEC_C).to(ACC)
+        dz = tile_load(dy_ptr, dy_strides, corner, inside, places, DY_FASTEST, VEC_S, VEC_C).to(ACC)
         dw += dz * centre(x, high, low)
         db += dz
-    dw, db = tile_sum2(dw, db, X_FASTEST, VEC_S, 2)
+    dw, db = tile_sum2(dw, db, X_FASTEST, tile_vector(x_ptr, X_FASTEST, VEC_S), 2)
     cols = c0 + tl.arange(0, BLOCK_C)
     row = partial_ptr + p.to(tl.int64) * C + cols
     tl.store(row, dw * tl.load(rstd_ptr + cols, mask=cols < C, other=0.0), mask=cols < C)
@@ -185,32 +191,27 @@ def store_sums(partial_ptr, p, P, dy_ptr, x_ptr, dy_strides, x_strides, c0, insi
 
 
 @triton.jit
-def grad_tiles(dy_ptr, x_ptr, dx_ptr, dy_strides, x_strides, dx_strides, c0, inside, mean_ptr, rstd_ptr, weight_ptr, means,
-               p, P, B, S, C, DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr, DX_FASTEST: tl.constexpr,
+def grad_tiles(dy_ptr, x_ptr, dx_ptr, dy_strides, x_strides, dx_strides, c0, inside, high, low, rstd, weight, means, p,
+                P, B, S, C, DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr, DX_FASTEST: tl.constexpr,
                VEC_S: tl.constexpr, VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
                STAGES: tl.constexpr):  # fmt: skip
-    """dx of every P-th tile, in the order of apply_tiles.
+    """dx of every P-th tile, in the order of apply_tiles; what is of a channel is [1, BLOCK_C].
 
-    `means` are those of g * x_hat and of g [1, BLOCK_C]; None in evaluation, where mean and rstd are constants, and x is not
-    read.
+    `means` are those of g * x_hat and of g; None in evaluation, where mean and rstd are constants, and x is not read.
     """
-    c = c0 + inside[2]
-    high, low, rstd = load_statistics(mean_ptr, rstd_ptr, c, C)
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(rstd.dtype)
     if means is not None:
         c1, c2 = means
-    tiles = tile_count(B, S, BLOCK_B, BLOCK_S)
+    span = tile_span(x_ptr, S, X_FASTEST)
+    tiles = tile_count(B, span, BLOCK_B, BLOCK_S)
     for i in tl.range(p, tiles, P, num_stages=STAGES):
-        corner = tile_corner(tiles - 1 - i, c0, S, BLOCK_B, BLOCK_S)
-        mask = tile_exists(corner, inside, B, S) & (c < C)
-        g = tl.load(tile_at(dy_ptr, dy_strides, corner, inside, DY_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(rstd.dtype)
-        if weight_ptr is not None:
-            g = g * weight
+        corner = tile_corner(tiles - 1 - i, c0, span, BLOCK_B, BLOCK_S)
+        places = tile_places(x_ptr, x_strides, corner, inside, B, S, C, X_FASTEST)
+        g = tile_load(dy_ptr, dy_strides, corner, inside, places, DY_FASTEST, VEC_S, VEC_C).to(rstd.dtype)
+        if weight is not None:
+            g = g * weight.to(rstd.dtype)
         if means is not None:
-            x = tl.load(tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(rstd.dtype)
+            x = tile_load(x_ptr, x_strides, corner, inside, places, X_FASTEST, VEC_S, VEC_C).to(rstd.dtype)
             dx = grad_input(g, normalize(x, high, low, rstd), rstd, c1, c2)
         else:
             dx = g * rstd
-        at = tile_at(dx_ptr, dx_strides, corner, inside, DX_FASTEST, VEC_S, VEC_C)
-        tl.store(at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tile_store(dx_ptr, dx_strides, corner, inside, places, dx, DX_FASTEST, VEC_S, VEC_C)

@@ -16,9 +16,13 @@ from torch._prims_common import suggest_memory_format
 from .. import heuristics
 from ..geometry import Channels
 from .launch import launch, sm_count, vector
+from .wanted import load_wanted
 
-# Which dimension of a tensor has stride 1.
-POSITIONS, CHANNELS, NEITHER = 0, 1, 2
+# Which dimension of a tensor has stride 1. SKEWED: that of the positions, but a channel's row may start anywhere (7 x 7). Its
+# tiles start at the whole vector before: loads are as wide as any, and what they find beside the row is the sample's own.
+POSITIONS, CHANNELS, NEITHER, SKEWED = 0, 1, 2, 3
+# Rows of so many positions are skewed although a few more tiles are needed for it.
+LONG_ROW = 8192
 
 # What a new batch size or another stride must not compile anew.
 SIZES = ["P", "B", "S_v", "C_v", "x_strides", "dy_strides", "y_strides", "dx_strides"]
@@ -32,8 +36,31 @@ def program_block(C, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def tile_count(B, S, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr):
-    return (tl.cdiv(B, BLOCK_B) * tl.cdiv(S, BLOCK_S)).to(tl.int32)
+def _vector(ptr):
+    """Elements of 16 bytes."""
+    return 128 // ptr.dtype.element_ty.primitive_bitwidth
+
+
+@triton.jit
+def tile_vector(ptr, FASTEST: tl.constexpr, VEC_S: tl.constexpr):
+    """Positions that one load takes."""
+    if FASTEST == 3:
+        return _vector(ptr)
+    else:
+        return VEC_S
+
+
+@triton.jit
+def tile_span(ptr, S, FASTEST: tl.constexpr):
+    """Positions that tiles have to cover so that every channel's S are among them."""
+    if FASTEST == 3:
+        S += _vector(ptr) - 1
+    return S
+
+
+@triton.jit
+def tile_count(B, span, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr):
+    return (tl.cdiv(B, BLOCK_B) * tl.cdiv(span, BLOCK_S)).to(tl.int32)
 
 
 @triton.jit
@@ -44,20 +71,37 @@ def tile_inside(BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.conste
 
 
 @triton.jit
-def tile_corner(tile, c, S, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr):
+def tile_corner(tile, c, span, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr):
     """First sample, place and channel of a tile."""
-    across = tl.cdiv(S, BLOCK_S)
+    across = tl.cdiv(span, BLOCK_S)
     return tile // across * BLOCK_B, tile % across * BLOCK_S, c
 
 
 @triton.jit
-def tile_exists(corner, inside, B, S):
-    return (inside[0] < B - corner[0]) & (inside[1] < S - corner[1])
+def tile_places(x_ptr, strides, corner, inside, B, S, C, FASTEST: tl.constexpr):
+    """How far places are ahead of positions, by channel; which places exist; and which are loaded."""
+    b, place, c = inside
+    exists = (b < B - corner[0]) & (c < C - corner[2])
+    if FASTEST == 3:
+        skew = ((tl.cast(corner[2], tl.int64) + c) * strides[1] % _vector(x_ptr)).to(place.dtype)
+        loaded = exists & (place < tl.cdiv(S + skew, _vector(x_ptr)) * _vector(x_ptr) - corner[1])
+        exists = exists & (place >= skew - corner[1]) & (place < S + skew - corner[1])
+        return skew, exists, loaded
+    else:
+        exists = exists & (place < S - corner[1])
+        return 0, exists, exists
+
+
+@triton.jit
+def tile_positions(corner, places, B, S, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr):
+    """How many positions of a channel a tile holds."""
+    start = corner[1] - places[0]
+    return tl.minimum(B - corner[0], BLOCK_B) * tl.maximum(tl.minimum(S - start, BLOCK_S) - tl.maximum(-start, 0), 0)
 
 
 @triton.jit
 def tile_at(ptr, strides, corner, inside, FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr):
-    """Pointers to a tile; strides come divided by the vector of the fastest dimension. The corner's offset is int64."""
+    """Pointers to positions; strides come divided by the vector of the fastest dimension. The corner's offset is int64."""
     b, s, c = inside
     INDEX: tl.constexpr = b.dtype
     b0, s0, c0 = tl.cast(corner[0], tl.int64), tl.cast(corner[1], tl.int64), tl.cast(corner[2], tl.int64)
@@ -73,6 +117,37 @@ def tile_at(ptr, strides, corner, inside, FASTEST: tl.constexpr, VEC_S: tl.const
 
 
 @triton.jit
+def _skewed_at(ptr, strides, corner, inside, whole: tl.constexpr):
+    """Pointers to places of SKEWED rows; `whole`: the compiler is told that rows of places start at whole vectors."""
+    b, place, c = inside
+    row = (tl.cast(corner[2], tl.int64) + c) * strides[1]
+    row = row // _vector(ptr) * _vector(ptr) if whole else row - row % _vector(ptr)
+    ptr += tl.cast(corner[0], tl.int64) * strides[0] * _vector(ptr) + corner[1]
+    return ptr + row + (b * (tl.cast(strides[0], b.dtype) * _vector(ptr)) + place)
+
+
+@triton.jit
+def tile_load(ptr, strides, corner, inside, places, FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr):
+    """A tile's elements, 0 where there are none."""
+    _, exists, loaded = places
+    if FASTEST == 3:
+        tile = tl.load(_skewed_at(ptr, strides, corner, inside, True), mask=loaded, other=0.0)
+        return tl.where(exists, tile, tl.zeros_like(tile))
+    else:
+        return tl.load(tile_at(ptr, strides, corner, inside, FASTEST, VEC_S, VEC_C), mask=loaded, other=0.0)
+
+
+@triton.jit
+def tile_store(ptr, strides, corner, inside, places, tile, FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr):
+    """Beside a skewed row stands another program's, so that its elements are stored one by one, neighbours by neighbours."""
+    if FASTEST == 3:
+        at = _skewed_at(ptr, strides, corner, inside, False)
+    else:
+        at = tile_at(ptr, strides, corner, inside, FASTEST, VEC_S, VEC_C)
+    tl.store(at, tile.to(ptr.dtype.element_ty), mask=places[1])
+
+
+@triton.jit
 def load_statistics(mean_ptr, rstd_ptr, c, C):
     mask = c < C
     high = tl.load(mean_ptr + c, mask=mask, other=0.0)
@@ -81,9 +156,26 @@ def load_statistics(mean_ptr, rstd_ptr, c, C):
 
 
 @triton.jit
-def update_running(ptr, cols, C, value, momentum, rest):
-    old = tl.load(ptr + cols, mask=cols < C, other=0.0).to(value.dtype)
-    tl.store(ptr + cols, (old * rest + value * momentum).to(ptr.dtype.element_ty), mask=cols < C)
+def load_running(running, cols, C):
+    """The values behind (running_mean, running_var, num_batches_tracked), each may be None."""
+    return load_wanted(running[0], cols, cols < C), load_wanted(running[1], cols, cols < C), load_wanted(running[2], 0, True)
+
+
+@triton.jit
+def _update(ptr, cols, C, old, value, momentum):
+    new = old.to(value.dtype) * (1.0 - momentum) + value * momentum
+    tl.store(ptr + cols, new.to(ptr.dtype.element_ty), mask=cols < C)
+
+
+@triton.jit
+def update_running(running, old, cols, C, mean, var, momentum):
+    """`old` is what load_running gave. The first program counts the batch."""
+    if running[0] is not None:
+        _update(running[0], cols, C, old[0], mean, momentum)
+    if running[1] is not None:
+        _update(running[1], cols, C, old[1], var, momentum)
+    if running[2] is not None:
+        tl.store(running[2], old[2] + 1, mask=tl.program_id(0) == 0)
 
 
 @dataclass(frozen=True)
@@ -120,20 +212,28 @@ class Layout:
         of = lambda dim: [s for s, f in zip(strides, fastest, strict=True) if f == dim]
         vec_s = vector(itemsize, S, *(n for b, c, _ in of(POSITIONS) for n in (b, c))) if of(POSITIONS) else 1
         vec_c = vector(itemsize, c.C, *(n for b, _, s in of(CHANNELS) for n in (b, s))) if of(CHANNELS) else 1
+        if not folded and vec_s * itemsize < 8 and _skewed(strides, fastest, itemsizes, c.C, S):
+            fastest = (SKEWED,) * len(fastest)
         return cls(B, c.C, S, folded, tuple(strides), fastest, vec_s, vec_c, itemsize, copied)
 
     @property
     def vectors(self):
-        """The vector of every tensor's fastest dimension."""
-        of = {POSITIONS: self.vec_s, CHANNELS: self.vec_c, NEITHER: 1}
+        """The elements of one load from every tensor."""
+        of = {POSITIONS: self.vec_s, CHANNELS: self.vec_c, NEITHER: 1, SKEWED: 16 // self.itemsize}
         return [of[f] for f in self.fastest]
 
     @property
-    def narrow(self):
-        """Whether a load is narrower than 8 bytes."""
-        return min(self.vectors) * self.itemsize < 8
+    def span(self):
+        """See tile_span."""
+        return self.S + (self.vectors[0] - 1 if self.fastest[0] == SKEWED else 0)
+
+    def width(self, stores):
+        """Bytes of the narrowest load, or store."""
+        return self.itemsize * (1 if stores and self.fastest[0] == SKEWED else min(self.vectors))
 
     def divided(self):
+        if self.fastest[0] == SKEWED:
+            return tuple((b // v, c, s) for (b, c, s), v in zip(self.strides, self.vectors, strict=True))
         return tuple(tuple(n // v for n in s) for s, v in zip(self.strides, self.vectors, strict=True))
 
     def index(self, block):
@@ -156,21 +256,37 @@ def _fastest(strides, S, C):
     return CHANNELS if strides[1] == 1 or C == 1 else NEITHER
 
 
+def _skewed(strides, fastest, itemsizes, C, S):
+    """Whether whole vectors can be loaded from where no row starts: samples are made of such, and tiles hold little else."""
+    vec = 16 // itemsizes[0]
+    span, block = S + vec - 1, heuristics.power_of_two(S)
+    return (
+        set(fastest) == {POSITIONS}
+        and len(set(itemsizes)) == 1
+        and len({c % vec for _, c, _ in strides}) == 1
+        and all(b % vec == 0 and ((C - 1) * c + S) % vec == 0 for b, c, _ in strides)
+        and (span <= block or S >= LONG_ROW)
+    )
+
+
 class Plan:
     """The launch of one tile kernel."""
 
     def __init__(self, layout, device, reading):
         self.layout, self.device = layout, device
         config = heuristics.channel(
-            layout.B, layout.C, layout.S, layout.itemsize, sm_count(device), reading, folded=layout.folded,
-            channels_fastest=layout.fastest[0] == CHANNELS, narrow=layout.narrow)  # fmt: skip
+            layout.B, layout.C, layout.span, layout.itemsize, sm_count(device), reading, folded=layout.folded,
+            channels_fastest=layout.fastest[0] == CHANNELS, width=layout.width(stores=reading != "sums"))  # fmt: skip
         self.P, self.fastest, self.strides = config.programs, layout.fastest, layout.divided()
         self.programs = config.programs * heuristics.cdiv(layout.C, config.block_c)
         self.few = config.programs * config.block_c <= heuristics.MERGED_WITH_READING
         self.sizes = (self.P, layout.B, layout.S // layout.vec_s, layout.C // layout.vec_c)
+        index = layout.index((config.block_b, config.block_c, config.block_s))
+        if self.fastest[0] == SKEWED and reading != "sums" and config.block_s >= 32 * config.warps:
+            index = tl.int64  # a thread's places, a pass of the warps apart, are then numbers in its instructions
         self.constants = dict(VEC_S=layout.vec_s, VEC_C=layout.vec_c, BLOCK_B=config.block_b, BLOCK_S=config.block_s,
-                              BLOCK_C=config.block_c, INDEX=layout.index((config.block_b, config.block_c, config.block_s)),
-                              STAGES=config.stages, warps=config.warps, registers=config.registers)  # fmt: skip
+                              BLOCK_C=config.block_c, INDEX=index, STAGES=config.stages, warps=config.warps,
+                              registers=config.registers)  # fmt: skip
         if reading != "sums":
             self.constants["BLOCK_P"] = max(1, heuristics.MERGED_AT_ONCE // config.block_c)
 

@@ -6,6 +6,7 @@ import triton.language as tl
 from .. import heuristics
 from .launch import launch
 from .math import exact_sum2, folded, quotient, two_sum
+from .wanted import load_wanted, store_wanted
 
 
 @triton.jit
@@ -32,18 +33,11 @@ def total(partial_ptr, cols, mask, filled, P, N, BLOCK_P: tl.constexpr, DW: tl.c
 
 
 @triton.jit
-def mean_of(total, weight_ptr, cols, mask, count):
-    """weight * total / count"""
-    if weight_ptr is not None:
-        total = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(total.dtype) * total
+def mean_of(total, weight, count):
+    """weight * total / count; weight may be None."""
+    if weight is not None:
+        total = weight.to(total.dtype) * total
     return quotient(total, tl.cast(count, total.dtype))
-
-
-@triton.jit
-def store_total(total, ptr, cols, mask):
-    """Where it has a pointer."""
-    if ptr is not None:
-        tl.store(ptr + cols, total.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["P", "filled", "N", "count"])
@@ -52,13 +46,14 @@ def _finalise_kernel(partial_ptr, weight_ptr, dw_ptr, db_ptr, c1_ptr, c2_ptr, P,
     """dw, db, and their means c1 and c2."""
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = cols < N
+    weight = load_wanted(weight_ptr, cols, mask)
     dw, db = total(partial_ptr, cols, mask, filled, P, N, BLOCK_P, dw_ptr is not None or c1_ptr is not None,
                    db_ptr is not None or c2_ptr is not None)  # fmt: skip
-    store_total(dw, dw_ptr, cols, mask)
-    store_total(db, db_ptr, cols, mask)
+    store_wanted(dw_ptr, cols, dw, mask)
+    store_wanted(db_ptr, cols, db, mask)
     if c1_ptr is not None:
-        tl.store(c1_ptr + cols, mean_of(dw, weight_ptr, cols, mask, count), mask=mask)
-        tl.store(c2_ptr + cols, mean_of(db, weight_ptr, cols, mask, count), mask=mask)
+        tl.store(c1_ptr + cols, mean_of(dw, weight, count), mask=mask)
+        tl.store(c2_ptr + cols, mean_of(db, weight, count), mask=mask)
 
 
 def finalise(partial, dw, db, filled=None, weight=None, c1=None, c2=None, count=1):

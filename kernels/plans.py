@@ -58,7 +58,7 @@ def record(function, args, wanted: bool):
     """The results of function(*args), and its plan where that is wanted and there is one, else None.
 
     Args:
-        function: one of the contract's; its tensors come first among `args`.
+        function: one of the contract's; `args` are in its order.
     """
     if not wanted:
         return function(*args), None

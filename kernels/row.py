@@ -53,19 +53,31 @@ def _load_parameter(ptr, cols, mask, LONGEST: tl.constexpr):
 
 
 @triton.jit
-def _store_y(y_ptr, weight_ptr, bias_ptr, x_hat, cols, parameter_cols, inside, mask, LONGEST: tl.constexpr):
-    y = x_hat
+def _load_parameters(weight_ptr, bias_ptr, cols, mask, LONGEST: tl.constexpr):
+    """None where there is none."""
+    weight, bias = None, None
     if weight_ptr is not None:
-        y = y * _load_parameter(weight_ptr, parameter_cols, inside, LONGEST).to(y.dtype)
+        weight = _load_parameter(weight_ptr, cols, mask, LONGEST)
     if bias_ptr is not None:
-        y = y + _load_parameter(bias_ptr, parameter_cols, inside, LONGEST).to(y.dtype)
+        bias = _load_parameter(bias_ptr, cols, mask, LONGEST)
+    return weight, bias
+
+
+@triton.jit
+def _store_y(y_ptr, x_hat, parameters, cols, mask):
+    y = x_hat
+    if parameters[0] is not None:
+        y = y * parameters[0].to(y.dtype)
+    if parameters[1] is not None:
+        y = y + parameters[1].to(y.dtype)
     tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "N_v", "x_stride_v", "eps", "eps_low"])
 def _row_fwd_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, M, N_v, x_stride_v, eps, eps_low,
-                    ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
-    """ROWS whole rows in registers: one read, one write. WHOLE: N is BLOCK."""
+                    ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr,
+                    EARLY: tl.constexpr):  # fmt: skip
+    """ROWS whole rows in registers: one read, one write. WHOLE: N is BLOCK. EARLY: the parameters are read with x."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     N = N_v * VEC
     r = tl.arange(0, ROWS)
@@ -75,14 +87,19 @@ def _row_fwd_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, M, N
     mask = inside
     if ROWS > 1:
         mask = mask & (rows < M)[:, None]
+    LONGEST: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
+    parameter_cols = cols + (r * 0)[:, None]
     # Parameters are what L1 is to keep.
     x = tl.load(x_ptr + rows[:, None] * x_stride_v * VEC + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
+    if EARLY:
+        parameters = _load_parameters(weight_ptr, bias_ptr, parameter_cols, inside, LONGEST)
     d, high, low, m2, scale = centred_moments(x, inside, N.to(ACC))
     rstd = rstd_of(m2, N.to(ACC), scale, pair_of(eps, eps_low, ACC))
     _store_statistics(mean_ptr, rstd_ptr, rows, M, high, low, rstd)
     x_hat = (d - low[:, None]) * rstd[:, None]
-    _store_y(y_ptr + rows[:, None] * N_v * VEC, weight_ptr, bias_ptr, x_hat, cols, cols + (r * 0)[:, None], inside, mask,
-             128 // x_ptr.dtype.element_ty.primitive_bitwidth)  # fmt: skip
+    if not EARLY:
+        parameters = _load_parameters(weight_ptr, bias_ptr, parameter_cols, inside, LONGEST)
+    _store_y(y_ptr + rows[:, None] * N_v * VEC, x_hat, parameters, cols, mask)
 
 
 @triton.jit
@@ -106,6 +123,7 @@ def _row_fwd_chunked_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_p
     The second has three tensors to prefetch, and prefetches one chunk less of them.
     """
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
+    LONGEST: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     N = N_v * VEC
     n = N.to(ACC)
     rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
@@ -126,8 +144,8 @@ def _row_fwd_chunked_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_p
         mask = cols < N - start
         x = tl.load(x_ptr + start + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
         x_hat = normalize(x, high[:, None], low[:, None], rstd[:, None])
-        _store_y(y_ptr, weight_ptr, bias_ptr, x_hat, start + cols, start + cols, mask, mask,
-                 128 // x_ptr.dtype.element_ty.primitive_bitwidth)  # fmt: skip
+        parameters = _load_parameters(weight_ptr, bias_ptr, start + cols, mask, LONGEST)
+        _store_y(y_ptr, x_hat, parameters, start + cols, mask)
 
 
 @triton.jit
@@ -287,7 +305,7 @@ def row_fwd(x, weight, bias, eps, N, dtype=None):
                warps=config.warps, stages=config.stages)  # fmt: skip
     else:
         launch(_row_fwd_kernel, Count(rows.M, config.rows), x.device, *args, ROWS=config.rows, BLOCK=config.block, VEC=vec,
-               WHOLE=N == config.block, warps=config.warps, registers=config.registers)  # fmt: skip
+               WHOLE=N == config.block, EARLY=config.early, warps=config.warps, registers=config.registers)  # fmt: skip
     return y, mean, rstd
 
 

@@ -17,48 +17,49 @@ from .channel_tiles import (
     Layout,
     as_planned,
     described,
+    load_running,
     load_statistics,
-    tile_at,
-    tile_exists,
     tile_inside,
+    tile_load,
+    tile_places,
+    tile_store,
+    tile_vector,
 )
 from .launch import float_pair, launch
-from .math import centre, centred_moments, grad_input, if_finite, normalize, pair_of, quotient, tile_sum2
-
-
-@triton.jit
-def _slab(B, S, C, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):
-    """Corner of a program's slab, places within it, and which of them exist."""
-    corner = (0, 0, tl.program_id(0) * BLOCK_C)
-    inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
-    return corner, inside, tile_exists(corner, inside, B, S) & (inside[2] < C - corner[2])
+from .math import centre, centred_moments, grad_input, if_finite, normalize, pair_of, tile_sum2
+from .partial import mean_of
+from .wanted import load_wanted, store_wanted
 
 
 @triton.jit(do_not_specialize=[*SIZES, "eps", "eps_low", "momentum", "momentum_low"])
-def _slab_fwd_kernel(x_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, y_ptr, mean_ptr, rstd_ptr, x_strides,
-                     y_strides, B, S_v, C_v, eps, eps_low, momentum, momentum_low, X_FASTEST: tl.constexpr,
+def _slab_fwd_kernel(x_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, y_ptr, mean_ptr, rstd_ptr,
+                     x_strides, y_strides, B, S_v, C_v, eps, eps_low, momentum, momentum_low, X_FASTEST: tl.constexpr,
                      Y_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr, BLOCK_B: tl.constexpr,
                      BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):  # fmt: skip
-    """y, mean pair, rstd; running statistics where they are given."""
+    """y, mean pair, rstd; running statistics and the counter where they are given."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     S = S_v * VEC_S
     C = C_v * VEC_C
-    corner, inside, mask = _slab(B, S, C, BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
-    x = tl.load(tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(ACC)
-    n = (B * S).to(ACC)
-    d, high, low, m2, scale = centred_moments(x, mask, n, 0)
-    low = if_finite(low, high)
+    corner = (0, 0, tl.program_id(0) * BLOCK_C)
+    inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
+    places = tile_places(x_ptr, x_strides, corner, inside, B, S, C, X_FASTEST)
+    x = tile_load(x_ptr, x_strides, corner, inside, places, X_FASTEST, VEC_S, VEC_C).to(ACC)
     cols = corner[2] + tl.arange(0, BLOCK_C)
-    rstd = store_training(high, low, m2, scale, n, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, cols, C, C,
-                          pair_of(eps, eps_low, ACC), pair_of(momentum, momentum_low, ACC))  # fmt: skip
+    weight, bias = load_wanted(weight_ptr, cols, cols < C), load_wanted(bias_ptr, cols, cols < C)
+    running = (running_mean_ptr, running_var_ptr, tracked_ptr)
+    old = load_running(running, cols, C)
+    n = (B * S).to(ACC)
+    d, high, low, m2, scale = centred_moments(x, places[1], n, 0)
+    low = if_finite(low, high)
+    rstd = store_training(high, low, m2, scale, n, mean_ptr, rstd_ptr, running, old, cols, C, C, pair_of(eps, eps_low, ACC),
+                          pair_of(momentum, momentum_low, ACC))  # fmt: skip
     slope = rstd
-    if weight_ptr is not None:
-        slope = rstd * tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(ACC)
+    if weight is not None:
+        slope = rstd * weight.to(ACC)
     y = (d - low[None, :]) * slope[None, :]
-    if bias_ptr is not None:
-        y = y + tl.load(bias_ptr + cols, mask=cols < C, other=0.0).to(ACC)[None, :]
-    at = tile_at(y_ptr, y_strides, corner, inside, Y_FASTEST, VEC_S, VEC_C)
-    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    if bias is not None:
+        y = y + bias.to(ACC)[None, :]
+    tile_store(y_ptr, y_strides, corner, inside, places, y, Y_FASTEST, VEC_S, VEC_C)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -70,28 +71,28 @@ def _slab_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_p
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     S = S_v * VEC_S
     C = C_v * VEC_C
-    corner, inside, mask = _slab(B, S, C, BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
-    x = tl.load(tile_at(x_ptr, x_strides, corner, inside, X_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(ACC)
-    dz = tl.load(tile_at(dy_ptr, dy_strides, corner, inside, DY_FASTEST, VEC_S, VEC_C), mask=mask, other=0.0).to(ACC)
+    corner = (0, 0, tl.program_id(0) * BLOCK_C)
+    inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
+    places = tile_places(x_ptr, x_strides, corner, inside, B, S, C, X_FASTEST)
+    x = tile_load(x_ptr, x_strides, corner, inside, places, X_FASTEST, VEC_S, VEC_C).to(ACC)
+    dz = tile_load(dy_ptr, dy_strides, corner, inside, places, DY_FASTEST, VEC_S, VEC_C).to(ACC)
     cols = corner[2] + tl.arange(0, BLOCK_C)
     high, low, rstd = load_statistics(mean_ptr, rstd_ptr, cols, C)
-    dw, db = tile_sum2(dz * centre(x, high[None, :], low[None, :]), dz, X_FASTEST, VEC_S, REPEATS)
+    weight = load_wanted(weight_ptr, cols, cols < C)
+    vector: tl.constexpr = tile_vector(x_ptr, X_FASTEST, VEC_S)
+    dw, db = tile_sum2(dz * centre(x, high[None, :], low[None, :]), dz, X_FASTEST, vector, REPEATS)
     dw = dw * rstd
-    if dw_ptr is not None:
-        tl.store(dw_ptr + cols, dw.to(dw_ptr.dtype.element_ty), mask=cols < C)
-    if db_ptr is not None:
-        tl.store(db_ptr + cols, db.to(db_ptr.dtype.element_ty), mask=cols < C)
+    store_wanted(dw_ptr, cols, dw, cols < C)
+    store_wanted(db_ptr, cols, db, cols < C)
     if dx_ptr is not None:
         n = (B * S).to(ACC)
-        g, c1, c2 = dz, dw, db
-        if weight_ptr is not None:
-            weight = tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(ACC)
-            g, c1, c2 = dz * weight[None, :], weight * dw, weight * db
-        c1, c2 = quotient(c1, n), quotient(c2, n)
+        g = dz
+        if weight is not None:
+            g = dz * weight.to(ACC)[None, :]
+        c1, c2 = mean_of(dw, weight, n), mean_of(db, weight, n)
         x_hat = normalize(x, high[None, :], low[None, :], rstd[None, :])
         dx = grad_input(g, x_hat, rstd[None, :], c1[None, :], c2[None, :])
-        at = tile_at(dx_ptr, dx_strides, corner, inside, DX_FASTEST, VEC_S, VEC_C)
-        tl.store(at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tile_store(dx_ptr, dx_strides, corner, inside, places, dx, DX_FASTEST, VEC_S, VEC_C)
 
 
 # ---------------------------------------------------------------- launchers
@@ -117,8 +118,8 @@ class Plan:
 @lru_cache(maxsize=1024)
 def _plan(shape, strides, itemsizes, backward):
     layout = Layout.of(shape, strides, itemsizes)
-    config = heuristics.slab(layout.B, layout.C, layout.S, layout.itemsize, folded=layout.folded,
-                             channels_fastest=layout.fastest[0] == CHANNELS, narrow=layout.narrow,
+    config = heuristics.slab(layout.B, layout.C, layout.span, layout.itemsize, folded=layout.folded,
+                             channels_fastest=layout.fastest[0] == CHANNELS, width=layout.width(stores=False),
                              backward=backward)  # fmt: skip
     return None if config is None else Plan(layout, config)
 
@@ -129,13 +130,13 @@ def _planned(*tensors, backward):
     return plan, None if plan is None else as_planned(plan.layout, tensors)
 
 
-def slab_fwd(x, weight, bias, running_mean, running_var, y, mean, rstd, momentum, eps):
-    """One launch, or False where the slab does not fit."""
+def slab_fwd(x, weight, bias, running, y, mean, rstd, momentum, eps):
+    """`running`: running_mean, running_var and num_batches_tracked. One launch, or False where the slab does not fit."""
     plan, tensors = _planned(x, y, backward=False)
     if plan is None:
         return False
     x, y = tensors
-    plan.launch(_slab_fwd_kernel, x.device, x, weight, bias, running_mean, running_var, y, mean, rstd, *plan.strides,
+    plan.launch(_slab_fwd_kernel, x.device, x, weight, bias, *running, y, mean, rstd, *plan.strides,
                 *plan.sizes, *float_pair(eps), *float_pair(momentum),
                 X_FASTEST=plan.fastest[0], Y_FASTEST=plan.fastest[1])  # fmt: skip
     return True

@@ -44,11 +44,11 @@ class Way:
 
         return run
 
-    def train(self, x, dy, weight=None, bias=None, running=(None, None), momentum=0.1, eps=1e-5):
+    def train(self, x, dy, weight=None, bias=None, running=(None, None), momentum=0.1, eps=1e-5, counter=None):
         """y, dx, dweight and dbias by name, and a function of `need` that runs the backward again."""
         self.kernels.forget()  # plans are kept by what the kernels are given, not by what the heuristics say
         forward, backward = {"slab": SLAB, "two": TWO, "three": THREE}[self.name]
-        y, mean, rstd = self.kernels.channel_fwd(x, weight, bias, *running, True, momentum, eps)
+        y, mean, rstd = self.kernels.channel_fwd(x, weight, bias, *running, True, momentum, eps, counter)
         assert self.launched == forward
         again = lambda need: self.kernels.channel_bwd(dy, x, weight, mean, rstd, True, need)
         dx, dweight, dbias = again((True, *parameter_dtypes(weight, bias)))
@@ -86,7 +86,9 @@ def test_running_statistics(dtype, layout, way):
     truth, part = batch_norm(x), 0.37
     unbiased = truth.var * truth.count / (truth.count - 1)
     expected = [wide(old) * (1 - part) + new * part for old, new in ((mean, truth.mean), (var, unbiased))]
-    way.train(x, dy, weight, bias, (mean, var), part)
+    counter = torch.tensor(41, device=way.device)
+    way.train(x, dy, weight, bias, (mean, var), part, counter=counter)
+    assert counter == 42
     for t, right in zip((mean, var), expected, strict=True):
         assert error(t, right) <= 2 * ulp(dtype, abs(right).max())
 

@@ -122,19 +122,21 @@ SHAPES = [(32, 64, 3136), (8, 3, 50176), (256, 2048, 49), (1, 1, 1), (2, 5, 3), 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
 @pytest.mark.parametrize("channels_fastest", [False, True])
-@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("vector", [1, 2, 8])
 @pytest.mark.parametrize("reading", ["sums", "y", "dx"])
-def test_channel_tiles(shape, itemsize, channels_fastest, narrow, reading):
+def test_channel_tiles(shape, itemsize, channels_fastest, vector, reading):
     B, C, S = shape
     folded = B == 1 or S == 1
     if folded:
         B, S = 1, B * S
-    options = dict(folded=folded, channels_fastest=channels_fastest, narrow=narrow)
+    width = min(16, vector * itemsize)
+    options = dict(folded=folded, channels_fastest=channels_fastest, width=width)
     c = H.channel(B, C, S, itemsize, 132, reading, **options)
     own = H.READINGS.get(f"{reading}, channels fastest", {}) if channels_fastest else {}
-    elements = (own.get(itemsize) or H.READINGS[reading][itemsize])[0]
+    elements, _, stages, *_ = own.get(itemsize) or H.READINGS[reading][itemsize]
     several = reading == "sums" and not folded and not channels_fastest and elements >= 16 * H.power_of_two(S) and C > 1
-    assert c.block_b * c.block_s * c.block_c == elements // (2 if narrow or several else 1)
+    assert c.block_b * c.block_s * c.block_c == elements // (2 if width < 8 or several else 1)
+    assert c.stages == (1 if width == 2 else stages)
     total = H.cdiv(B, c.block_b) * H.cdiv(S, c.block_s)
     assert 1 <= c.programs <= total <= H.MOST_TILES * c.programs
     more = H.channel(B if folded else 7 * B, C, 7 * S if folded else S, itemsize, 132, reading, **options)
@@ -147,10 +149,16 @@ def test_the_partial_rows_of_sums_are_few(itemsize):
     """One wave of programs, whose partial rows one tall tile of the finalising launch takes at once."""
     for sms, channels_fastest in itertools.product((108, 132, 148, 170), (False, True)):
         for B, C, S in [(1, 64, 16 * 3136), (1, 1024, 8192), (1, 64, 256)]:
-            c = H.channel(B, C, S, itemsize, sms, "sums", folded=True, channels_fastest=channels_fastest, narrow=False)
+            c = H.channel(B, C, S, itemsize, sms, "sums", folded=True, channels_fastest=channels_fastest, width=16)
             blocks = H.cdiv(C, c.block_c)
             assert c.programs * blocks < H.READINGS["sums"][itemsize][3] * sms + blocks
             assert c.programs <= H.finalise(C).block_p
+
+
+def test_where_loads_cannot_be_prefetched_more_programs_are_on_their_way():
+    layer = dict(folded=False, channels_fastest=False)
+    prefetched, plain = (H.channel(256, 64, 729, 2, 132, "sums", width=width, **layer) for width in (4, 2))
+    assert plain.programs >= 3 * prefetched.programs
 
 
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
@@ -177,14 +185,14 @@ LAYERS = [(64, 3136, False, False), (512, 49, False, False), (3, 5, False, False
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("narrow", [False, True])
-def test_a_slab_holds_all_positions_and_a_layer_has_few(layer, itemsize, backward, narrow):
+@pytest.mark.parametrize("vector", [1, 8])
+def test_a_slab_holds_all_positions_and_a_layer_has_few(layer, itemsize, backward, vector):
     C, S, folded, channels_fastest = layer
-    narrow = narrow and itemsize < 8
+    width = vector * itemsize
     found = []
     for B in range(1, 20_000, 7):
         sizes = (1, C, B * S) if folded else (B, C, S)
-        c = H.slab(*sizes, itemsize, folded=folded, channels_fastest=channels_fastest, narrow=narrow, backward=backward)
+        c = H.slab(*sizes, itemsize, folded=folded, channels_fastest=channels_fastest, width=width, backward=backward)
         found.append(c)
         if c is not None:
             assert c.block_b >= sizes[0]
@@ -201,25 +209,25 @@ def test_a_slab_holds_all_positions_and_a_layer_has_few(layer, itemsize, backwar
 
 
 def test_slabs_take_whole_sectors():
-    for itemsize, channels_fastest, narrow in itertools.product(ITEMSIZES, (False, True), (False, True)):
-        narrow = narrow and itemsize < 8
-        c = H.slab(8, 64, 2, itemsize, folded=False, channels_fastest=channels_fastest, narrow=narrow, backward=False)
+    for itemsize, channels_fastest, vector in itertools.product(ITEMSIZES, (False, True), (1, 8)):
+        width = vector * itemsize
+        c = H.slab(8, 64, 2, itemsize, folded=False, channels_fastest=channels_fastest, width=width, backward=False)
         assert c.block_c * itemsize * (1 if channels_fastest else 2) == H.SEGMENT
 
 
 def test_few_channels_still_fill_the_gpu():
     for channels_fastest, reading in itertools.product((False, True), ("sums", "y", "dx")):
-        c = H.channel(1, 4, 256 * 3136, 4, 132, reading, folded=True, channels_fastest=channels_fastest, narrow=False)
+        c = H.channel(1, 4, 256 * 3136, 4, 132, reading, folded=True, channels_fastest=channels_fastest, width=16)
         assert c.programs * H.cdiv(4, c.block_c) >= 132
 
 
 def test_configurations_are_frozen_and_printable():
     configs = [H.row_forward(768, 2), H.row_backward(10, 768, 2, 132), H.row_backward(10, 10**5, 2, 132), H.finalise(64),
-               H.slab(8, 3, 49, 4, folded=False, channels_fastest=False, narrow=True, backward=True),
-               H.channel(2, 3, 49, 4, 132, "sums", folded=False, channels_fastest=False, narrow=True)]  # fmt: skip
+               H.slab(8, 3, 49, 4, folded=False, channels_fastest=False, width=4, backward=True),
+               H.channel(2, 3, 49, 4, 132, "sums", folded=False, channels_fastest=False, width=4)]  # fmt: skip
     for c in configs:
         assert type(c).__name__ in repr(c)
         assert hash(c) == hash(dataclasses.replace(c))
         with pytest.raises(dataclasses.FrozenInstanceError):
             c.warps = 1
-    assert repr(H.row_forward(768, 2)) == "RowForward(rows=1, block=1024, warps=1, registers=None, chunked=False, stages=1)"
+    assert repr(H.finalise(64)) == "Finalise(block_p=512, block_c=8, warps=8)"

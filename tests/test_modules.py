@@ -74,6 +74,29 @@ def test_options_over_several_steps(ours, theirs, args, shape, backend, device):
             assert_same_state(mine, torchs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("counter", [torch.tensor(3), torch.tensor(3, dtype=torch.int32), torch.tensor([3]), torch.tensor(3.0)])
+def test_counters_of_every_kind(counter, backend, device):
+    module = fastnorm.BatchNorm1d(6, device=device)
+    module.num_batches_tracked = counter.clone().to(device)
+    for count in (4, 5):
+        module(torch.randn(8, 6, device=device))
+        assert module.num_batches_tracked == count
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        module(torch.randn(1, 6, device=device))
+    module.eval()(torch.randn(1, 6, device=device))
+    assert module.num_batches_tracked == 5
+
+
+def test_counting_is_no_operator_of_its_own(backend, device):
+    module, batch = fastnorm.BatchNorm1d(6, device=device), torch.randn(8, 6, device=device)
+    module(batch)
+    with torch.profiler.profile() as profile:
+        module(batch)
+    counted = "aten::add_" in {event.key for event in profile.key_averages()}
+    assert not counted or not hasattr(backend, "whole_calls") or isinstance(fastnorm.extension.load(), str)
+    assert module.num_batches_tracked == 2
+
+
 @pairs
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
 def test_factories_and_casts(ours, theirs, args, shape, dtype, backend, device):

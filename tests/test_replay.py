@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
@@ -112,6 +113,18 @@ def test_other_values_of_options_have_plans_of_their_own():
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[1], theirs[1])
     assert counts()[1] >= 4
+
+
+def test_a_module_counts_its_batches_without_a_launch_for_it():
+    ours, batch = fastnorm.BatchNorm1d(40).to(DEVICE), torch.randn(6, 40, device=DEVICE)
+    for i in range(5):
+        assert ours.num_batches_tracked == i
+        with mock.patch.object(torch.Tensor, "add_", None):
+            ours(batch)
+    assert ours.num_batches_tracked == 5
+    assert counts() == (1, 3)
+    ours.eval()(batch)
+    assert ours.num_batches_tracked == 5
 
 
 @pytest.mark.parametrize("needs", list(itertools.product((True, False), repeat=3))[:-1], ids=str)

@@ -7,6 +7,7 @@ back to the kernel's parameter it came from; tests/test_audit.py holds that the 
 import re
 import subprocess
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,8 +84,8 @@ def _read_amd(variant):
     return Code(number("vgpr_count"), number("private_segment_fixed_size"), 0, 0, {}, {})
 
 
-def violations(variant: Compiled, code: Code, wide: bool) -> list[str]:
-    """`wide`: sizes, strides and alignment allow 16-byte accesses. AMD's code has only to compile."""
+def violations(variant: Compiled, code: Code, wide: Collection[str]) -> list[str]:
+    """`wide`: "loads" and "stores", where sizes, strides and alignment allow 16-byte ones. AMD's code has only to compile."""
     if "amdgcn" in variant.files:
         return []
     found = []
@@ -96,7 +97,7 @@ def violations(variant: Compiled, code: Code, wide: bool) -> list[str]:
         found.append("ROUGH")
     if variant.shared > DEVICES[variant.arch].shared:
         found.append("SHARED")
-    accesses = [(name, width) for kind in (code.loads, code.stores) for name, widths in kind.items() for width in widths]
-    if wide and any(name in WHOLE and width < 16 for name, width in accesses):
+    accesses = [(name, width) for kind in wide for name, widths in getattr(code, kind).items() for width in widths]
+    if any(name in WHOLE and width < 16 for name, width in accesses):
         found.append("NARROW")
     return found

@@ -38,6 +38,7 @@ LENGTHS = (
     32768,
     40000,
 )
+ALL = ("loads", "stores")
 FEW_LENGTHS = (64, 1000, 8192, 16384, 20000)  # the top rungs are the ones that spill first
 
 # dtype of the input, of the parameters, of row_fwd's result (None: the input's)
@@ -72,7 +73,10 @@ CHANNEL_SHAPES = (
     ((32, 10), "dense"), ((64, 64), "dense"), ((2048, 512), "dense"), ((5, 65), "dense"), ((64, 64), "strided"),
     ((16, 64, 56, 56), "dense"), ((16, 64, 56, 56), "channels_last"), ((8, 64, 56, 56), "strided"),
     ((64, 256, 14, 14), "dense"), ((64, 256, 14, 14), "channels_last"), ((64, 512, 7, 7), "dense"),
-    ((64, 512, 7, 7), "channels_last"), ((8, 65, 7, 7), "dense"), ((8, 65, 7, 7), "channels_last"), ((7, 16, 3), "dense"),
+    ((64, 512, 7, 7), "channels_last"), ((200, 512, 7, 7), "dense"), ((64, 64, 27, 27), "dense"),
+    ((64, 64, 27, 27), "strided"), ((4096, 64, 3, 3), "dense"), ((8, 65, 27, 27), "dense"), ((24, 65, 27, 27), "dense"),
+    ((8, 65, 7, 7), "dense"), ((8, 65, 7, 7), "channels_last"), ((7, 16, 3), "dense"), ((4096, 65), "dense"),
+    ((64, 65, 28, 28), "channels_last"), ((16, 3, 224, 224), "channels_last"),
     ((16, 128, 1000), "dense"), ((16, 128, 1000), "mT"), ((2, 3, 480, 640), "dense"), ((1, 32, 8, 40, 40), "dense"),
     ((32, 64, 64, 64), "dense"), ((256, 64, 112, 112), "dense"), ((256, 64, 112, 112), "channels_last"),
 )  # fmt: skip
@@ -89,10 +93,10 @@ def modules():
 
 @dataclass(frozen=True)
 class Call:
-    """`wide`: sizes, strides and alignment allow 16-byte accesses to x, dy, y and dx."""
+    """`wide`: "loads" and "stores", where sizes, strides and alignment allow 16-byte ones of x and dy, of y and dx."""
 
     name: str
-    wide: bool
+    wide: tuple[str, ...]
     run: Callable[[], None]
 
 
@@ -137,23 +141,32 @@ def _row_calls(few: bool) -> Iterator[Call]:
     for N, dtypes in itertools.product(lengths, FEW_ROW_DTYPES if few else ROW_DTYPES):
         parts = not few and dtypes[0] == dtypes[1] != float16
         needs = ((True, True, True), *(((True, False, False), (False, True, True)) if parts else ()))
-        wide = N % (16 // dtypes[0].itemsize) == 0
+        wide = ALL if N % (16 // dtypes[0].itemsize) == 0 else ()
         yield Call(f"rows {N} {dtypes}", wide, lambda N=N, d=dtypes, needs=needs: rows(512, N, *d, needs))
     for N, dtype in itertools.product((768, 20000), () if few else (bfloat16, float32)):
         parts = ((False, True, False), (False, False, True), (True, True, False), (True, False, True))
         call = lambda N=N, dtype=dtype, parts=parts: rows(512, N, dtype, float32, None, parts, strided=True)
-        yield Call(f"strided rows {N} {dtype}", True, call)
+        yield Call(f"strided rows {N} {dtype}", ALL, call)
 
 
 def _channel_calls(few: bool) -> Iterator[Call]:
     shapes, kinds = (FEW_CHANNEL_SHAPES, FEW_CHANNEL_DTYPES) if few else (CHANNEL_SHAPES, CHANNEL_DTYPES)
     for (shape, layout), (dtype, parameter) in itertools.product(shapes, kinds):
-        fastest = shape[1] if layout in ("channels_last", "mT") or len(shape) == 2 else prod(shape[2:])
         pieces = dtype == float32 == parameter if few else parameter in (dtype, float32)
         call = lambda args=(shape, layout, dtype, parameter, pieces): channels(*args)
-        yield Call(f"channels {shape} {layout} {dtype} {parameter}", fastest % (16 // dtype.itemsize) == 0, call)
+        yield Call(f"channels {shape} {layout} {dtype} {parameter}", _wide(shape, layout, dtype), call)
+
+
+def _wide(shape, layout, dtype):
+    vector, (C, *positions) = 16 // dtype.itemsize, shape[1:]
+    S = prod(positions)
+    if (C if layout in ("channels_last", "mT") or not positions else S) % vector == 0:
+        return ALL
+    # Rows that start anywhere, of samples that do not: they are loaded from the whole vector before.
+    anywhere = positions and layout in ("dense", "strided") and C * S % vector == 0 and S * dtype.itemsize % 8
+    return ("loads",) if anywhere and S + vector - 1 <= heuristics.power_of_two(S) else ()
 
 
 def calls(few: bool = False) -> list[Call]:
     """A variant is judged by the first call that reaches it: those that allow wide accesses come first."""
-    return sorted(itertools.chain(_row_calls(few), _channel_calls(few)), key=lambda call: not call.wide)
+    return sorted(itertools.chain(_row_calls(few), _channel_calls(few)), key=lambda call: -len(call.wide))
