@@ -16,6 +16,7 @@ import fastnorm
 sys.path.append(str(ROOT / "bench"))
 import errors
 import gpu_bench
+import gpu_compile
 import gpu_errors
 import gpu_graphs
 import gpu_report
@@ -72,6 +73,27 @@ def test_bench_times_what_matches(section, monkeypatch, capsys):
     assert "backward" not in rows["forward alone, LN 8x24, fp32"]
     assert gpu_state.failures(data) == [], "that a peer is wrong is no failure of ours"
     assert "fastnorm: LN 8x24 bf16 backward: cold" in capsys.readouterr().out
+
+
+def test_what_bench_runs_is_compiled_before_it_in_other_processes(section, capsys):
+    one_value = Model("", "channels", (1, 6))
+    gpu_compile.compile_all(section("compile"), "cpu", (*SMALL, one_value), ("fp32", "bf16"), ("fastnorm", "flag_gems"))
+    data = section("compile").data
+    assert data["complete"]
+    assert [row["row"] for row in data["rows"]] == ["fastnorm, fp32", "fastnorm, bf16"]
+    for row in data["rows"]:
+        assert row["norms"] == 3
+        assert list(row["refused"]) == ["BN 1x6"]
+        assert "ValueError" in row["refused"]["BN 1x6"]
+    assert "fastnorm, bf16: 3 norms in" in capsys.readouterr().out
+
+
+def test_compiling_ends_with_its_time(section):
+    late = section("compile", 21.0)
+    late.left = lambda: 21.0 if late.data.get("running") is None else 0.01
+    gpu_compile.compile_all(late, "cpu", SMALL, ("fp32",), ("fastnorm",))
+    assert not section("compile").data["complete"]
+    assert section("compile").data["partial"]["norms"] == 0
 
 
 def test_bench_of_a_wrong_norm_fails(section, monkeypatch):
