@@ -184,7 +184,7 @@ def test_host_times_do_not_wait_for_the_device():
 
 
 def test_every_shape_of_the_benchmark_has_a_name_of_its_own():
-    assert len({(m.kind, m.shape, m.layout) for m in gpu_bench.SHAPES}) == len(gpu_bench.SHAPES) == 26
+    assert len({(m.kind, m.shape, m.layout) for m in gpu_bench.SHAPES}) == len(gpu_bench.SHAPES) == 27
 
 
 NORM = "layer_norm 64 x 96"

@@ -85,20 +85,20 @@ def test_channels(case, training):
         assert counts()[1] == before + 2 * max(0, i - 1) or case.layout in COPIED
 
 
-@pytest.mark.parametrize(("N", "dtype"), [(10, F32), (40, BF16), (600, F32), (1500, F16), (4099, F32)], ids=str)  # split
+@pytest.mark.parametrize(("N", "dtype"), [(10, F32), (40, BF16), (600, F32), (1032, F16), (4099, F32)], ids=str)  # split
 def test_rows_of_every_number_in_a_power_of_two_share_a_plan(N, dtype):
     make = lambda M: Case((M, N), dtype=dtype, weight=F32, bias=F32).make_rows(DEVICE)
     case = Case((8, N))
     for M in (8, 15):  # seen, planned
         gradients(layer_norm(case), *make(M))
     assert counts() == (2, 0)
-    for i, M in enumerate((8, 9, 11, 14, 15)):
+    for i, M in enumerate((8, 11, 15)):
         inputs = make(M)
         expected = gradients(layer_norm_in_python(case), *inputs)
         assert same(gradients(layer_norm(case), *inputs), expected)
         assert counts() == (2, 2 * i + 2)
     gradients(layer_norm(case), *make(16))
-    assert counts() == (2, 10)
+    assert counts() == (2, 6)
 
 
 def test_other_values_of_options_have_plans_of_their_own():

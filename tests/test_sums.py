@@ -58,7 +58,7 @@ def test_gradients_of_weight_and_bias(way, layout, levels, device, monkeypatch):
 
 
 @pytest.mark.parametrize("device", TRITON)
-@pytest.mark.parametrize(("P", "N", "levels"), [(75, 400, 2), (600, 400, 4), (1500, 400, 4), (300, 5000, 4), (300, 40000, 4)])
+@pytest.mark.parametrize(("P", "N", "levels"), [(75, 400, 2), (600, 400, 4), (1500, 400, 4), (300, 5000, 4), (64, 33000, 4)])
 def test_partial_rows(P, N, levels, device):
     """A thread adds at most 16 rows plainly, and with 75 of them at most 3."""
     from fastnorm.kernels.partial import finalise
