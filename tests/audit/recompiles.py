@@ -20,9 +20,11 @@ CALLS = {
     # and with many: each of these keeps to one side.
     "NCHW": lambda B: grid.channels((B, 8, 130, 130), "dense", float16, float32),
     "odd NCHW": lambda B: grid.channels((B, 5, 131, 129), "dense", float32, float32),
+    "NCHW of rows that start anywhere": lambda B: grid.channels((B, 8, 131, 129), "dense", float16, float32),
     "channels_last": lambda B: grid.channels((B, 24, 130, 130), "channels_last", float16, float32),
     "many channels_last": lambda B: grid.channels((min(B, 128), 512, 26, 20), "channels_last", float16, float32),
     "slab NCHW": lambda B: grid.channels((B, 8, 2, 2), "dense", float32, float16),
+    "slab of rows that start anywhere": lambda B: grid.channels((B, 4, 5), "dense", float32, float16),
     "odd slab": lambda B: grid.channels((B, 5, 7), "dense", float32, float32),
     "slab NC": lambda B: grid.channels((B, 65), "dense", float32, float32),
 }
