@@ -9,60 +9,66 @@ import multiprocessing
 import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from itertools import product
 
 import torch
 from gpu_bench import DTYPES, SHAPES
 from gpu_state import OutOfTime, Section, script
 from peers import PEERS, absent
-from run import Job, call, gradients, make
+from run import Job, gradients, make
 from shapes import Model, label
 
 WORTH_IT = ("fastnorm", "compile")  # what compiles for longer than it runs, in the order of value
 MOST_PROCESSES = 16  # each has tensors of its own on the GPU
 
 
-def first_call(job: tuple[str, Model, str, str]) -> tuple[str, str | None]:
-    """Forward and, where there is one, backward of a norm: its label, and why it did not run, which is for `bench` to judge."""
-    peer, model, dtype, device = job
-    name = label(model.kind, model.shape, model.layout)
+def one_of_many() -> None:
+    """Inductor would start processes of its own in each of ours."""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
+
+def first_call(peer: str, model: Model, dtype: str, device: str) -> str | None:
+    """A norm forward and backward; why it did not run, which is for `bench` to judge."""
+    job = Job(model, dtype, "backward")
     try:
-        functional, inputs = PEERS[peer].load(), make(Job(model, dtype, "forward"), device)
-        if "backward" in PEERS[peer].modes:
-            gradients(functional, Job(model, dtype, "forward"), *inputs)
-        else:
-            x, _, weight, bias = inputs
-            call(functional, Job(model, dtype, "forward"), x, weight, bias)
-        if device == "cuda":
-            torch.cuda.synchronize()
-            del inputs
-            torch.cuda.empty_cache()
+        gradients(PEERS[peer].load(), job, *make(job, device))
     except Exception as e:
-        return name, f"{type(e).__name__}: {e}".splitlines()[0]
-    return name, None
+        return f"{type(e).__name__}: {e}".splitlines()[0]
+    finally:
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return None
 
 
 def compile_all(section: Section, device: str, shapes=SHAPES, dtypes=DTYPES, peers=WORTH_IT) -> None:
-    """Rows are a peer and a dtype."""
-    cells = {f"{peer}, {dtype}": (peer, dtype) for peer in peers if absent(peer) is None for dtype in dtypes}
+    """A row is a peer."""
 
-    def measure(name):
-        peer, dtype = cells[name]
-        began, answers = time.monotonic(), []
-        jobs = [(peer, model, dtype, device) for model in shapes if model.kind in PEERS[peer].kinds]
-        calls = pool.imap_unordered(first_call, jobs)
-        result = lambda: {"norms": len(answers), "refused": {norm: reason for norm, reason in answers if reason is not None}}
+    def measure(peer):
+        began, done, refused = time.monotonic(), 0, {}
+        processes = min(MOST_PROCESSES, os.cpu_count() or 1, len(shapes))
+        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), one_of_many)
+        calls = {pool.submit(first_call, peer, *norm, device): norm for norm in product(shapes, dtypes)}
         try:
-            while len(answers) < len(jobs):
-                answers.append(calls.next(timeout=section.left()))
-        except multiprocessing.TimeoutError:
-            raise OutOfTime(result()) from None
+            for call in as_completed(calls, timeout=section.left()):
+                reason, done = call.result(), done + 1
+                if reason is not None:
+                    model, dtype = calls[call]
+                    refused[f"{label(model.kind, model.shape, model.layout)} {dtype}"] = reason
+        except TimeoutError:
+            raise OutOfTime({"norms": done, "refused": refused}) from None
+        except BrokenProcessPool:
+            return {"norms": done, "refused": refused, "failed": "a process died while it compiled"}
+        finally:
+            for process in multiprocessing.active_children():
+                process.kill()  # what still compiles is not waited for
+            pool.shutdown(wait=False, cancel_futures=True)
         seconds = round(time.monotonic() - began, 1)
-        print(f"{name}: {len(jobs)} norms in {seconds} s, {len(result()['refused'])} refused", flush=True)
-        return {**result(), "seconds": seconds}
+        print(f"{peer}: {done} norms in {seconds} s, {len(refused)} refused", flush=True)
+        return {"norms": done, "refused": refused, "seconds": seconds}
 
-    processes = min(MOST_PROCESSES, os.cpu_count() or 1, len(shapes))
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        section.each(cells, measure, least=lambda name: 20.0)
+    section.each([peer for peer in peers if absent(peer) is None], measure, least=lambda name: 20.0)
 
 
 if __name__ == "__main__":

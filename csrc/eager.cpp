@@ -66,7 +66,7 @@ bool parse_counter(PyObject* object, Maybe& t, const Tensor& x) {
   if (object == Py_None) return true;
   if (!THPVariable_CheckExact(object)) return false;
   t = THPVariable_Unpack(object);
-  return plain(*t) && t->scalar_type() == at::kLong && t->dim() == 0 && t->device() == x.device();
+  return plain(*t) && t->scalar_type() == at::kLong && t->dim() == 0 && t->device() == x.device() && !t->is_inference();
 }
 
 bool parse(PyObject* object, Tensor& x) {
@@ -99,6 +99,9 @@ bool parse(PyObject* object, c10::SmallVector<int64_t, 4>& shape) {
   }
   return n > 0;
 }
+
+// Inference tensors cannot be saved for backward: torch says so before anything has happened.
+bool savable(const Tensor& x, const Maybe& weight) { return !x.is_inference() && !(weight && weight->is_inference()); }
 
 bool wants_grad(const Tensor& x, const Maybe& weight, const Maybe& bias) {
   return at::GradMode::is_enabled() &&
@@ -307,7 +310,7 @@ PyObject* layer_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (sizes.size() < shape.size() || sizes.slice(sizes.size() - shape.size()) != at::IntArrayRef(shape)) Py_RETURN_NONE;
   const int64_t N = c10::multiply_integers(shape);
   const Serving by = serving(x);
-  if (by == Serving::nobody) Py_RETURN_NONE;
+  if (by == Serving::nobody || (wants_grad(x, weight, bias) && !savable(x, weight))) Py_RETURN_NONE;
   const MaybeType dtype = autocast_dtype(x);
   Tensor y;
   {
@@ -331,16 +334,18 @@ PyObject* batch_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const auto C = x.sizes().slice(1, 1);
   BatchOptions o{running_mean, running_var, args[5] == Py_True, 0, 0, counter};
   if (!parse(args[1], running_mean, x, C) || !parse(args[2], running_var, x, C) || !parse(args[3], weight, x, C) ||
-      !parse(args[4], bias, x, C) || !parse(args[6], o.momentum) || !parse(args[7], o.eps) || (count == 9 && !parse_counter(args[8], counter, x)) ||
+      !parse(args[4], bias, x, C) || !parse(args[6], o.momentum) || !parse(args[7], o.eps) ||
+      (count == 9 && !parse_counter(args[8], counter, x)) ||
       !buffers_fit(running_mean, running_var, o.training))
     Py_RETURN_NONE;
   if (!(o.eps >= 0) || (o.training && (o.eps == 0 || x.numel() == C[0]))) Py_RETURN_NONE;
   const Serving by = serving(x);
-  if (by == Serving::nobody) Py_RETURN_NONE;
+  if (by == Serving::nobody || (wants_grad(x, weight, bias) && !savable(x, weight))) Py_RETURN_NONE;
   Tensor y;
   {
     const py::gil_scoped_release no_gil;
     y = (by == Serving::native ? batch_norm_on<Native> : batch_norm_on<Replayed>)(x, weight, bias, o);
+    if (counter) counter->unsafeGetTensorImpl()->bump_version();
   }
   return THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS

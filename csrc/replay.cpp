@@ -364,6 +364,9 @@ Grads row_bwd(const Tensor& dy, const Tensor& x, const Maybe& weight, const Tens
 }
 
 Tensor channel_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, const BatchOptions& o, SavedStatistics* saved) {
+  if (o.training)
+    for (const Maybe* t : {&o.running_mean, &o.running_var, &o.num_batches_tracked})
+      if (*t) (*t)->mutable_data_ptr();  // a lazy clone that is written gets memory of its own
   Call call = begin(CHANNEL_FWD, x, {&x, pointer(weight), pointer(bias), pointer(o.running_mean), pointer(o.running_var),
                                      nullptr, nullptr, nullptr, pointer(o.num_batches_tracked)});
   append(call.key, x);

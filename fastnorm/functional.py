@@ -49,6 +49,11 @@ def _needs_grad(x, weight, bias) -> bool:
     )
 
 
+def _savable(x, weight, bias) -> bool:
+    """Inference tensors cannot be saved for backward: torch says so before anything has happened."""
+    return not _needs_grad(x, weight, bias) or not (x.is_inference() or (weight is not None and weight.is_inference()))
+
+
 def _is_operator(x, *parameters) -> bool:
     """Whether a traced call becomes a registered operator rather than torch's own."""
     given = [p for p in parameters if p is not None]
@@ -125,6 +130,7 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
             layer_norm, (input, weight, bias), input, normalized_shape, weight=weight, bias=bias, eps=eps
         )
     fits = not traced() and _covers(input, weight, bias) and _rows_fit(input, normalized_shape, weight, bias, eps)
+    fits = fits and _savable(input, weight, bias)
     backend = select(input.device.type) if fits else None
     if backend is None:
         return _layer_norm_otherwise(input, normalized_shape, weight, bias, eps)
@@ -206,6 +212,7 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
         not traced()
         and _covers(input, running_mean, running_var, weight, bias)
         and _channels_fit(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        and _savable(input, weight, bias)
     )
     backend = select(input.device.type) if fits else None
     if backend is None:

@@ -157,7 +157,8 @@ MERGED_WITH_READING, MERGED_AT_ONCE = 1024, 512
 # What reads a tensor of channels: itemsize -> (elements of a tile, warps, stages, programs per SM, most registers: without a
 # word the assembler aims at a rounder number and spills). Tiles are halved where accesses are narrower than 8 bytes: every one
 # in flight then holds a pointer of its own, two registers; and sums of several channels whose positions lie together, which
-# have a set of sums for each of them. Loads of 2 bytes are not prefetched: programs are as many more as there are stages.
+# have a set of sums for each of them. What is narrower than 4 bytes is not prefetched: there are as many more programs as
+# there are stages.
 # * Sums: few programs, because every one is a partial row that is merged later; each prefetches, so that 24 KB of x are
 #   on their way to an SM, or 48 of 4 bytes.
 # * y, and dx of positions that lie together: 32 elements a thread of 2 bytes are on their way at once, and the programs are

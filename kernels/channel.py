@@ -13,7 +13,7 @@ import triton.language as tl
 from .. import heuristics
 from ..geometry import Channels
 from .channel_parts import apply_tiles, grad_tiles, merged, store_statistics, store_sums, store_training
-from .channel_tiles import SIZES, like, load_running, load_statistics, planned, program_block, tile_inside
+from .channel_tiles import SIZES, like, load_statistics, planned, program_block, tile_inside
 from .launch import accumulate_dtype, dense, float_pair, launch
 from .math import pair_of, quotient, root, unscaled
 from .partial import finalise, mean_of, total
@@ -40,11 +40,13 @@ def _channel_merge_kernel(partial_ptr, mean_ptr, std_ptr, rstd_ptr, running_mean
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     n = tl.cast(count, ACC)
-    running = (running_mean_ptr, running_var_ptr, tracked_ptr)
-    old = load_running(running, cols, C)
+    old_mean = load_wanted(running_mean_ptr, cols, cols < C)
+    old_var = load_wanted(running_var_ptr, cols, cols < C)
+    tracked = load_wanted(tracked_ptr, 0, True)
     high, low, m2, scale = merged(partial_ptr, cols, n, P, C, BLOCK_P)
     if rstd_ptr is not None:
-        store_training(high, low, m2, scale, n, mean_ptr, rstd_ptr, running, old, cols, C, C, pair_of(eps, eps_low, ACC),
+        store_training(high, low, m2, scale, n, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, old_mean,
+                       old_var, tracked, cols, C, C, pair_of(eps, eps_low, ACC),
                        pair_of(momentum, momentum_low, ACC))  # fmt: skip
     else:
         tl.store(mean_ptr + cols, high, mask=cols < C)
@@ -68,20 +70,23 @@ def _channel_apply_kernel(x_ptr, partial_ptr, mean_ptr, rstd_ptr, running_mean_p
     end = tl.where(p == 0, C, 0)
     inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
     c = c0 + inside[2]
-    weight, bias = load_wanted(weight_ptr, c, c < C), load_wanted(bias_ptr, c, c < C)
-    running = (running_mean_ptr, running_var_ptr, tracked_ptr)
-    old = load_running(running, cols, C)
+    weight = load_wanted(weight_ptr, c, c < C)
+    bias = load_wanted(bias_ptr, c, c < C)
+    old_mean = load_wanted(running_mean_ptr, cols, cols < C)
+    old_var = load_wanted(running_var_ptr, cols, cols < C)
+    tracked = load_wanted(tracked_ptr, 0, True)
     if partial_ptr is not None:
         n = tl.cast(count, ACC)
         high, low, m2, scale = merged(partial_ptr, cols, n, rows, C, BLOCK_P)
-        rstd = store_training(high, low, m2, scale, n, mean_ptr, rstd_ptr, running, old, cols, end, C,
-                              pair_of(eps, eps_low, ACC), pair_of(momentum, momentum_low, ACC))  # fmt: skip
+        rstd = store_training(high, low, m2, scale, n, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, tracked_ptr,
+                              old_mean, old_var, tracked, cols, end, C, pair_of(eps, eps_low, ACC),
+                              pair_of(momentum, momentum_low, ACC))  # fmt: skip
     elif running_mean_ptr is not None:
-        high = old[0].to(ACC)
-        low = (old[0] - high.to(old[0].dtype)).to(ACC)
+        high = old_mean.to(ACC)
+        low = (old_mean - high.to(old_mean.dtype)).to(ACC)
         one = tl.cast(1.0, ACC)
-        rstd = store_training(high, low, old[1].to(ACC), one, one, mean_ptr, rstd_ptr, (None, None, None), old, cols, end, C,
-                              pair_of(eps, eps_low, ACC), 0.0)  # fmt: skip
+        rstd = store_training(high, low, old_var.to(ACC), one, one, mean_ptr, rstd_ptr, None, None, None, None, None, None,
+                              cols, end, C, pair_of(eps, eps_low, ACC), 0.0)  # fmt: skip
     else:
         high, low, rstd = load_statistics(mean_ptr, rstd_ptr, cols, C)
     slope = rstd[None, :]

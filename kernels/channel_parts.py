@@ -12,7 +12,6 @@ from .channel_tiles import (
     tile_positions,
     tile_span,
     tile_store,
-    tile_vector,
     update_running,
 )
 from .math import (
@@ -47,7 +46,7 @@ def _shifted_sums(x_ptr, x_strides, c0, inside, shift, scale, p, P, B, S, C, X_F
         places = tile_places(x_ptr, x_strides, corner, inside, B, S, C, X_FASTEST)
         x = tile_load(x_ptr, x_strides, corner, inside, places, X_FASTEST, VEC_S, VEC_C).to(shift.dtype)
         s1, s2 = add_shifted(s1, s2, x, shift, scale, places[1])
-        count += tile_positions(corner, places, B, S, BLOCK_B, BLOCK_S)
+        count += tile_positions(corner, places, B, S, BLOCK_B, BLOCK_S).to(tl.int32)
     s1, s2 = sum2(s1, s2, 0)
     return s1, s2, tl.sum(count, axis=0).to(shift.dtype)
 
@@ -63,7 +62,7 @@ def store_statistics(partial_ptr, p, P, x_ptr, x_strides, c0, inside, B, S, C, X
     corner = (b0, tl.where(s0 + BLOCK_S > S, 0, s0), c0)  # the last tile of a row may be too short for a mean of many
     places = tile_places(x_ptr, x_strides, corner, inside, B, S, C, X_FASTEST)
     x = tile_load(x_ptr, x_strides, corner, inside, places, X_FASTEST, VEC_S, VEC_C).to(ACC)
-    n = tl.zeros((1, 1), tl.int32) + tile_positions(corner, places, B, S, BLOCK_B, BLOCK_S)
+    n = tl.zeros((1, 1), tl.int32) + tile_positions(corner, places, B, S, BLOCK_B, BLOCK_S).to(tl.int32)
     shift = quotient(tl.sum(x, axis=0), tl.sum(n, axis=0).to(ACC))
     shift = if_finite(shift, shift)
     scale = tl.full((BLOCK_C,), 1.0, ACC)
@@ -117,7 +116,8 @@ def merged(partial_ptr, cols, total, P, C, BLOCK_P: tl.constexpr):
     share = inverse(total)
     for first in range(0, P, BLOCK_P):
         part_high, part_low, _, n = _load_partial(partial_ptr, first, cols, P, C, BLOCK_P)
-        delta += (n * share) * ((part_high - shift[None, :]) + part_low)
+        # A part without a position of a channel, see SKEWED, has no mean of it.
+        delta += tl.where(n > 0, (n * share) * ((part_high - shift[None, :]) + part_low), 0.0)
     delta = tl.sum(delta, axis=0)
     high = shift + delta
     low = if_finite((shift - high) + delta, high)
@@ -130,17 +130,21 @@ def merged(partial_ptr, cols, total, P, C, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def store_training(high, low, m2, scale, n, mean_ptr, rstd_ptr, running, old, cols, last, C, eps, momentum):
-    """Mean pair and rstd of those of `cols` that are below `last`, and running statistics and counter, see update_running.
+def store_training(high, low, m2, scale, n, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, old_mean,
+                   old_var, tracked, cols, last, C, eps, momentum):  # fmt: skip
+    """Mean pair, rstd, and running statistics where they are given, of those of `cols` that are below `last`; returns rstd.
 
-    Returns rstd.
+    old_mean, old_var and tracked are what stood behind the three pointers. The first program counts the batch.
     """
     rstd = rstd_of(m2, n, scale, eps)
     tl.store(mean_ptr + cols, high, mask=cols < last)
     tl.store(mean_ptr + C + cols, low, mask=cols < last)
     tl.store(rstd_ptr + cols, rstd, mask=cols < last)
+    update_running(running_mean_ptr, cols, last, old_mean, high + low, momentum)
     var = unscaled(unscaled(quotient(m2, n - 1.0), scale), scale)
-    update_running(running, old, cols, last, high + low, var, momentum)
+    update_running(running_var_ptr, cols, last, old_var, var, momentum)
+    if tracked_ptr is not None:
+        tl.store(tracked_ptr, tracked + 1, mask=tl.program_id(0) == 0)
     return rstd
 
 
@@ -171,6 +175,7 @@ def store_sums(partial_ptr, p, P, dy_ptr, x_ptr, dy_strides, x_strides, c0, insi
     """Row p of partial (2, P, C), over every P-th tile: sums of dz * x_hat and of dz; rstd is one factor of a whole channel,
     multiplied in at the end."""
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    VEC_X: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth if X_FASTEST == 3 else VEC_S
     c = c0 + inside[2]
     high, low, _ = load_statistics(mean_ptr, rstd_ptr, c, C)
     dw = tl.zeros((BLOCK_B * BLOCK_S, BLOCK_C), ACC)
@@ -183,7 +188,7 @@ def store_sums(partial_ptr, p, P, dy_ptr, x_ptr, dy_strides, x_strides, c0, insi
         dz = tile_load(dy_ptr, dy_strides, corner, inside, places, DY_FASTEST, VEC_S, VEC_C).to(ACC)
         dw += dz * centre(x, high, low)
         db += dz
-    dw, db = tile_sum2(dw, db, X_FASTEST, tile_vector(x_ptr, X_FASTEST, VEC_S), 2)
+    dw, db = tile_sum2(dw, db, X_FASTEST, VEC_X, 2)
     cols = c0 + tl.arange(0, BLOCK_C)
     row = partial_ptr + p.to(tl.int64) * C + cols
     tl.store(row, dw * tl.load(rstd_ptr + cols, mask=cols < C, other=0.0), mask=cols < C)
@@ -192,7 +197,7 @@ def store_sums(partial_ptr, p, P, dy_ptr, x_ptr, dy_strides, x_strides, c0, insi
 
 @triton.jit
 def grad_tiles(dy_ptr, x_ptr, dx_ptr, dy_strides, x_strides, dx_strides, c0, inside, high, low, rstd, weight, means, p,
-                P, B, S, C, DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr, DX_FASTEST: tl.constexpr,
+               P, B, S, C, DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr, DX_FASTEST: tl.constexpr,
                VEC_S: tl.constexpr, VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
                STAGES: tl.constexpr):  # fmt: skip
     """dx of every P-th tile, in the order of apply_tiles; what is of a channel is [1, BLOCK_C].

@@ -16,7 +16,6 @@ from torch._prims_common import suggest_memory_format
 from .. import heuristics
 from ..geometry import Channels
 from .launch import launch, sm_count, vector
-from .wanted import load_wanted
 
 # Which dimension of a tensor has stride 1. SKEWED: that of the positions, but a channel's row may start anywhere (7 x 7). Its
 # tiles start at the whole vector before: loads are as wide as any, and what they find beside the row is the sample's own.
@@ -36,25 +35,10 @@ def program_block(C, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _vector(ptr):
-    """Elements of 16 bytes."""
-    return 128 // ptr.dtype.element_ty.primitive_bitwidth
-
-
-@triton.jit
-def tile_vector(ptr, FASTEST: tl.constexpr, VEC_S: tl.constexpr):
-    """Positions that one load takes."""
-    if FASTEST == 3:
-        return _vector(ptr)
-    else:
-        return VEC_S
-
-
-@triton.jit
 def tile_span(ptr, S, FASTEST: tl.constexpr):
     """Positions that tiles have to cover so that every channel's S are among them."""
     if FASTEST == 3:
-        S += _vector(ptr) - 1
+        S += 128 // ptr.dtype.element_ty.primitive_bitwidth - 1
     return S
 
 
@@ -83,8 +67,9 @@ def tile_places(x_ptr, strides, corner, inside, B, S, C, FASTEST: tl.constexpr):
     b, place, c = inside
     exists = (b < B - corner[0]) & (c < C - corner[2])
     if FASTEST == 3:
-        skew = ((tl.cast(corner[2], tl.int64) + c) * strides[1] % _vector(x_ptr)).to(place.dtype)
-        loaded = exists & (place < tl.cdiv(S + skew, _vector(x_ptr)) * _vector(x_ptr) - corner[1])
+        VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
+        skew = ((tl.cast(corner[2], tl.int64) + c) * strides[1] % VEC).to(place.dtype)
+        loaded = exists & (place < tl.cdiv(S + skew, VEC) * VEC - corner[1])
         exists = exists & (place >= skew - corner[1]) & (place < S + skew - corner[1])
         return skew, exists, loaded
     else:
@@ -117,13 +102,14 @@ def tile_at(ptr, strides, corner, inside, FASTEST: tl.constexpr, VEC_S: tl.const
 
 
 @triton.jit
-def _skewed_at(ptr, strides, corner, inside, whole: tl.constexpr):
-    """Pointers to places of SKEWED rows; `whole`: the compiler is told that rows of places start at whole vectors."""
+def _skewed_at(ptr, strides, corner, inside, WHOLE: tl.constexpr):
+    """Pointers to places of SKEWED rows; WHOLE: the compiler is told that rows of places start at whole vectors."""
+    VEC: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
     b, place, c = inside
     row = (tl.cast(corner[2], tl.int64) + c) * strides[1]
-    row = row // _vector(ptr) * _vector(ptr) if whole else row - row % _vector(ptr)
-    ptr += tl.cast(corner[0], tl.int64) * strides[0] * _vector(ptr) + corner[1]
-    return ptr + row + (b * (tl.cast(strides[0], b.dtype) * _vector(ptr)) + place)
+    row = row // VEC * VEC if WHOLE else row - row % VEC
+    ptr += tl.cast(corner[0], tl.int64) * strides[0] * VEC + corner[1]
+    return ptr + row + (b * (tl.cast(strides[0], b.dtype) * VEC) + place)
 
 
 @triton.jit
@@ -156,26 +142,11 @@ def load_statistics(mean_ptr, rstd_ptr, c, C):
 
 
 @triton.jit
-def load_running(running, cols, C):
-    """The values behind (running_mean, running_var, num_batches_tracked), each may be None."""
-    return load_wanted(running[0], cols, cols < C), load_wanted(running[1], cols, cols < C), load_wanted(running[2], 0, True)
-
-
-@triton.jit
-def _update(ptr, cols, C, old, value, momentum):
-    new = old.to(value.dtype) * (1.0 - momentum) + value * momentum
-    tl.store(ptr + cols, new.to(ptr.dtype.element_ty), mask=cols < C)
-
-
-@triton.jit
-def update_running(running, old, cols, C, mean, var, momentum):
-    """`old` is what load_running gave. The first program counts the batch."""
-    if running[0] is not None:
-        _update(running[0], cols, C, old[0], mean, momentum)
-    if running[1] is not None:
-        _update(running[1], cols, C, old[1], var, momentum)
-    if running[2] is not None:
-        tl.store(running[2], old[2] + 1, mask=tl.program_id(0) == 0)
+def update_running(ptr, cols, C, old, value, momentum):
+    """`old` is what the pointer, where there is one, has been loaded from."""
+    if ptr is not None:
+        new = old.to(value.dtype) * (1.0 - momentum) + value * momentum
+        tl.store(ptr + cols, new.to(ptr.dtype.element_ty), mask=cols < C)
 
 
 @dataclass(frozen=True)

@@ -48,28 +48,24 @@ def _load_statistics(mean_ptr, rstd_ptr, rows, M):
 
 @triton.jit
 def _load_parameter(ptr, cols, mask, LONGEST: tl.constexpr):
-    """In the layout of x, whatever the dtype: that takes `cols` of the shape of x, and vectors no longer than those of x."""
-    return tl.load(tl.max_contiguous(ptr + cols, (1, LONGEST)), mask=mask, other=0.0)
+    """In the layout of x, whatever the dtype: that takes `cols` of the shape of x, and vectors no longer than those of x.
+
+    None where there is no pointer.
+    """
+    value = None
+    if ptr is not None:
+        value = tl.load(tl.max_contiguous(ptr + cols, (1, LONGEST)), mask=mask, other=0.0)
+    return value
 
 
 @triton.jit
-def _load_parameters(weight_ptr, bias_ptr, cols, mask, LONGEST: tl.constexpr):
-    """None where there is none."""
-    weight, bias = None, None
-    if weight_ptr is not None:
-        weight = _load_parameter(weight_ptr, cols, mask, LONGEST)
-    if bias_ptr is not None:
-        bias = _load_parameter(bias_ptr, cols, mask, LONGEST)
-    return weight, bias
-
-
-@triton.jit
-def _store_y(y_ptr, x_hat, parameters, cols, mask):
+def _store_y(y_ptr, x_hat, weight, bias, cols, mask):
+    """weight and bias may be None."""
     y = x_hat
-    if parameters[0] is not None:
-        y = y * parameters[0].to(y.dtype)
-    if parameters[1] is not None:
-        y = y + parameters[1].to(y.dtype)
+    if weight is not None:
+        y = y * weight.to(y.dtype)
+    if bias is not None:
+        y = y + bias.to(y.dtype)
     tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -92,14 +88,16 @@ def _row_fwd_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, M, N
     # Parameters are what L1 is to keep.
     x = tl.load(x_ptr + rows[:, None] * x_stride_v * VEC + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
     if EARLY:
-        parameters = _load_parameters(weight_ptr, bias_ptr, parameter_cols, inside, LONGEST)
+        weight = _load_parameter(weight_ptr, parameter_cols, inside, LONGEST)
+        bias = _load_parameter(bias_ptr, parameter_cols, inside, LONGEST)
     d, high, low, m2, scale = centred_moments(x, inside, N.to(ACC))
     rstd = rstd_of(m2, N.to(ACC), scale, pair_of(eps, eps_low, ACC))
     _store_statistics(mean_ptr, rstd_ptr, rows, M, high, low, rstd)
     x_hat = (d - low[:, None]) * rstd[:, None]
     if not EARLY:
-        parameters = _load_parameters(weight_ptr, bias_ptr, parameter_cols, inside, LONGEST)
-    _store_y(y_ptr + rows[:, None] * N_v * VEC, x_hat, parameters, cols, mask)
+        weight = _load_parameter(weight_ptr, parameter_cols, inside, LONGEST)
+        bias = _load_parameter(bias_ptr, parameter_cols, inside, LONGEST)
+    _store_y(y_ptr + rows[:, None] * N_v * VEC, x_hat, weight, bias, cols, mask)
 
 
 @triton.jit
@@ -144,8 +142,9 @@ def _row_fwd_chunked_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_p
         mask = cols < N - start
         x = tl.load(x_ptr + start + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
         x_hat = normalize(x, high[:, None], low[:, None], rstd[:, None])
-        parameters = _load_parameters(weight_ptr, bias_ptr, start + cols, mask, LONGEST)
-        _store_y(y_ptr, x_hat, parameters, start + cols, mask)
+        weight = _load_parameter(weight_ptr, start + cols, mask, LONGEST)
+        bias = _load_parameter(bias_ptr, start + cols, mask, LONGEST)
+        _store_y(y_ptr, x_hat, weight, bias, start + cols, mask)
 
 
 @triton.jit

@@ -17,13 +17,11 @@ from .channel_tiles import (
     Layout,
     as_planned,
     described,
-    load_running,
     load_statistics,
     tile_inside,
     tile_load,
     tile_places,
     tile_store,
-    tile_vector,
 )
 from .launch import float_pair, launch
 from .math import centre, centred_moments, grad_input, if_finite, normalize, pair_of, tile_sum2
@@ -45,13 +43,16 @@ def _slab_fwd_kernel(x_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_
     places = tile_places(x_ptr, x_strides, corner, inside, B, S, C, X_FASTEST)
     x = tile_load(x_ptr, x_strides, corner, inside, places, X_FASTEST, VEC_S, VEC_C).to(ACC)
     cols = corner[2] + tl.arange(0, BLOCK_C)
-    weight, bias = load_wanted(weight_ptr, cols, cols < C), load_wanted(bias_ptr, cols, cols < C)
-    running = (running_mean_ptr, running_var_ptr, tracked_ptr)
-    old = load_running(running, cols, C)
+    weight = load_wanted(weight_ptr, cols, cols < C)
+    bias = load_wanted(bias_ptr, cols, cols < C)
+    old_mean = load_wanted(running_mean_ptr, cols, cols < C)
+    old_var = load_wanted(running_var_ptr, cols, cols < C)
+    tracked = load_wanted(tracked_ptr, 0, True)
     n = (B * S).to(ACC)
     d, high, low, m2, scale = centred_moments(x, places[1], n, 0)
     low = if_finite(low, high)
-    rstd = store_training(high, low, m2, scale, n, mean_ptr, rstd_ptr, running, old, cols, C, C, pair_of(eps, eps_low, ACC),
+    rstd = store_training(high, low, m2, scale, n, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, old_mean,
+                          old_var, tracked, cols, C, C, pair_of(eps, eps_low, ACC),
                           pair_of(momentum, momentum_low, ACC))  # fmt: skip
     slope = rstd
     if weight is not None:
@@ -69,6 +70,7 @@ def _slab_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_p
                      BLOCK_C: tl.constexpr, INDEX: tl.constexpr, REPEATS: tl.constexpr):  # fmt: skip
     """dx, dw and db; what is not wanted has no pointer."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
+    VEC_X: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth if X_FASTEST == 3 else VEC_S
     S = S_v * VEC_S
     C = C_v * VEC_C
     corner = (0, 0, tl.program_id(0) * BLOCK_C)
@@ -79,8 +81,7 @@ def _slab_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_p
     cols = corner[2] + tl.arange(0, BLOCK_C)
     high, low, rstd = load_statistics(mean_ptr, rstd_ptr, cols, C)
     weight = load_wanted(weight_ptr, cols, cols < C)
-    vector: tl.constexpr = tile_vector(x_ptr, X_FASTEST, VEC_S)
-    dw, db = tile_sum2(dz * centre(x, high[None, :], low[None, :]), dz, X_FASTEST, vector, REPEATS)
+    dw, db = tile_sum2(dz * centre(x, high[None, :], low[None, :]), dz, X_FASTEST, VEC_X, REPEATS)
     dw = dw * rstd
     store_wanted(dw_ptr, cols, dw, cols < C)
     store_wanted(db_ptr, cols, db, cols < C)

@@ -30,6 +30,7 @@ def skewed(*tensors):
     ((4, 4, 7, 7), F32, True),
     ((4, 8, 5, 18), BF16, True),  # loads of 4 bytes
     ((4, 8, 91, 91), F32, True),
+    ((2, 8, 16383), BF16, True),  # one tile more, of many
     ((1, 8, 7, 7), F32, True),
     ((4, 4, 7, 7), BF16, False),  # a sample is no whole number of vectors
     ((4, 8, 14, 14), BF16, False),  # loads of 8 bytes as it is
@@ -67,8 +68,9 @@ def test_nothing_beside_the_tensor_is_read(way, view, dtype, monkeypatch):
 
     if way == "two passes":
         monkeypatch.setattr(heuristics, "slab", lambda *sizes, **layout: None)
-    whole = torch.full((4, 16, 5, 5), torch.nan, dtype=dtype)
-    x = view(whole)
+    around = 64
+    whole = torch.full((2 * around + 4 * 16 * 25,), torch.nan, dtype=dtype)
+    x = view(whole[around:-around].view(4, 16, 5, 5))
     x.copy_(torch.randn(x.shape))
     assert skewed(x)
     length = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))

@@ -87,6 +87,34 @@ def test_counters_of_every_kind(counter, backend, device):
     assert module.num_batches_tracked == 5
 
 
+def test_a_call_that_cannot_be_saved_for_backward_changes_nothing(backend, device):
+    module = fastnorm.BatchNorm1d(6, device=device)
+    module(torch.randn(8, 6, device=device))
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    with torch.inference_mode():
+        batch = torch.randn(8, 6, device=device)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+            module(batch)
+    assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        fastnorm.LayerNorm(6, device=device)(batch)
+
+
+def test_counting_is_a_change_in_place(backend, device):
+    module = fastnorm.BatchNorm1d(6, affine=False, device=device)
+    batch, counter = torch.randn(8, 6, device=device), module.num_batches_tracked
+    for _ in range(3):
+        version = counter._version
+        module(batch)
+        assert counter._version > version
+    with torch.inference_mode():
+        module = fastnorm.BatchNorm1d(6, affine=False, device=device)
+        module(batch)
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        module(batch)
+
+
 def test_counting_is_no_operator_of_its_own(backend, device):
     module, batch = fastnorm.BatchNorm1d(6, device=device), torch.randn(8, 6, device=device)
     module(batch)

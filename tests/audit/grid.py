@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import prod
 
 import fastnorm.kernels as K
+import numpy as np
 import torch
 from torch import bfloat16, float16, float32, float64
 
@@ -76,13 +77,13 @@ CHANNEL_SHAPES = (
     ((64, 512, 7, 7), "channels_last"), ((200, 512, 7, 7), "dense"), ((64, 64, 27, 27), "dense"),
     ((64, 64, 27, 27), "strided"), ((4096, 64, 3, 3), "dense"), ((8, 65, 27, 27), "dense"), ((24, 65, 27, 27), "dense"),
     ((8, 65, 7, 7), "dense"), ((8, 65, 7, 7), "channels_last"), ((7, 16, 3), "dense"), ((4096, 65), "dense"),
-    ((64, 65, 28, 28), "channels_last"), ((16, 3, 224, 224), "channels_last"),
+    ((16, 8, 7, 7), "far"), ((64, 8, 27, 27), "far"), ((64, 65, 28, 28), "channels_last"), ((16, 3, 224, 224), "channels_last"),
     ((16, 128, 1000), "dense"), ((16, 128, 1000), "mT"), ((2, 3, 480, 640), "dense"), ((1, 32, 8, 40, 40), "dense"),
     ((32, 64, 64, 64), "dense"), ((256, 64, 112, 112), "dense"), ((256, 64, 112, 112), "channels_last"),
 )  # fmt: skip
 FEW_CHANNEL_SHAPES = (
     ((2048, 512), "dense"), ((16, 64, 56, 56), "dense"), ((16, 64, 56, 56), "channels_last"), ((64, 512, 7, 7), "dense"),
-    ((16, 128, 1000), "mT"), ((8, 65, 7, 7), "channels_last"),
+    ((16, 128, 1000), "mT"), ((8, 65, 7, 7), "channels_last"), ((64, 8, 27, 27), "far"),
 )  # fmt: skip
 
 
@@ -130,6 +131,10 @@ def channels(shape, layout, dtype, parameter, pieces=False):
 def _laid_out(shape, layout, dtype):
     if layout == "strided":  # in the batch
         return torch.empty(2 * shape[0], *shape[1:], dtype=dtype)[::2]
+    if layout == "far":  # samples so far apart that their offsets take 64 bits; no memory is behind them
+        few = np.empty(16, dtype=np.int64).view(f"u{dtype.itemsize}")
+        strides = [stride * dtype.itemsize for stride in (1 << 31, prod(shape[2:]), shape[3], 1)]
+        return torch.from_numpy(np.lib.stride_tricks.as_strided(few, shape, strides)).view(dtype)
     if layout in ("channels_last", "mT"):
         return torch.empty(shape[0], *shape[2:], shape[1], dtype=dtype).movedim(-1, 1)
     return torch.empty(shape, dtype=dtype)
@@ -163,7 +168,7 @@ def _wide(shape, layout, dtype):
     if (C if layout in ("channels_last", "mT") or not positions else S) % vector == 0:
         return ALL
     # Rows that start anywhere, of samples that do not: they are loaded from the whole vector before.
-    anywhere = positions and layout in ("dense", "strided") and C * S % vector == 0 and S * dtype.itemsize % 8
+    anywhere = positions and layout in ("dense", "strided", "far") and C * S % vector == 0 and S * dtype.itemsize % 8
     return ("loads",) if anywhere and S + vector - 1 <= heuristics.power_of_two(S) else ()
 
 
