@@ -33,8 +33,8 @@ def most(roundings):
 
 
 # 196 of the positions of a tile are filled. Those of one thread are added plainly: of dense tensors it has one, as the rest of
-# the tile is empty; of rows that start anywhere, where a sample is whole vectors, it has a vector of four. Channels_last tiles have a tree over their 64 positions, and a program adds four of them one
-# after another.
+# the tile is empty; of rows that start anywhere, where a sample is whole vectors, it has a vector of four. Channels_last tiles
+# have a tree over their 64 positions, and a program adds four of them one after another.
 @pytest.mark.parametrize("device", TRITON)
 @pytest.mark.parametrize(("layout", "C", "levels"), [("dense", 401, 0), ("dense", 400, 2), ("channels_last", 400, 8)])
 @pytest.mark.parametrize("way", ["slab", "two passes", "evaluation"])
