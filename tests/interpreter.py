@@ -6,8 +6,9 @@
 3. triton 3.6: a multiplication and an addition fused are rounded twice; a GPU rounds once.
 4. triton 3.6 with numpy >= 2.4: range(tensor) raises "only 0-dimensional arrays can be converted".
 
-Two things are right in the interpreter, but slow: bfloat16 -> float32, and that it patches triton.language anew for every
-function that a kernel calls, though the kernel's own launch has patched it already.
+Some things are right in the interpreter, but slow: bfloat16 -> float32; it patches triton.language anew for every function that
+a kernel calls, though the kernel's own launch has patched it already; and types, shapes and numpy's dtypes are made anew for
+every operation (_remember_types).
 """
 
 from types import SimpleNamespace
@@ -74,6 +75,45 @@ def install():
     if not hasattr(interpreter._interpreter, "fma_fp64"):
         builder.create_fma = fused
     interpreter.ReduceOps.sum, interpreter.ReduceOps.generic_reduce = tree_sum, tree_reduce
+    _remember_types(tl, interpreter)
+
+
+def _remember_types(tl, interpreter):
+    """Equal types share what they hold: a third to a half of an operation's time in the interpreter goes into making it."""
+    block_init, tensor_init, equal = tl.block_type.__init__, tl.tensor.__init__, tl.tuple.__eq__
+    semantic = interpreter.interpreter_semantic
+    blocks, dtypes, true = {}, {}, tl.constexpr(True)
+
+    def make_block(self, element_ty, shape):
+        key = element_ty.name, *(getattr(n, "value", n) for n in shape)
+        if key not in blocks:
+            block_init(self, element_ty, shape)
+            blocks[key] = self.__dict__
+        self.__dict__ = blocks[key]
+
+    def make_tensor(self, handle, type):
+        of_type = type.__dict__.get("of_tensors")
+        if of_type is None:
+            tensor_init(self, handle, type)
+            of_type = type.of_tensors = {k: v for k, v in self.__dict__.items() if k != "handle"}
+        self.__dict__.update(of_type, handle=handle)
+
+    def tuples_equal(self, other):
+        values = getattr(other, "values", other)
+        return true if isinstance(values, list) and self.values == values else equal(self, other)
+
+    def numpy_dtype(dtype, make=interpreter._get_np_dtype):
+        scalar = dtype.scalar
+        if scalar.name not in dtypes:
+            dtypes[scalar.name] = make(scalar)
+        return dtypes[scalar.name]
+
+    def broadcast(a, b, change=semantic.broadcast_impl_value):
+        alike = a.type.is_block() and b.type.is_block() and list(a.shape) == list(b.shape)
+        return (a, b) if alike else change(a, b)
+
+    tl.block_type.__init__, tl.tensor.__init__, tl.tuple.__eq__ = make_block, make_tensor, tuples_equal
+    semantic.broadcast_impl_value, interpreter._get_np_dtype = broadcast, numpy_dtype
 
 
 def _to_bfloat16(x):
