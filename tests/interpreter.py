@@ -7,8 +7,8 @@
 4. triton 3.6 with numpy >= 2.4: range(tensor) raises "only 0-dimensional arrays can be converted".
 
 Some things are right in the interpreter, but slow: bfloat16 -> float32; it patches triton.language anew for every function that
-a kernel calls, though the kernel's own launch has patched it already; and types, shapes and numpy's dtypes are made anew for
-every operation (_remember_types).
+a kernel calls, though the kernel's own launch has patched it already; types, shapes and numpy's dtypes are made anew for every
+operation (_remember_types); and every operation on integers is done a second time in 64 bits, for an assertion that is left out.
 """
 
 from types import SimpleNamespace
@@ -75,6 +75,7 @@ def install():
     if not hasattr(interpreter._interpreter, "fma_fp64"):
         builder.create_fma = fused
     interpreter.ReduceOps.sum, interpreter.ReduceOps.generic_reduce = tree_sum, tree_reduce
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     _remember_types(tl, interpreter)
 
 
