@@ -35,7 +35,7 @@ tune:
 	$(bare) bench/checkout.py bench/tune.py $(ARGS)
 
 # Every kernel as machine code for five architectures, and the bytes that every op moves: two tables, no GPU. On two cores it
-# takes half an hour the first time; Triton keeps what it compiled.
+# takes an hour the first time; Triton keeps what it compiled.
 audit: $(ready)
 	PYTHONPATH="tests:$$PYTHONPATH" $(PYTHON) -m audit
 
