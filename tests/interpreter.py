@@ -8,7 +8,7 @@
 
 Some things are right in the interpreter, but slow: bfloat16 -> float32; it patches triton.language anew for every function that
 a kernel calls, though the kernel's own launch has patched it already; types, shapes and numpy's dtypes are made anew for every
-operation (_remember_types); and every operation on integers is done a second time in 64 bits, for an assertion that is left out.
+operation (_remember_types); and what is done to integers is done again in 64 bits, for an assertion that is left out.
 """
 
 from types import SimpleNamespace
