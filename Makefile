@@ -25,7 +25,7 @@ bench: $(ready)
 	$(PYTHON) bench/run.py $(ARGS)
 
 test: $(ready)
-	$(PYTHON) -m pytest -n auto --dist worksteal $(ARGS)
+	$(PYTHON) -m pytest -n auto $(ARGS)
 
 # These two take a Python that has torch as it is, python3 if none is given: nothing is installed.
 gpu:
@@ -56,14 +56,13 @@ lint: $(ready)
 clean:
 	rm -rf .venv build dist *.egg-info fastnorm/_C*.so bench/out
 
-# torch first and pinned: pip would otherwise choose a build by itself, of several gigabytes. Of the bytecode only what is
-# imported is needed, and all of it takes longer than unpacking.
+# torch first and pinned: pip would otherwise choose a build by itself, of several gigabytes.
 .venv/ready: pyproject.toml setup.py fastnorm/build.py $(wildcard csrc/* csrc/*/*)
 	@echo "Setting up .venv: $(TORCH), fastnorm with its C++ kernels, and what tests and benchmarks need"
 	test -x .venv/bin/python || python3 -m venv .venv
-	.venv/bin/python -m pip install -q --no-compile --disable-pip-version-check $(TORCH)
-	.venv/bin/python -m pip install -q --no-compile --disable-pip-version-check "setuptools>=64" wheel ninja
-	.venv/bin/python -m pip install -q --no-compile --disable-pip-version-check --no-build-isolation -e ".[test,bench]"
+	.venv/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
+	.venv/bin/python -m pip install -q --disable-pip-version-check "setuptools>=64" wheel ninja
+	.venv/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[test,bench]"
 	touch .venv/ready
 
 checked:
