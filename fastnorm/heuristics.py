@@ -165,8 +165,7 @@ MERGED_WITH_READING, MERGED_AT_ONCE = 1024, 512
 #   few, because each merges the partial rows of its channels.
 # * dx of channels that lie together holds four numbers of every channel as well, and prefetches instead.
 READINGS = {
-    "sums": {2: (2048, 4, 4, 2, None), 4: (2048, 4, 4, 2, None), 8: (1024, 8, 2, 2, None)},
-    "sums, channels fastest": {4: (2048, 4, 4, 2, 255)},
+    "sums": {2: (2048, 4, 4, 2, None), 4: (2048, 4, 4, 2, 255), 8: (1024, 8, 2, 2, None)},
     "y": {2: (4096, 4, 1, 16, None), 4: (4096, 8, 1, 32, None), 8: (1024, 4, 1, 8, 255)},
     "y, channels fastest": {4: (4096, 8, 1, 32, 80)},
     "dx": {2: (4096, 4, 1, 16, None), 4: (2048, 4, 2, 8, None), 8: (1024, 4, 1, 8, 255)},
