@@ -63,11 +63,11 @@ def _modules():
 MODULES = tuple(_modules())
 
 
-def never(m):
+def never(m, x):
     return False
 
 
-def always(m):
+def always(m, x):
     return True
 
 
@@ -75,9 +75,17 @@ def batch_norm(m):
     return isinstance(m, torch.nn.modules.batchnorm._BatchNorm)
 
 
-def updates(m):
+def updates(m, x=None):
     """A batch norm that updates running statistics."""
     return batch_norm(m) and m.training
+
+
+def by_cudnn(m, x):
+    """A batch norm that torch hands to cudnn: on a GPU most of three or more dimensions, none of two."""
+    if not batch_norm(m):
+        return False
+    tensors = (x, m.weight, m.bias, m.running_mean, m.running_var)
+    return torch._C._select_batch_norm_backend(*tensors, m.training, m.eps) == torch._C._BatchNormBackend.Cudnn
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ class Feature:
     name: str
     run: Callable
     dtype: torch.dtype
-    refused: Callable  # of torch's module: whether torch.nn itself raises, and ours has to raise the same
+    refused: Callable  # of torch's module and its input: whether torch.nn itself raises, and ours has to raise the same
     beyond: bool  # torch.nn cannot: the check itself says what is right
     columns: Callable  # of a Module: whether there is such a cell
     heavy: bool  # many calls

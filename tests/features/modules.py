@@ -6,10 +6,26 @@ import pickle
 from functools import partial
 
 import torch
+from torch._prims_common import suggest_memory_format
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from . import BF16, F16, F32, F64, always, any_column, batch_norm, beyond, cotangent, feature, gradients, updates, with_a_twin
+from . import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    always,
+    any_column,
+    batch_norm,
+    beyond,
+    by_cudnn,
+    cotangent,
+    feature,
+    gradients,
+    updates,
+    with_a_twin,
+)
 
 # ---------------------------------------------------------------- dtypes
 
@@ -95,14 +111,29 @@ def layouts(x):
         yield x.contiguous(memory_format=memory_format)[1:]
 
 
+def formatted(m, t, x):
+    """torch.nn's t in the strides that ours has on every device, and torch.nn's on the CPU; ours as it is."""
+    if type(m).__module__.startswith("torch."):
+        return torch.empty_like(x, memory_format=suggest_memory_format(x)).copy_(t)
+    return t
+
+
 @feature(heavy=True)
 def layouts_of_the_input(m, x):
-    """Results, gradients and their strides."""
+    """Results, gradients and their strides: those of x's memory format.
+
+    On a GPU torch.nn's batch norm differs where cudnn does not compute it: y of a transposed (B, C) input is transposed as
+    well, and dx of a channels_last input is contiguous in evaluation, which has no backward of cudnn's.
+    """
     results = []
     for view in layouts(x):
         view.requires_grad_()
         y = m(view)
-        results.append((y, gradients(m, view, y)))
+        dx, *others = gradients(m, view, y)
+        if view.is_cuda and batch_norm(m):
+            y = y if by_cudnn(m, view) else formatted(m, y, view)
+            dx = dx if m.training else formatted(m, dx, view)
+        results.append((y, dx, others))
     return results
 
 
@@ -151,9 +182,9 @@ def negated_parameters(m, x):
     return y, gradients(m, x, y)
 
 
-@feature()
+@feature(refused=by_cudnn)
 def zero_tensor(m, x):
-    """Zeros that have no memory at all."""
+    """Zeros that have no memory at all. torch expands one zero for cudnn, which then asks for a contiguous tensor."""
     y = m.eval()(torch._efficientzerotensor(x.shape, device=x.device))
     return y, torch.autograd.grad(y, list(m.parameters()), cotangent(y))
 
@@ -260,7 +291,7 @@ def shared_parameters(m, x):
     return y, gradients(m, x, y)
 
 
-@feature(refused=lambda m: not batch_norm(m) or m.training)
+@feature(refused=lambda m, x: not batch_norm(m) or m.training)
 def fused_with_a_convolution(m, x):
     torch.manual_seed(0)
     conv = (torch.nn.Conv1d, torch.nn.Conv1d, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[x.dim() - 1](3, 3, 1)
