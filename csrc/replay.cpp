@@ -19,9 +19,20 @@ using c10::DeviceType;
 
 // ---------------------------------------------------------------- plans
 
-// cuLaunchKernel.
-using Launch = int (*)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
-                       unsigned block_z, unsigned shared, void* stream, void** parameters, void** extra);
+// CUlaunchAttribute, CUlaunchConfig and cuLaunchKernelEx: this is compiled where there is no cuda.h.
+struct Attribute {
+  int id = 6;  // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+  alignas(8) int allowed = 1;
+  char rest[60] = {};
+};
+struct Launched {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  Attribute* attributes;
+  unsigned number;
+};
+static_assert(sizeof(Attribute) == 72 && sizeof(Launched) == 56);
+using Launch = int (*)(const Launched* config, void* function, void** parameters, void** extra);
 // aoti_torch_get_current_cuda_stream.
 using CurrentStream = int32_t (*)(int32_t device, void** stream);
 
@@ -48,6 +59,7 @@ struct Step {
   uintptr_t function;
   Number programs;
   unsigned threads, shared;
+  bool follows;  // may start while the step before ends, and waits for it itself
   std::vector<Parameter> parameters;
 };
 
@@ -70,15 +82,15 @@ Plan read(const py::handle& plan) {
   using Parameters = std::vector<std::tuple<int, size_t, int64_t, int64_t>>;
   const auto [outputs, scratch, steps, any_rows] = plan.cast<
       std::tuple<std::vector<std::optional<std::tuple<Sizes, Sizes, at::ScalarType>>>, int64_t,
-                 std::vector<std::tuple<uintptr_t, std::pair<int64_t, int64_t>, unsigned, unsigned, Parameters>>, bool>>();
+                 std::vector<std::tuple<uintptr_t, std::pair<int64_t, int64_t>, unsigned, unsigned, bool, Parameters>>, bool>>();
   Plan p{{}, scratch, {}, any_rows};
   for (const auto& o : outputs) {
     p.outputs.emplace_back();
     if (o) p.outputs.back() = Output{std::get<0>(*o), std::get<1>(*o), std::get<2>(*o)};
   }
-  for (const auto& [function, programs, threads, shared, parameters] : steps) {
+  for (const auto& [function, programs, threads, shared, follows, parameters] : steps) {
     TORCH_CHECK(parameters.size() <= MOST_PARAMETERS, "a kernel takes more than ", text(MOST_PARAMETERS), " parameters");
-    p.steps.push_back({function, {programs.first, programs.second}, threads, shared, {}});
+    p.steps.push_back({function, {programs.first, programs.second}, threads, shared, follows, {}});
     for (const auto& [kind, tensor, value, per] : parameters)
       p.steps.back().parameters.push_back({static_cast<Parameter::Kind>(kind), tensor, {value, per}});
   }
@@ -202,8 +214,9 @@ int start(const Device& device, const Step& step, const Call& call, const std::a
   }
   for (size_t i = 0; i < n + 2; ++i) parameters[i] = &values[i];
   const auto programs = static_cast<unsigned>(step.programs.of(call.M));
-  return device.launch(reinterpret_cast<void*>(step.function), programs, 1, 1, step.threads, 1, 1, step.shared, stream,
-                       parameters.data(), nullptr);
+  Attribute overlap;
+  const Launched config{{programs, 1, 1}, {step.threads, 1, 1}, step.shared, stream, &overlap, step.follows ? 1u : 0u};
+  return device.launch(&config, reinterpret_cast<void*>(step.function), parameters.data(), nullptr);
 }
 
 // Runs a plan; false, before anything has happened, where the driver does not take the first launch. Results from `kept` on are

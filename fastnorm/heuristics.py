@@ -7,7 +7,6 @@ y and dx of a row never depend on the batch around it.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 SMALLEST_BLOCK = 16
@@ -63,7 +62,8 @@ class RowBackwardSplit:
 class Channel:
     """Tiles of block_b samples x block_s positions x block_c channels.
 
-    `programs` share the tiles of a block of channels; where they sum, each writes one partial row.
+    `programs` share the tiles of a block of channels; where they sum, each writes one partial row. `held`: a program has its
+    next tile in registers, and the first one before its partial rows are there.
     """
 
     block_b: int
@@ -73,6 +73,7 @@ class Channel:
     stages: int
     registers: int | None
     programs: int
+    held: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,33 +155,52 @@ PARTIAL_SHARE = 2
 # how many at a time.
 MERGED_WITH_READING, MERGED_AT_ONCE = 1024, 512
 
+# Bytes of x up to which a launch lets the one that follows it start early, see kernels/chain.py: about what L2 holds. More take
+# so long that nothing is to be gained.
+LEADING = 60 << 20
+
 # What reads a tensor of channels: itemsize -> (elements of a tile, warps, stages, programs per SM, most registers: without a
-# word the assembler aims at a rounder number and spills). Tiles are halved where accesses are narrower than 8 bytes: every one
-# in flight then holds a pointer of its own, two registers; and sums of several channels whose positions lie together, which
-# have a set of sums for each of them. What is narrower than 4 bytes is not prefetched: there are as many more programs as
-# there are stages.
-# * Sums: few programs, because every one is a partial row that is merged later; each prefetches, so that 24 KB of x are
-#   on their way to an SM, or 48 of 4 bytes.
-# * y, and dx of positions that lie together: 32 elements a thread of 2 bytes are on their way at once, and the programs are
-#   few, because each merges the partial rows of its channels.
-# * dx of channels that lie together holds four numbers of every channel as well, and prefetches instead.
+# word the assembler aims at a rounder number and spills, or takes so many that the programs do not run at once). Tiles are
+# halved where loads are narrower than 8 bytes: every one in flight then holds a pointer of its own, two registers; and sums of
+# several channels whose positions lie together, which have a set of sums for each of them. What is narrower than 4 bytes is not
+# prefetched: there are as many more programs as there are stages. Measured on an H200:
+# * "stats", the sums of a forward, and "sums", those of a backward: few programs, because every one is a partial row that is
+#   merged later; each prefetches.
+# * "y" of what L2 holds, and of SKEWED rows: as many programs as run at once, because each merges the partial rows of its
+#   channels first; they are HELD, see Channel. Of a larger tensor: more programs than run at once, each with a few tiles.
+# * "dx" prefetches: one tile, 32 elements a thread, and more where channels lie together.
+SUMS = ("stats", "sums")
 READINGS = {
+    "stats": {2: (2048, 4, 4, 4, None), 4: (2048, 4, 3, 4, 128), 8: (1024, 8, 2, 2, None)},
+    "stats, skewed": {4: (2048, 4, 4, 3, 168)},
+    "stats, channels fastest": {2: (2048, 4, 4, 2, None), 4: (2048, 4, 4, 2, 255)},
     "sums": {2: (2048, 4, 4, 2, None), 4: (2048, 4, 4, 2, 255), 8: (1024, 8, 2, 2, None)},
     "y": {2: (4096, 4, 1, 16, None), 4: (4096, 8, 1, 32, None), 8: (1024, 4, 1, 8, 255)},
     "y, channels fastest": {4: (4096, 8, 1, 32, 80)},
-    "dx": {2: (4096, 4, 1, 16, None), 4: (2048, 4, 2, 8, None), 8: (1024, 4, 1, 8, 255)},
-    "dx, channels fastest": {2: (2048, 4, 3, 8, None), 4: (2048, 4, 1, 32, 112)},
+    "dx": {2: (4096, 4, 2, 6, None), 4: (2048, 4, 2, 10, None), 8: (1024, 4, 1, 8, 255)},
+    "dx, skewed": {2: (4096, 4, 1, 5, None), 4: (1024, 4, 2, 8, 64)},
+    "dx, channels fastest": {2: (2048, 4, 3, 4, None), 4: (2048, 4, 2, 5, None)},
 }
-# Most registers, where accesses are narrower than 8 bytes: by itself the assembler aims at 72 and spills.
+HELD = {
+    "y": {2: (4096, 4, 1, 8, None), 4: (4096, 8, 1, 4, None)},
+    "y, skewed": {2: (4096, 4, 1, 4, None), 4: (2048, 4, 1, 7, None)},
+    "y, channels fastest": {2: (4096, 4, 1, 4, 128), 4: (4096, 8, 1, 2, 128)},
+}
+# Most registers, where loads are narrower than 8 bytes: by itself the assembler aims at 72 and spills.
 NARROW = {("y", 2): 128}
-# 64 bytes of a row at the least: a group of so few channels is still read at full speed.
-CHANNELS_FASTEST_BLOCK = 32
+# 64 bytes of a row at the least: a group of so few channels is still read at full speed. The backward of a larger tensor takes
+# twice as many: whole lines of 128 bytes, and half as many partial rows.
+CHANNELS_FASTEST_BLOCK, LARGE = 32, 8 << 20
 # A program's sums are shifted by the mean of its first tile, which is off by at most sqrt(tiles) standard deviations: the
 # cancellation then costs at most `tiles` units of the last place of the variance.
 MOST_TILES = 64
+# It reads that first tile twice, which is to be a small part of what it reads.
+FEWEST_TILES = 4
+# Bytes that one load of a warp reads.
+WARP_READS = 512
 
 # itemsize -> (elements of a slab, warps), the smallest that fits.
-SLAB_FORWARD = {2: ((4096, 4), (16384, 16)), 4: ((4096, 4), (16384, 16)), 8: ((4096, 8),)}
+SLAB_FORWARD = {2: ((4096, 4), (16384, 8)), 4: ((4096, 4), (16384, 8)), 8: ((4096, 8),)}
 # 32 warps backward: with 16 the two tensors spill on sm_100 where their loads are of 8 bytes.
 SLAB_BACKWARD = {2: ((4096, 8), (16384, 32)), 4: ((4096, 8), (16384, 16)), 8: ((2048, 8),)}
 # Loads of a pointer each: 16384 spill on sm_100.
@@ -245,38 +265,59 @@ def _row_backward_split(M: int, N: int, itemsize: int, sm_count: int) -> RowBack
     return RowBackwardSplit(*ROW_SUMS[itemsize], rows, block, COLUMN_WARPS, COLUMN_STAGES, partial_rows)
 
 
-def _channel_block(C: int, S: int, elements: int, folded: bool, channels_fastest: bool) -> int:
-    if channels_fastest:
-        return min(CHANNELS_FASTEST_BLOCK, power_of_two(C))
+def _channel_block(C: int, S: int, elements: int, folded: bool, most: int) -> int:
+    """`most`: of channels that lie together, else 0."""
+    if most:
+        return min(most, power_of_two(C))
     # Few positions: take neighbouring channels rather than many samples, they share cache lines; a thread holds the parameters
     # of all of them.
     return 1 if folded else min(8, max(1, elements // (8 * power_of_two(S))), power_of_two(C))
 
 
+def _positions(S: int, most: int, itemsize: int) -> int:
+    """The largest block of those that have the fewest places beyond S; none cuts the read of a warp."""
+    sizes = [min(most, power_of_two(S))]
+    while sizes[-1] * itemsize > WARP_READS:
+        sizes.append(sizes[-1] // 2)
+    return min(sizes, key=lambda size: cdiv(S, size) * size)
+
+
 def channel(
-    B: int, C: int, S: int, itemsize: int, sm_count: int, reading: str, *, folded: bool, channels_fastest: bool, width: int
-) -> Channel:
-    """`reading`: "sums", "y" or "dx". `folded`: the batch is part of S (B = 1), so S is a batch-like number that no block may
-    depend on. `width`: bytes of the narrowest access."""
-    own = READINGS.get(f"{reading}, channels fastest", {}) if channels_fastest else {}
-    elements, warps, stages, per_sm, most = own.get(itemsize) or READINGS[reading][itemsize]
-    block_c = _channel_block(C, S, elements, folded, channels_fastest)
+    B: int, C: int, S: int, itemsize: int, sm_count: int, reading: str, *, folded: bool, channels_fastest: bool, width: int,
+    skewed: bool = False
+) -> Channel:  # fmt: skip
+    """`reading`: "stats", "sums", "y" or "dx". `folded`: the batch is part of S (B = 1), so S is a batch-like number that no
+    block may depend on. `width`: bytes of the narrowest load."""
+    sums = reading in SUMS
+    name = reading + (", channels fastest" if channels_fastest else ", skewed" if skewed else "")
+    nbytes = B * C * S * itemsize
+    held = itemsize in HELD.get(name, {}) and (skewed or nbytes <= LEADING) and width >= 8
+    choices = HELD[name] if held else READINGS[name] if itemsize in READINGS.get(name, {}) else READINGS[reading]
+    elements, warps, stages, per_sm, most = choices[itemsize]
+    together = CHANNELS_FASTEST_BLOCK * (1 + (reading in ("sums", "dx") and nbytes >= LARGE)) if channels_fastest else 0
+    block_c = _channel_block(C, S, elements, folded, together)
     if width < 4:
         per_sm, stages = per_sm * stages, 1
     if width < 8:
-        most = most or NARROW.get((reading, itemsize))
-    if width < 8 or (reading == "sums" and block_c > 1 and not channels_fastest):
+        most = NARROW.get((reading, itemsize), most)
+    if width < 8 or (sums and block_c > 1 and not channels_fastest):
         elements //= 2
-        block_c = _channel_block(C, S, elements, folded, channels_fastest)
+        block_c = _channel_block(C, S, elements, folded, together)
     positions = elements // block_c
-    block_s = positions if folded else min(positions, power_of_two(S))
+    block_s = positions if folded else _positions(S, positions, itemsize) if skewed else min(positions, power_of_two(S))
     block_b = positions // block_s
     total = cdiv(B, block_b) * cdiv(S, block_s)
-    everything = total * cdiv(C, block_c)
-    share = everything / (per_sm * sm_count)
-    # Sums that fit side by side; the others may be a few more.
-    tiles = max(1, min(MOST_TILES, math.ceil(share) if reading == "sums" else int(share)))
-    return Channel(block_b, block_s, block_c, warps, stages, most, cdiv(total, tiles))
+    # As many programs as run at once, or in the fewest turns that leave no more than a tenth idle, or for so many tiles.
+    blocks, at_once = cdiv(C, block_c), per_sm * sm_count
+    turns = 1
+    if sums:
+        turns = cdiv(cdiv(total, MOST_TILES) * blocks, at_once)
+    elif not held:
+        turns = max(range(1, 5), key=lambda n: min(0.9, n * at_once // blocks * blocks / (n * at_once)))
+    tiles = cdiv(total, max(1, turns * at_once // blocks))
+    if sums:
+        tiles = max(tiles, min(total, FEWEST_TILES))
+    return Channel(block_b, block_s, block_c, warps, stages, most, cdiv(total, tiles), held)
 
 
 def slab(

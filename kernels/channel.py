@@ -12,9 +12,10 @@ import triton.language as tl
 
 from .. import heuristics
 from ..geometry import Channels
-from .channel_parts import apply_tiles, grad_tiles, merged, store_statistics, store_sums, store_training
+from .chain import let_next_start, wait_for_previous
+from .channel_parts import apply_tiles, grad_tiles, load_backwards, merged, store_statistics, store_sums, store_training
 from .channel_tiles import SIZES, like, load_statistics, planned, program_block, tile_inside
-from .launch import accumulate_dtype, dense, float_pair, launch
+from .launch import accumulate_dtype, dense, float_pair, launch, leads, overlaps
 from .math import pair_of, quotient, root, unscaled
 from .partial import finalise, mean_of, total
 from .slab import slab_bwd, slab_fwd
@@ -24,8 +25,9 @@ from .wanted import load_wanted, store_wanted
 @triton.jit(do_not_specialize=SIZES)
 def _channel_stats_kernel(x_ptr, partial_ptr, x_strides, P, B, S_v, C_v, X_FASTEST: tl.constexpr, VEC_S: tl.constexpr,
                           VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-                          INDEX: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                          INDEX: tl.constexpr, STAGES: tl.constexpr, LEADS: tl.constexpr):  # fmt: skip
     """partial (4, P, C), see store_statistics."""
+    let_next_start(LEADS)
     S = S_v * VEC_S
     C = C_v * VEC_C
     p, c0 = program_block(C, BLOCK_C)
@@ -35,14 +37,17 @@ def _channel_stats_kernel(x_ptr, partial_ptr, x_strides, P, B, S_v, C_v, X_FASTE
 
 @triton.jit(do_not_specialize=["P", "C", "count", "eps", "eps_low", "momentum", "momentum_low"])
 def _channel_merge_kernel(partial_ptr, mean_ptr, std_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, P, C, count,
-                          eps, eps_low, momentum, momentum_low, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+                          eps, eps_low, momentum, momentum_low, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+                          LEADS: tl.constexpr, FOLLOWS: tl.constexpr):  # fmt: skip
     """From all P rows of partial (4, P, C): mean pair and std, or, where rstd has a pointer, all that training stores."""
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    let_next_start(LEADS)
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     n = tl.cast(count, ACC)
     old_mean = load_wanted(running_mean_ptr, cols, cols < C)
     old_var = load_wanted(running_var_ptr, cols, cols < C)
     tracked = load_wanted(tracked_ptr, 0, True)
+    wait_for_previous(FOLLOWS)
     high, low, m2, scale = merged(partial_ptr, cols, n, P, C, BLOCK_P)
     if rstd_ptr is not None:
         store_training(high, low, m2, scale, n, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, old_mean,
@@ -59,7 +64,7 @@ def _channel_apply_kernel(x_ptr, partial_ptr, mean_ptr, rstd_ptr, running_mean_p
                           bias_ptr, y_ptr, x_strides, y_strides, rows, count, eps, eps_low, momentum, momentum_low, P, B, S_v,
                           C_v, X_FASTEST: tl.constexpr, Y_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr,
                           BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-                          INDEX: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                          INDEX: tl.constexpr, HELD: tl.constexpr, FOLLOWS: tl.constexpr):  # fmt: skip
     """y. Mean pair and rstd come from the partial rows of training, else from the running statistics where they are given:
     each program makes them of its channels, and one stores them. Else they are loaded."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
@@ -75,6 +80,10 @@ def _channel_apply_kernel(x_ptr, partial_ptr, mean_ptr, rstd_ptr, running_mean_p
     old_mean = load_wanted(running_mean_ptr, cols, cols < C)
     old_var = load_wanted(running_var_ptr, cols, cols < C)
     tracked = load_wanted(tracked_ptr, 0, True)
+    first = None
+    if HELD:
+        first = load_backwards(x_ptr, x_strides, p, c0, inside, B, S, C, X_FASTEST, VEC_S, VEC_C, BLOCK_B, BLOCK_S)
+    wait_for_previous(FOLLOWS)
     if partial_ptr is not None:
         n = tl.cast(count, ACC)
         high, low, m2, scale = merged(partial_ptr, cols, n, rows, C, BLOCK_P)
@@ -92,16 +101,17 @@ def _channel_apply_kernel(x_ptr, partial_ptr, mean_ptr, rstd_ptr, running_mean_p
     slope = rstd[None, :]
     if weight is not None:  # once per channel, which also saves a rounding per element
         slope = slope * weight.to(ACC)
-    apply_tiles(x_ptr, y_ptr, x_strides, y_strides, c0, inside, high[None, :], low[None, :], slope, bias, p, P, B, S, C,
-                X_FASTEST, Y_FASTEST, VEC_S, VEC_C, BLOCK_B, BLOCK_S, STAGES)  # fmt: skip
+    apply_tiles(first, x_ptr, y_ptr, x_strides, y_strides, c0, inside, high[None, :], low[None, :], slope, bias, p, P, B, S, C,
+                X_FASTEST, Y_FASTEST, VEC_S, VEC_C, BLOCK_B, BLOCK_S)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _channel_sums_kernel(dy_ptr, x_ptr, mean_ptr, rstd_ptr, partial_ptr, dy_strides, x_strides, P, B, S_v, C_v,
                          DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr,
                          BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr,
-                         STAGES: tl.constexpr):  # fmt: skip
+                         STAGES: tl.constexpr, LEADS: tl.constexpr):  # fmt: skip
     """partial (2, P, C), see store_sums."""
+    let_next_start(LEADS)
     S = S_v * VEC_S
     C = C_v * VEC_C
     p, c0 = program_block(C, BLOCK_C)
@@ -115,7 +125,7 @@ def _channel_grad_kernel(dy_ptr, x_ptr, partial_ptr, mean_ptr, rstd_ptr, weight_
                          dy_strides, x_strides, dx_strides, rows, count, P, B, S_v, C_v, DY_FASTEST: tl.constexpr,
                          X_FASTEST: tl.constexpr, DX_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr,
                          BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-                         INDEX: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                         INDEX: tl.constexpr, STAGES: tl.constexpr, FOLLOWS: tl.constexpr):  # fmt: skip
     """dx. With the partial rows of training each program adds up those of its channels, and one stores dw and db. Else the
     means are loaded; evaluation has none."""
     S = S_v * VEC_S
@@ -126,6 +136,7 @@ def _channel_grad_kernel(dy_ptr, x_ptr, partial_ptr, mean_ptr, rstd_ptr, weight_
     c = c0 + inside[2]
     weight = load_wanted(weight_ptr, c, c < C)
     high, low, rstd = load_statistics(mean_ptr, rstd_ptr, c, C)
+    wait_for_previous(FOLLOWS)
     means = None
     if partial_ptr is not None:
         dw, db = total(partial_ptr, cols, cols < C, rows, rows, C, BLOCK_P, True, True)
@@ -154,26 +165,26 @@ def _count(x):
 
 def _stats(x, mean):
     """Partial rows (4, P, C), and whether the second reading may merge them."""
-    plan, (x,) = planned(x, reading="sums")
+    plan, (x,) = planned(x, reading="stats")
     partial = mean.new_empty((4, plan.P, mean.shape[1]))
-    plan.launch(_channel_stats_kernel, x, partial, *plan.strides, X_FASTEST=plan.fastest[0])
+    plan.launch(_channel_stats_kernel, x, partial, *plan.strides, X_FASTEST=plan.fastest[0], LEADS=leads(x.device, x.nbytes))
     return partial, plan.few
 
 
 def _merge(partial, mean, count, std=None, rstd=None, running=(None, None, None), eps=0.0, momentum=0.0):
     """`running`: running_mean, running_var and num_batches_tracked."""
     _, P, C = partial.shape
-    config = heuristics.finalise(C)
+    config, follows = heuristics.finalise(C), overlaps(partial.device)
     launch(_channel_merge_kernel, heuristics.cdiv(C, config.block_c), partial.device, partial, mean, std, rstd, *running, P, C,
            count, *float_pair(eps), *float_pair(momentum), BLOCK_P=config.block_p, BLOCK_C=config.block_c,
-           warps=config.warps)  # fmt: skip
+           LEADS=follows and rstd is not None, FOLLOWS=follows, warps=config.warps)  # fmt: skip
 
 
-def _apply(x, mean, rstd, weight, bias, y, partial=None, running=(None, None, None), eps=0.0, momentum=0.0):
+def _apply(x, mean, rstd, weight, bias, y, partial=None, running=(None, None, None), eps=0.0, momentum=0.0, follows=False):
     plan, (view, out) = planned(x, y, reading="y")
     plan.launch(_channel_apply_kernel, view, partial, mean, rstd, *running, weight, bias, out, *plan.strides,
                 1 if partial is None else partial.shape[1], _count(x), *float_pair(eps), *float_pair(momentum),
-                X_FASTEST=plan.fastest[0], Y_FASTEST=plan.fastest[1])  # fmt: skip
+                X_FASTEST=plan.fastest[0], Y_FASTEST=plan.fastest[1], FOLLOWS=follows and overlaps(x.device))  # fmt: skip
     return y
 
 
@@ -183,16 +194,16 @@ def _sums(dy, x, mean, rstd):
     (x_strides, dy_strides), (x_fastest, dy_fastest) = plan.strides, plan.fastest
     partial = rstd.new_empty((2, plan.P, rstd.numel()))
     plan.launch(_channel_sums_kernel, dy, x, mean, rstd, partial, dy_strides, x_strides, DY_FASTEST=dy_fastest,
-                X_FASTEST=x_fastest)  # fmt: skip
+                X_FASTEST=x_fastest, LEADS=leads(x.device, x.nbytes))  # fmt: skip
     return partial, plan.few
 
 
-def _grad(dy, x, mean, rstd, weight, dx, partial=None, dw=None, db=None, c1=None, c2=None):
+def _grad(dy, x, mean, rstd, weight, dx, partial=None, dw=None, db=None, c1=None, c2=None, follows=False):
     plan, (view, dy, out) = planned(x, dy, dx, reading="dx")
     (x_strides, dy_strides, dx_strides), (x_fastest, dy_fastest, dx_fastest) = plan.strides, plan.fastest
     plan.launch(_channel_grad_kernel, dy, view, partial, mean, rstd, weight, c1, c2, out, dw, db, dy_strides, x_strides,
                 dx_strides, 1 if partial is None else partial.shape[1], _count(x), DY_FASTEST=dy_fastest, X_FASTEST=x_fastest,
-                DX_FASTEST=dx_fastest)  # fmt: skip
+                DX_FASTEST=dx_fastest, FOLLOWS=follows and overlaps(x.device))  # fmt: skip
     return dx
 
 
@@ -224,10 +235,10 @@ def channel_fwd(x, weight, bias, running_mean, running_var, training, momentum, 
     if not slab_fwd(x, weight, bias, running, y, mean, rstd, momentum, eps):
         partial, few = _stats(x, mean)
         if few:
-            _apply(x, mean, rstd, weight, bias, y, partial, running, eps, momentum)
+            _apply(x, mean, rstd, weight, bias, y, partial, running, eps, momentum, True)
         else:
             _merge(partial, mean, _count(x), None, rstd, running, eps, momentum)
-            _apply(x, mean, rstd, weight, bias, y)
+            _apply(x, mean, rstd, weight, bias, y, follows=True)
     for new, old in zip(running[:2], (running_mean, running_var), strict=True):
         if new is not old:  # the buffer is strided: dense made a copy
             old.data.copy_(new)
@@ -243,10 +254,10 @@ def channel_bwd(dy, x, weight, mean, rstd, training, need):
         return dx, dw, db
     partial, few = _sums(dy, x, mean, rstd) if sums or means else (None, False)
     if means and few:
-        return _grad(dy, x, mean, rstd, weight, dx, partial, dw, db), dw, db
+        return _grad(dy, x, mean, rstd, weight, dx, partial, dw, db, follows=True), dw, db
     c1, c2 = (torch.empty_like(rstd), torch.empty_like(rstd)) if means else (None, None)
     if partial is not None:
-        finalise(partial, dw, db, weight=weight, c1=c1, c2=c2, count=_count(x))
+        finalise(partial, dw, db, weight=weight, c1=c1, c2=c2, count=_count(x), leads=dx is not None)
     if dx is not None:
-        _grad(dy, x, mean, rstd, weight, dx, c1=c1, c2=c2)
+        _grad(dy, x, mean, rstd, weight, dx, c1=c1, c2=c2, follows=partial is not None)
     return dx, dw, db

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .channel_tiles import (
+    existing,
     load_statistics,
     tile_corner,
     tile_count,
@@ -62,6 +63,7 @@ def store_statistics(partial_ptr, p, P, x_ptr, x_strides, c0, inside, B, S, C, X
     corner = (b0, tl.where(s0 + BLOCK_S > S, 0, s0), c0)  # the last tile of a row may be too short for a mean of many
     places = tile_places(x_ptr, x_strides, corner, inside, B, S, C, X_FASTEST)
     x = tile_load(x_ptr, x_strides, corner, inside, places, X_FASTEST, VEC_S, VEC_C).to(ACC)
+    x = existing(x, places, X_FASTEST)
     n = tl.zeros((1, 1), tl.int32) + tile_positions(corner, places, B, S, BLOCK_B, BLOCK_S).to(tl.int32)
     shift = quotient(tl.sum(x, axis=0), tl.sum(n, axis=0).to(ACC))
     shift = if_finite(shift, shift)
@@ -149,20 +151,38 @@ def store_training(high, low, m2, scale, n, mean_ptr, rstd_ptr, running_mean_ptr
 
 
 @triton.jit
-def apply_tiles(x_ptr, y_ptr, x_strides, y_strides, c0, inside, high, low, slope, bias, p, P, B, S, C,
+def load_backwards(x_ptr, x_strides, i, c0, inside, B, S, C, X_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr,
+                   BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
+    """Tile i from the end on, and nothing where there is none."""
+    span = tile_span(x_ptr, S, X_FASTEST)
+    tiles = tile_count(B, span, BLOCK_B, BLOCK_S)
+    b, s, c = tile_corner(tiles - 1 - i, c0, span, BLOCK_B, BLOCK_S)
+    corner = (tl.where(i < tiles, b, B), s, c)  # there is no sample B
+    places = tile_places(x_ptr, x_strides, corner, inside, B, S, C, X_FASTEST)
+    return tile_load(x_ptr, x_strides, corner, inside, places, X_FASTEST, VEC_S, VEC_C)
+
+
+@triton.jit
+def apply_tiles(first, x_ptr, y_ptr, x_strides, y_strides, c0, inside, high, low, slope, bias, p, P, B, S, C,
                 X_FASTEST: tl.constexpr, Y_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr,
-                BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
     """y of every P-th tile; mean pair, slope = rstd * weight, and bias, which may be None, are [1, BLOCK_C].
+
+    `first` is what load_backwards gave of the first tile; then the next one is always loaded before one is stored. Or None.
 
     From the last tile to the first, because the end is what the sums have read last: L2 may still have it.
     """
     span = tile_span(x_ptr, S, X_FASTEST)
     tiles = tile_count(B, span, BLOCK_B, BLOCK_S)
-    for i in tl.range(p, tiles, P, num_stages=STAGES):
+    for i in range(p, tiles, P):
         corner = tile_corner(tiles - 1 - i, c0, span, BLOCK_B, BLOCK_S)
         places = tile_places(x_ptr, x_strides, corner, inside, B, S, C, X_FASTEST)
-        x = tile_load(x_ptr, x_strides, corner, inside, places, X_FASTEST, VEC_S, VEC_C).to(slope.dtype)
-        y = normalize(x, high, low, slope)
+        if first is None:
+            x = tile_load(x_ptr, x_strides, corner, inside, places, X_FASTEST, VEC_S, VEC_C)
+        else:
+            x = first
+            first = load_backwards(x_ptr, x_strides, i + P, c0, inside, B, S, C, X_FASTEST, VEC_S, VEC_C, BLOCK_B, BLOCK_S)
+        y = normalize(x.to(slope.dtype), high, low, slope)
         if bias is not None:
             y = y + bias.to(slope.dtype)
         tile_store(y_ptr, y_strides, corner, inside, places, y, Y_FASTEST, VEC_S, VEC_C)
@@ -186,6 +206,7 @@ def store_sums(partial_ptr, p, P, dy_ptr, x_ptr, dy_strides, x_strides, c0, insi
         places = tile_places(x_ptr, x_strides, corner, inside, B, S, C, X_FASTEST)
         x = tile_load(x_ptr, x_strides, corner, inside, places, X_FASTEST, VEC_S, VEC_C).to(ACC)
         dz = tile_load(dy_ptr, dy_strides, corner, inside, places, DY_FASTEST, VEC_S, VEC_C).to(ACC)
+        x, dz = existing(x, places, X_FASTEST), existing(dz, places, DY_FASTEST)
         dw += dz * centre(x, high, low)
         db += dz
     dw, db = tile_sum2(dw, db, X_FASTEST, VEC_X, 2)

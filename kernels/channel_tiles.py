@@ -70,7 +70,8 @@ def tile_places(x_ptr, strides, corner, inside, B, S, C, FASTEST: tl.constexpr):
         VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
         skew = ((tl.cast(corner[2], tl.int64) + c) * strides[1] % VEC).to(place.dtype)
         loaded = exists & (place < tl.cdiv(S + skew, VEC) * VEC - corner[1])
-        exists = exists & (place >= skew - corner[1]) & (place < S + skew - corner[1])
+        position = (place - (skew - corner[1])).to(tl.uint32)  # one that is negative is too large as well
+        exists = exists & (position < S)
         return skew, exists, loaded
     else:
         exists = exists & (place < S - corner[1])
@@ -114,13 +115,20 @@ def _skewed_at(ptr, strides, corner, inside, WHOLE: tl.constexpr):
 
 @triton.jit
 def tile_load(ptr, strides, corner, inside, places, FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr):
-    """A tile's elements, 0 where there are none."""
-    _, exists, loaded = places
+    """A tile's elements, 0 where there are none; beside a SKEWED row there are others, see `existing`."""
     if FASTEST == 3:
-        tile = tl.load(_skewed_at(ptr, strides, corner, inside, True), mask=loaded, other=0.0)
-        return tl.where(exists, tile, tl.zeros_like(tile))
+        at = _skewed_at(ptr, strides, corner, inside, True)
     else:
-        return tl.load(tile_at(ptr, strides, corner, inside, FASTEST, VEC_S, VEC_C), mask=loaded, other=0.0)
+        at = tile_at(ptr, strides, corner, inside, FASTEST, VEC_S, VEC_C)
+    return tl.load(at, mask=places[2], other=0.0)
+
+
+@triton.jit
+def existing(tile, places, FASTEST: tl.constexpr):
+    """What tile_load gave, with 0 where there is no element of the tile."""
+    if FASTEST == 3:
+        tile = tl.where(places[1], tile, tl.zeros_like(tile))
+    return tile
 
 
 @triton.jit
@@ -198,9 +206,10 @@ class Layout:
         """See tile_span."""
         return self.S + (self.vectors[0] - 1 if self.fastest[0] == SKEWED else 0)
 
-    def width(self, stores):
-        """Bytes of the narrowest load, or store."""
-        return self.itemsize * (1 if stores and self.fastest[0] == SKEWED else min(self.vectors))
+    @property
+    def width(self):
+        """Bytes of the narrowest load."""
+        return self.itemsize * min(self.vectors)
 
     def divided(self):
         if self.fastest[0] == SKEWED:
@@ -245,20 +254,22 @@ class Plan:
 
     def __init__(self, layout, device, reading):
         self.layout, self.device = layout, device
+        sums = reading in heuristics.SUMS
         config = heuristics.channel(
             layout.B, layout.C, layout.span, layout.itemsize, sm_count(device), reading, folded=layout.folded,
-            channels_fastest=layout.fastest[0] == CHANNELS, width=layout.width(stores=reading != "sums"))  # fmt: skip
+            channels_fastest=layout.fastest[0] == CHANNELS, skewed=layout.fastest[0] == SKEWED, width=layout.width)  # fmt: skip
         self.P, self.fastest, self.strides = config.programs, layout.fastest, layout.divided()
         self.programs = config.programs * heuristics.cdiv(layout.C, config.block_c)
         self.few = config.programs * config.block_c <= heuristics.MERGED_WITH_READING
         self.sizes = (self.P, layout.B, layout.S // layout.vec_s, layout.C // layout.vec_c)
         index = layout.index((config.block_b, config.block_c, config.block_s))
-        if self.fastest[0] == SKEWED and reading != "sums" and config.block_s >= 32 * config.warps:
+        if self.fastest[0] == SKEWED and not sums and config.block_s >= 32 * config.warps:
             index = tl.int64  # a thread's places, a pass of the warps apart, are then numbers in its instructions
         self.constants = dict(VEC_S=layout.vec_s, VEC_C=layout.vec_c, BLOCK_B=config.block_b, BLOCK_S=config.block_s,
-                              BLOCK_C=config.block_c, INDEX=index, STAGES=config.stages, warps=config.warps,
+                              BLOCK_C=config.block_c, INDEX=index, warps=config.warps,
                               registers=config.registers)  # fmt: skip
-        if reading != "sums":
+        self.constants.update(HELD=config.held) if reading == "y" else self.constants.update(STAGES=config.stages)
+        if not sums:
             self.constants["BLOCK_P"] = max(1, heuristics.MERGED_AT_ONCE // config.block_c)
 
     def launch(self, kernel, *args, **fastest):

@@ -13,6 +13,8 @@ import torch
 import triton
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .. import heuristics
+
 # Decided once, as triton.jit decides it: by the environment at import.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -21,6 +23,26 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 def sm_count(device: torch.device) -> int:
     """Without a GPU a small number, so that the interpreter has few programs to run one after another."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+@functools.cache
+def _overlaps(device):
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether a launch may start before the one before has ended, see chain.py."""
+    if INTERPRETED:
+        return False
+    if device.type == "cuda":
+        return _overlaps(device)
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90
+
+
+def leads(device: torch.device, nbytes: int) -> bool:
+    """Whether a launch that reads so many bytes lets the next one start early."""
+    return nbytes <= heuristics.LEADING and overlaps(device)
 
 
 class Count(int):
@@ -55,14 +77,18 @@ thread = _Thread()
 def launch(
     kernel, programs: int, device: torch.device, *args, warps: int, stages: int = 2, registers: int | None = None, **constants
 ) -> None:
-    """Run a one-dimensional grid on `device`, on its current stream; `registers`: the most of a thread."""
+    """Run a one-dimensional grid on `device`, on its current stream; `registers`: the most of a thread.
+
+    What FOLLOWS the launch before, see chain.py, may start before that has ended.
+    """
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     watched = thread.recorder is not None
     with (
         torch.cuda.device(device) if elsewhere else contextlib.nullcontext(),
         _disable_current_modes() if watched else contextlib.nullcontext(),  # the interpreter is made of torch's operators
     ):
-        compiled = _start(kernel, programs, device, args, (warps, stages, registers), constants)
+        options = warps, stages, registers, constants.get("FOLLOWS", False)
+        compiled = _start(kernel, programs, device, args, options, constants)
     if watched:
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | constants
         thread.recorder(Launch(kernel, compiled, programs, {name: arguments[name] for name in kernel.arg_names}))
@@ -99,9 +125,9 @@ def _start(kernel, programs, device, args, options, constants):
     at_hand = _compiled.kernels.get(key) if key else None
     if at_hand is None or triton.knobs.runtime.launch_enter_hook.calls:  # a profiler's hook is called by Triton alone
         # FP fusion is what later Tritons turn off by default.
-        named = dict(zip(("num_warps", "num_stages", "maxnreg"), options, strict=True), enable_fp_fusion=True)
+        named = dict(zip(("num_warps", "num_stages", "maxnreg", "launch_pdl"), options, strict=True), enable_fp_fusion=True)
         if INTERPRETED or triton.runtime.driver.active.get_current_target().backend != "cuda":
-            del named["maxnreg"]  # NVIDIA's assembler alone takes it
+            del named["maxnreg"], named["launch_pdl"]  # NVIDIA's assembler and driver alone take them
         compiled = kernel[(int(programs),)](*map(_plain, args), **named, **constants)
         if key:
             order = tuple(constants[name] for name in kernel.arg_names[len(args) :])

@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from .. import heuristics
-from .launch import launch
+from .chain import let_next_start, wait_for_previous
+from .launch import launch, overlaps
 from .math import exact_sum2, folded, quotient, two_sum
 from .wanted import load_wanted, store_wanted
 
@@ -42,11 +43,13 @@ def mean_of(total, weight, count):
 
 @triton.jit(do_not_specialize=["P", "filled", "N", "count"])
 def _finalise_kernel(partial_ptr, weight_ptr, dw_ptr, db_ptr, c1_ptr, c2_ptr, P, filled, N, count, BLOCK_P: tl.constexpr,
-                     BLOCK_C: tl.constexpr):  # fmt: skip
+                     BLOCK_C: tl.constexpr, LEADS: tl.constexpr, FOLLOWS: tl.constexpr):  # fmt: skip
     """dw, db, and their means c1 and c2."""
+    let_next_start(LEADS)
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = cols < N
     weight = load_wanted(weight_ptr, cols, mask)
+    wait_for_previous(FOLLOWS)
     dw, db = total(partial_ptr, cols, mask, filled, P, N, BLOCK_P, dw_ptr is not None or c1_ptr is not None,
                    db_ptr is not None or c2_ptr is not None)  # fmt: skip
     store_wanted(dw_ptr, cols, dw, mask)
@@ -56,13 +59,13 @@ def _finalise_kernel(partial_ptr, weight_ptr, dw_ptr, db_ptr, c1_ptr, c2_ptr, P,
         tl.store(c2_ptr + cols, mean_of(db, weight, count), mask=mask)
 
 
-def finalise(partial, dw, db, filled=None, weight=None, c1=None, c2=None, count=1):
+def finalise(partial, dw, db, filled=None, weight=None, c1=None, c2=None, count=1, leads=False):
     """dw, db, c1 and c2 (N,) from partial (2, P, N), of which `filled` rows are filled, all by default.
 
-    dw or db, and c1 and c2, are None where they are not wanted.
+    dw or db, and c1 and c2, are None where they are not wanted. `leads`: another launch of the call follows.
     """
     _, P, N = partial.shape
     config = heuristics.finalise(N)
     launch(_finalise_kernel, heuristics.cdiv(N, config.block_c), partial.device, partial, weight, dw, db, c1, c2, P,
            P if filled is None else filled, N, count, BLOCK_P=config.block_p, BLOCK_C=config.block_c,
-           warps=config.warps)  # fmt: skip
+           LEADS=leads and overlaps(partial.device), FOLLOWS=overlaps(partial.device), warps=config.warps)  # fmt: skip

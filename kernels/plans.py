@@ -75,7 +75,7 @@ def _plan(watch, args, results):
         raise _Unplannable
     memory = _Memory([a if isinstance(a, torch.Tensor) else None for a in args], results, watch.made)
     steps = [_step(launch, memory) for launch in watch.launches]
-    numbers = [n for _, programs, _, _, parameters in steps for n in (programs, *(p[2:] for p in parameters))]
+    numbers = [n for _, programs, *_, parameters in steps for n in (programs, *(p[2:] for p in parameters))]
     outputs = [None if r is None else (tuple(r.shape), r.stride(), r.dtype) for r in results]
     return outputs, memory.scratch, steps, any(per for _, per in numbers)
 
@@ -125,11 +125,12 @@ def _step(launch: Launch, memory):
     for name, a in launch.arguments.items():
         parameters += _parameters(types[name], a, memory)
     if launch.compiled is None:
-        return _interpreted_step(launch), _number(launch.programs), 32, 0, parameters
+        return _interpreted_step(launch), _number(launch.programs), 32, 0, False, parameters
     m = launch.compiled.metadata
-    if m.num_ctas != 1 or m.global_scratch_size or m.profile_scratch_size or m.launch_cooperative_grid or m.launch_pdl:
+    if m.num_ctas != 1 or m.global_scratch_size or m.profile_scratch_size or m.launch_cooperative_grid:
         raise _Unplannable
-    return launch.compiled.function, _number(launch.programs), m.target.warp_size * m.num_warps, m.shared, parameters
+    threads = m.target.warp_size * m.num_warps
+    return launch.compiled.function, _number(launch.programs), threads, m.shared, m.launch_pdl, parameters
 
 
 def _parameters(kind, a, memory):
@@ -173,7 +174,7 @@ def _libraries():
 
 
 def driver() -> tuple[int, int]:
-    """The addresses of cuLaunchKernel and of what gives the current stream; in the interpreter, of a stand-in, and 0.
+    """The addresses of cuLaunchKernelEx and of what gives the current stream; in the interpreter, of a stand-in, and 0.
 
     Raises:
         OSError, AttributeError: this torch is none for CUDA, or has no such function.
@@ -181,7 +182,7 @@ def driver() -> tuple[int, int]:
     if INTERPRETED:
         return ctypes.cast(_stand_in(), ctypes.c_void_p).value, 0
     cuda, torch_cuda = _libraries()
-    functions = cuda.cuLaunchKernel, torch_cuda.aoti_torch_get_current_cuda_stream
+    functions = cuda.cuLaunchKernelEx, torch_cuda.aoti_torch_get_current_cuda_stream
     return tuple(ctypes.cast(f, ctypes.c_void_p).value for f in functions)
 
 
@@ -195,12 +196,12 @@ def _interpreted_step(launch) -> int:
     return len(_interpreted)
 
 
-def _interpret(function, programs, *call):
-    """As cuLaunchKernel, for the interpreter: reads each parameter where a GPU would."""
+def _interpret(config, function, parameters, extra):
+    """As cuLaunchKernelEx, for the interpreter: reads each parameter where a GPU would."""
     if function > len(_interpreted):
         return 400  # CUDA_ERROR_INVALID_HANDLE
     kernel, types, kept = _interpreted[function - 1]
-    parameters = call[7]
+    programs = ctypes.cast(config, ctypes.POINTER(ctypes.c_uint)).contents.value
     places = itertools.count()
     read = lambda ctype: ctypes.cast(parameters[next(places)], ctypes.POINTER(ctype)).contents.value
 
@@ -219,5 +220,5 @@ def _interpret(function, programs, *call):
 
 @cache
 def _stand_in():
-    signature = [ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p]
+    signature = [ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p]
     return ctypes.CFUNCTYPE(ctypes.c_int, *signature)(_interpret)

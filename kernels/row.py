@@ -10,7 +10,8 @@ import triton.language as tl
 
 from .. import heuristics
 from ..geometry import Rows
-from .launch import Count, accumulate_dtype, dense, float_pair, launch, sm_count, vector
+from .chain import let_next_start, wait_for_previous
+from .launch import Count, accumulate_dtype, dense, float_pair, launch, leads, overlaps, sm_count, vector
 from .math import (
     BIG_SCALE,
     add_shifted,
@@ -168,12 +169,14 @@ def _store_sum(partial_ptr, result_ptr, parts, P, cols, mask):
 
 @triton.jit(do_not_specialize=["P", "M", "N_v", "dy_stride_v", "x_stride_v"])
 def _row_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, partial_ptr, dw_ptr, db_ptr, P, M, N_v, dy_stride_v,
-                    x_stride_v, ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                    x_stride_v, ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr,
+                    LEADS: tl.constexpr):  # fmt: skip
     """Persistent single sweep: dx row by row, weight and bias gradients summed in registers, one partial row per program.
 
     Lanes outside a row hold dz = 0, which is all that keeps them out of the sums.
     """
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
+    let_next_start(LEADS)
     N = N_v * VEC
     pid = tl.program_id(0)
     r = tl.arange(0, ROWS)
@@ -209,10 +212,11 @@ def _row_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, parti
 
 @triton.jit(do_not_specialize=["M", "N_v", "dy_stride_v", "x_stride_v"])
 def _row_bwd_sums_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c_ptr, M, N_v, dy_stride_v, x_stride_v,
-                         BLOCK: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                         BLOCK: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr, LEADS: tl.constexpr):  # fmt: skip
     """c1 and c2 of one long row, in c: M of the one, then M of the other."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     N = N_v * VEC
+    let_next_start(LEADS)
     row = tl.program_id(0).to(tl.int64)
     rows = row + tl.arange(0, 1)
     cols = tl.arange(0, BLOCK)[None, :]
@@ -237,7 +241,7 @@ def _row_bwd_sums_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c_ptr, M
 @triton.jit(do_not_specialize=["P", "M", "N_v", "dy_stride_v", "x_stride_v"])
 def _row_bwd_columns_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c_ptr, dx_ptr, partial_ptr, dw_ptr, db_ptr, P, M,
                             N_v, dy_stride_v, x_stride_v, ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
-                            STAGES: tl.constexpr):  # fmt: skip
+                            STAGES: tl.constexpr, LEADS: tl.constexpr, FOLLOWS: tl.constexpr):  # fmt: skip
     """BLOCK columns of every P-th tile of rows: dx with the known c1 and c2, and one partial row of dw and db.
 
     From the last row on: those are in L2, if any are.
@@ -253,6 +257,8 @@ def _row_bwd_columns_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c_ptr
     db = tl.zeros((ROWS, BLOCK), ACC)
     if dx_ptr is not None and weight_ptr is not None:
         weight = _load_parameter(weight_ptr, cols + (r * 0)[:, None], cols < N, VEC)
+    let_next_start(LEADS)
+    wait_for_previous(FOLLOWS)
     groups = tl.cdiv(M, ROWS)
     for i in tl.range(p, groups, P, num_stages=STAGES):
         rows = ((groups - 1 - i) * ROWS + r).to(tl.int64)
@@ -324,6 +330,7 @@ def row_bwd(dy, x, weight, mean, rstd, need):
     inputs = (dy, x, dense(weight), dense(mean), dense(rstd))
     results = (dx, partial, dw, db, config.partial_rows)
     M = Count(rows.M)
+    early = leads(x.device, heuristics.most_rows(rows.M) * rows.N * x.element_size())
     sizes = (M, rows.N // vec, dy_stride // vec, x_stride // vec)
     tile = dict(ROWS=config.rows, BLOCK=config.block, VEC=vec, STAGES=config.stages, warps=config.warps, stages=config.stages)
     if isinstance(config, heuristics.RowBackwardSplit):
@@ -331,13 +338,14 @@ def row_bwd(dy, x, weight, mean, rstd, need):
         if dx is not None:
             c = torch.empty((2, heuristics.most_rows(rows.M)), dtype=rstd.dtype, device=x.device)
             launch(_row_bwd_sums_kernel, M, x.device, *inputs, c, *sizes, BLOCK=config.sums_block, VEC=vec,
-                   STAGES=config.sums_stages, warps=config.sums_warps, stages=config.sums_stages)  # fmt: skip
+                   LEADS=early, STAGES=config.sums_stages, warps=config.sums_warps, stages=config.sums_stages)  # fmt: skip
         filled = config.partial_rows
         launch(_row_bwd_columns_kernel, filled * heuristics.cdiv(rows.N, config.block), x.device, *inputs, c, *results, *sizes,
-               **tile)  # fmt: skip
+               **tile, LEADS=early, FOLLOWS=c is not None and overlaps(x.device))  # fmt: skip
     else:
         filled = Count(rows.M, config.rows, config.partial_rows)
-        launch(_row_bwd_kernel, filled, x.device, *inputs, *results, *sizes, **tile, registers=config.registers)
+        launch(_row_bwd_kernel, filled, x.device, *inputs, *results, *sizes, **tile, registers=config.registers,
+               LEADS=early)  # fmt: skip
     if partial is not None and config.partial_rows > 1:
         finalise(partial, dw, db, filled=filled)
     return dx, dw, db

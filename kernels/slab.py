@@ -17,6 +17,7 @@ from .channel_tiles import (
     Layout,
     as_planned,
     described,
+    existing,
     load_statistics,
     tile_inside,
     tile_load,
@@ -41,7 +42,7 @@ def _slab_fwd_kernel(x_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_
     corner = (0, 0, tl.program_id(0) * BLOCK_C)
     inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
     places = tile_places(x_ptr, x_strides, corner, inside, B, S, C, X_FASTEST)
-    x = tile_load(x_ptr, x_strides, corner, inside, places, X_FASTEST, VEC_S, VEC_C).to(ACC)
+    x = existing(tile_load(x_ptr, x_strides, corner, inside, places, X_FASTEST, VEC_S, VEC_C), places, X_FASTEST).to(ACC)
     cols = corner[2] + tl.arange(0, BLOCK_C)
     weight = load_wanted(weight_ptr, cols, cols < C)
     bias = load_wanted(bias_ptr, cols, cols < C)
@@ -76,8 +77,8 @@ def _slab_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_p
     corner = (0, 0, tl.program_id(0) * BLOCK_C)
     inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
     places = tile_places(x_ptr, x_strides, corner, inside, B, S, C, X_FASTEST)
-    x = tile_load(x_ptr, x_strides, corner, inside, places, X_FASTEST, VEC_S, VEC_C).to(ACC)
-    dz = tile_load(dy_ptr, dy_strides, corner, inside, places, DY_FASTEST, VEC_S, VEC_C).to(ACC)
+    x = existing(tile_load(x_ptr, x_strides, corner, inside, places, X_FASTEST, VEC_S, VEC_C), places, X_FASTEST).to(ACC)
+    dz = existing(tile_load(dy_ptr, dy_strides, corner, inside, places, DY_FASTEST, VEC_S, VEC_C), places, DY_FASTEST).to(ACC)
     cols = corner[2] + tl.arange(0, BLOCK_C)
     high, low, rstd = load_statistics(mean_ptr, rstd_ptr, cols, C)
     weight = load_wanted(weight_ptr, cols, cols < C)
@@ -120,7 +121,7 @@ class Plan:
 def _plan(shape, strides, itemsizes, backward):
     layout = Layout.of(shape, strides, itemsizes)
     config = heuristics.slab(layout.B, layout.C, layout.span, layout.itemsize, folded=layout.folded,
-                             channels_fastest=layout.fastest[0] == CHANNELS, width=layout.width(stores=False),
+                             channels_fastest=layout.fastest[0] == CHANNELS, width=layout.width,
                              backward=backward)  # fmt: skip
     return None if config is None else Plan(layout, config)
 

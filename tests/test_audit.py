@@ -41,7 +41,7 @@ def test_no_violation_and_every_kernel_reached(arch):
 def test_the_audit_finds_planted_violations():
     found = result("selfcheck", "planted")
     assert found == {"none": [[]], "spill": [["SPILL"]], "fp64": [["FP64"]], "division": [["ROUGH"]], "root": [["ROUGH"]],
-                     "narrow": [["NARROW"]]}  # fmt: skip
+                     "early load": [["EARLY"]], "early store": [["EARLY"]], "waited": [[]], "narrow": [["NARROW"]]}  # fmt: skip
 
 
 def test_a_kernel_that_no_call_reaches_is_named():

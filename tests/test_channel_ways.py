@@ -33,9 +33,11 @@ class Way:
             self.patch(module, "launch", self._recording(module.launch))
         if name != "slab":  # small tiles, so that small tensors have many
             self.patch(heuristics, "slab", lambda *sizes, **layout: None)
-            small = {name: dict.fromkeys((2, 4, 8), (128, 4, 2, 8, None)) for name in heuristics.READINGS}
-            self.patch(heuristics, "READINGS", small)
+            for table in ("READINGS", "HELD"):
+                small = {name: dict.fromkeys((2, 4, 8), (128, 4, 2, 8, None)) for name in getattr(heuristics, table)}
+                self.patch(heuristics, table, small)
             self.patch(heuristics, "MERGED_WITH_READING", 2048 if name == "two" else 0)
+            self.patch(heuristics, "LEADING", heuristics.LEADING if name == "two" else 0)
 
     def _recording(self, launch):
         def run(kernel, *args, **options):

@@ -4,6 +4,7 @@ Triton decides at import between its interpreter and its compiler, so this runs 
 compilation is real and nothing is launched (dryrun.py).
 """
 
+import itertools
 import json
 import os
 import re
@@ -56,7 +57,7 @@ def plans():
 
     def step(record, memory):
         nonlocal count
-        function, programs, threads, shared, given = inner(record, memory)
+        function, programs, threads, shared, _, given = inner(record, memory)
         count += 1
         sizes = [4 if kind == plans.NUMBER and not wide(record, i) else 8 for i, (kind, *_) in enumerate(given)]
         metadata = record.compiled.metadata
@@ -67,7 +68,7 @@ def plans():
         )
         if not right:
             wrong.append([record.kernel.__name__, sizes, parameters(record.compiled)])
-        return function, programs, threads, shared, given
+        return function, programs, threads, shared, False, given
 
     def wide(record, i):
         flat = []
@@ -119,6 +120,39 @@ def direct():
     return {"wrong": wrong, "count": count, "kept": len(launch._compiled.kernels)}
 
 
+def chains():
+    """By architecture and call, of each launch that compiles: its kernel, and whether it may start early, waits, and lets the
+    next one start early."""
+    import fastnorm.kernels as K
+    import torch
+    from audit.dryrun import record
+
+    from fastnorm import heuristics
+
+    def rows():
+        x, p = torch.empty(64, 768), torch.empty(768)
+        K.row_bwd(x, x, p, *K.row_fwd(x, p, None, 1e-5, 768)[1:], (True, torch.float32, torch.float32))
+
+    def channels(shape, merged):
+        heuristics.MERGED_WITH_READING = merged
+        x, p = torch.empty(shape), torch.empty(shape[1])
+        y, mean, rstd = K.channel_fwd(x, p, None, None, None, True, 0.1, 1e-5)
+        K.channel_bwd(y, x, None, mean, rstd, True, (True, torch.float32, None))
+
+    calls = {"rows": rows, "two": lambda: channels((16, 8, 56, 56), 1024), "large": lambda: channels((16, 32, 128, 256), 1024),
+             "three": lambda: channels((16, 8, 57, 56), 0)}  # fmt: skip
+    found = {}
+    for arch, (name, call) in itertools.product(("sm_80", "sm_90"), calls.items()):
+        with record(arch, []) as compiled:
+            call()
+        ptx = [c.files["ptx"].read_text() for c in compiled]
+        found.setdefault(arch, {})[name] = [
+            (c.kernel, c.follows, "griddepcontrol.wait" in t, "griddepcontrol.launch_dependents" in t)
+            for c, t in zip(compiled, ptx, strict=True)
+        ]
+    return found
+
+
 def specialised():
     """Numbers of kernels on whose values Triton would specialise, and so compile anew when one is 1 or a multiple of 16."""
     import fastnorm.kernels as K
@@ -135,7 +169,7 @@ if __name__ == "__main__":
     from audit.dryrun import record
 
     with record("sm_90", []):
-        print(json.dumps({"plans": plans, "direct": direct, "specialised": specialised}[sys.argv[1]]()))
+        print(json.dumps({"plans": plans, "direct": direct, "chains": chains, "specialised": specialised}[sys.argv[1]]()))
 else:
     import pytest
 
@@ -152,6 +186,20 @@ else:
         assert not result["wrong"]
         assert result["count"] > 40
         assert result["kept"] > 10
+
+    def test_launches_that_follow_each_other_overlap():
+        alone, leads, follows, both = (False,) * 3, (False, False, True), (True, True, False), (True,) * 3
+        found = run("chains")
+        for launches in found["sm_80"].values():
+            assert launches
+            assert all(tuple(kinds) == alone for _, *kinds in launches)
+        kinds = lambda name: {kernel.removeprefix("_").removesuffix("_kernel"): tuple(k) for kernel, *k in found["sm_90"][name]}
+        assert kinds("rows") == {"row_fwd": alone, "row_bwd": leads, "finalise": follows}
+        chain = {"channel_stats": leads, "channel_apply": follows, "channel_sums": leads, "channel_grad": follows}
+        assert kinds("two") == chain
+        # Its gradient is the kernel of the smaller one.
+        assert kinds("large") == {"channel_stats": alone, "channel_apply": follows, "channel_sums": alone}
+        assert kinds("three") == {**chain, "channel_merge": both, "finalise": both}
 
     def test_no_number_is_specialised():
         result = run("specialised")

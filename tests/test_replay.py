@@ -214,6 +214,47 @@ def test_a_launch_that_fails_is_done_in_python(monkeypatch):
     assert counts()[1] == replayed == 1
 
 
+class Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+                ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("number", ctypes.c_uint)]  # fmt: skip
+
+
+class Attribute(ctypes.Structure):
+    """CUlaunchAttribute, whose value is a union of 64 bytes."""
+
+    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_char * 4), ("value", ctypes.c_int * 16)]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU's driver cannot be replaced")
+def test_the_driver_is_told_of_launches_that_may_start_early(monkeypatch):
+    step, told = plans._step, []
+
+    def watched(config, *rest):
+        c = ctypes.cast(config, ctypes.POINTER(Config)).contents
+        attributes = (Attribute * c.number).from_address(c.attributes) if c.number else ()
+        told.append(([*c.grid], [*c.block], [(a.id, a.value[0]) for a in attributes]))
+        return plans._interpret(config, *rest)
+
+    def second_follows(launch, memory):
+        function, programs, threads, shared, _, parameters = step(launch, memory)
+        return function, programs, threads, shared, launch.kernel.fn.__name__ == "_finalise_kernel", parameters
+
+    signature = [ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p]
+    driver = ctypes.CFUNCTYPE(ctypes.c_int, *signature)(watched)
+    extension.load().serve_replays(DEVICE, kernels.CONTRACT, plans.record, ctypes.cast(driver, ctypes.c_void_p).value, 0)
+    monkeypatch.setattr(plans, "_step", second_follows)
+    x, w = (torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((2000, 40), (40,)))
+    results = []
+    for _ in range(3):
+        y = fastnorm.layer_norm(x, (40,), w)
+        results.append((y, *torch.autograd.grad(y, (x, w), torch.ones_like(y))))
+    assert all(torch.equal(a, b) for a, b in zip(results[0], results[2], strict=True))
+    assert [attributes for *_, attributes in told] == [[], [], [(6, 1)]]  # forward; backward, and what finishes it
+    assert all(grid[0] > 0 and grid[1:] == block[1:] == [1, 1] and block[0] > 0 for grid, block, _ in told)
+
+
 def test_backward_runs_where_its_forward_ran():
     x = torch.randn(6, 40, device=DEVICE, requires_grad=True)
     for _ in range(3):
@@ -240,8 +281,7 @@ def test_closed_devices_are_not_served():
 def test_many_threads(monkeypatch):
     """Replays at once, from user threads and from the engine's. Triton's interpreter is for one thread, so nothing computes."""
     launched = itertools.count()
-    shape = [ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3]
-    counting = ctypes.CFUNCTYPE(ctypes.c_int, *shape)(lambda *args: 0 * next(launched))
+    counting = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)(lambda *args: 0 * next(launched))
     inputs = [torch.randn(6, n, device=DEVICE, requires_grad=True) for n in (8, 16, 24)]
 
     def work(i):

@@ -1,4 +1,5 @@
-"""Reads what a compiled variant is made of: registers, spills, FP64, rough arithmetic, and how wide each pointer is accessed.
+"""Reads what a compiled variant is made of: registers, spills, FP64, rough arithmetic, how wide each pointer is accessed, and
+whether a launch that may start early touches anything before it has waited.
 
 Registers and spills are the assembler's own report. Widths and FP64 are read from the PTX, where every address can be followed
 back to the kernel's parameter it came from; tests/test_audit.py holds that the assembler keeps both as they are.
@@ -25,6 +26,10 @@ _ASYNC = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S*\s*\[[^\]]*\]\s*,\s*\
 _PARAMETER = re.compile(r"\bld\.param\.\w+\s+(%rd\d+),\s*\[\w+_param_(\d+)\]")
 # Off by up to two units of the last place. rsqrt is in no other form, and torch's own kernels take it.
 _ROUGH = re.compile(r"\b(?:div\.(?:full|approx)|sqrt\.approx)(?:\.ftz)?\.f32\b")
+# Of a launch that may start before the one before has ended: what waits for it, see kernels/chain.py.
+WAIT = "griddepcontrol.wait"
+# What that one may write.
+EARLIER = ("partial_ptr", "c_ptr", "c1_ptr", "c2_ptr")
 _STEP = re.compile(r"\b[a-z][\w.]*\s+(%rd\d+)\s*,\s*([^;]*);")
 
 
@@ -36,6 +41,7 @@ class Code:
     rough: int  # divisions and roots that are not rounded to nearest
     loads: dict[str, dict[int, int]]  # pointer -> {bytes of one access: how many of them}
     stores: dict[str, dict[int, int]]
+    early: tuple[str, ...] = ()  # what is stored, or read of what an earlier launch writes, before that is waited for
 
 
 def read(variant: Compiled) -> Code:
@@ -51,8 +57,17 @@ def _read_nvidia(variant):
         spill = 0  # a frame that the assembler reserves and no instruction touches
     ptx = variant.files["ptx"].read_text()
     fp64 = len(re.findall(r"^\s*(?:@!?%p\d+\s+)?(?!ld|st|mov|selp)[a-z]\w*\.[\w.]*f64\b", ptx, re.M))
-    loads, stores = _widths(ptx, [name for name, _ in variant.parameters])
-    return Code(usage["REG"], spill, fp64, len(_ROUGH.findall(ptx)), loads, stores)
+    names = [name for name, _ in variant.parameters]
+    loads, stores = _widths(ptx, names)
+    return Code(usage["REG"], spill, fp64, len(_ROUGH.findall(ptx)), loads, stores, _early(ptx, names))
+
+
+def _early(ptx, names):
+    before, wait, _ = ptx.partition(WAIT)
+    if not wait:
+        return ()
+    loads, stores = _widths(before, names)
+    return (*stores, *(name for name in loads if name in EARLIER))
 
 
 def _widths(ptx, names):
@@ -95,6 +110,8 @@ def violations(variant: Compiled, code: Code, wide: Collection[str]) -> list[str
         found.append("FP64")
     if code.rough:
         found.append("ROUGH")
+    if code.early:
+        found.append("EARLY")
     if variant.shared > DEVICES[variant.arch].shared:
         found.append("SHARED")
     accesses = [(name, width) for kind in wide for name, widths in getattr(code, kind).items() for width in widths]

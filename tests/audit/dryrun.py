@@ -43,6 +43,7 @@ class Compiled:
     arch: str
     warps: int
     shared: int
+    follows: bool  # may start before the launch before has ended
     parameters: tuple[tuple[str, str], ...]
     files: dict[str, Path]  # "ptx", "cubin"; "amdgcn"
 
@@ -109,7 +110,8 @@ def record(arch: str, compiled: list):
     def listen(*, src, metadata, metadata_group, times, cache_hit):
         parameters = tuple(p for name, kind in src.signature.items() for p in _parameters(name, kind))
         files = {name.rpartition(".")[2]: Path(path) for name, path in metadata_group.items()}
-        compiled.append(Compiled(metadata["name"], arch, metadata["num_warps"], metadata["shared"], parameters, files))
+        compiled.append(Compiled(metadata["name"], arch, metadata["num_warps"], metadata["shared"],
+                                 metadata.get("launch_pdl", False), parameters, files))  # fmt: skip
 
     triton.runtime.driver.set_active(_Driver(arch))
     knobs.compilation.listener = listen

@@ -9,6 +9,7 @@ import fastnorm.kernels as K
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from . import code
 from .dryrun import record
@@ -54,6 +55,19 @@ def _narrow_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
     tl.store(y_ptr + at, tl.load(x_ptr + at))
 
 
+@triton.jit
+def _hasty_kernel(partial_ptr, y_ptr, BLOCK: tl.constexpr, LOADS: tl.constexpr, STORES: tl.constexpr):
+    """Does before it has waited what it must not do."""
+    at = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    if LOADS:
+        total = tl.load(partial_ptr + at)
+    if STORES:
+        tl.store(y_ptr + at, total)
+    gdc_wait()
+    tl.store(y_ptr + at, total + tl.load(partial_ptr + BLOCK + at))
+
+
 def planted():
     """What the audit finds in each."""
     x, half = torch.empty(1 << 16), torch.empty(1 << 16, dtype=torch.float16)
@@ -63,6 +77,9 @@ def planted():
         "fp64": lambda: _leaking_kernel[(1,)](x, x, 1e-5, BLOCK=1024),
         "division": lambda: _dividing_kernel[(1,)](x, x, BLOCK=1024),
         "root": lambda: _rooting_kernel[(1,)](x, x, BLOCK=1024),
+        "early load": lambda: _hasty_kernel[(1,)](x, x, BLOCK=1024, LOADS=True, STORES=False),
+        "early store": lambda: _hasty_kernel[(1,)](x, x, BLOCK=1024, LOADS=False, STORES=True),
+        "waited": lambda: _hasty_kernel[(1,)](x, x, BLOCK=1024, LOADS=False, STORES=False),
         "narrow": lambda: _narrow_kernel[(1,)](half, half, 1000, BLOCK=1024),
     }
     found = {}
