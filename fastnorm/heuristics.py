@@ -168,7 +168,8 @@ LEADING = 60 << 20
 #   merged later; each prefetches.
 # * "y" of what L2 holds, and of SKEWED rows: as many programs as run at once, because each merges the partial rows of its
 #   channels first; they are HELD, see Channel. Of a larger tensor: more programs than run at once, each with a few tiles.
-# * "dx" prefetches: one tile, 32 elements a thread, and more where channels lie together.
+# * "dx" prefetches: one tile, 32 elements a thread, and more where channels lie together. TURNED, where they do in x and not in
+#   all of dy and dx: more programs with fewer tiles.
 SUMS = ("stats", "sums")
 READINGS = {
     "stats": {2: (2048, 4, 4, 4, None), 4: (2048, 4, 3, 4, 128), 8: (1024, 8, 2, 2, None)},
@@ -180,6 +181,7 @@ READINGS = {
     "dx": {2: (4096, 4, 2, 6, None), 4: (2048, 4, 2, 10, None), 8: (1024, 4, 1, 8, 255)},
     "dx, skewed": {2: (4096, 4, 1, 5, None), 4: (1024, 4, 2, 8, 64)},
     "dx, channels fastest": {2: (2048, 4, 3, 4, None), 4: (2048, 4, 2, 5, None)},
+    "dx, turned": {2: (2048, 4, 3, 8, None), 4: (2048, 4, 1, 32, 112)},
 }
 HELD = {
     "y": {2: (4096, 4, 1, 8, None), 4: (4096, 8, 1, 4, None)},
@@ -284,12 +286,14 @@ def _positions(S: int, most: int, itemsize: int) -> int:
 
 def channel(
     B: int, C: int, S: int, itemsize: int, sm_count: int, reading: str, *, folded: bool, channels_fastest: bool, width: int,
-    skewed: bool = False
+    skewed: bool = False, turned: bool = False
 ) -> Channel:  # fmt: skip
     """`reading`: "stats", "sums", "y" or "dx". `folded`: the batch is part of S (B = 1), so S is a batch-like number that no
-    block may depend on. `width`: bytes of the narrowest load."""
+    block may depend on. `width`: bytes of the narrowest load. `turned`: the tensors of the launch lie in different ways."""
     sums = reading in SUMS
     name = reading + (", channels fastest" if channels_fastest else ", skewed" if skewed else "")
+    if channels_fastest and turned and reading == "dx":
+        name = "dx, turned"
     nbytes = B * C * S * itemsize
     held = itemsize in HELD.get(name, {}) and (skewed or nbytes <= LEADING) and width >= 8
     choices = HELD[name] if held else READINGS[name] if itemsize in READINGS.get(name, {}) else READINGS[reading]

@@ -254,10 +254,11 @@ class Plan:
 
     def __init__(self, layout, device, reading):
         self.layout, self.device = layout, device
-        sums = reading in heuristics.SUMS
+        sums, first = reading in heuristics.SUMS, layout.fastest[0]
         config = heuristics.channel(
             layout.B, layout.C, layout.span, layout.itemsize, sm_count(device), reading, folded=layout.folded,
-            channels_fastest=layout.fastest[0] == CHANNELS, skewed=layout.fastest[0] == SKEWED, width=layout.width)  # fmt: skip
+            channels_fastest=first == CHANNELS, skewed=first == SKEWED, turned=len(set(layout.fastest)) > 1,
+            width=layout.width)  # fmt: skip
         self.P, self.fastest, self.strides = config.programs, layout.fastest, layout.divided()
         self.programs = config.programs * heuristics.cdiv(layout.C, config.block_c)
         self.few = config.programs * config.block_c <= heuristics.MERGED_WITH_READING
