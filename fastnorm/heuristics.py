@@ -201,8 +201,10 @@ FEWEST_TILES = 4
 # Bytes that one load of a warp reads.
 WARP_READS = 512
 
-# itemsize -> (elements of a slab, warps), the smallest that fits.
-SLAB_FORWARD = {2: ((4096, 4), (16384, 8)), 4: ((4096, 4), (16384, 8)), 8: ((4096, 8),)}
+# itemsize -> (elements of a slab, warps, and the most registers where a multiprocessor is to hold two), the smallest that fits.
+SLAB_FORWARD = {2: ((4096, 4), (16384, 8, 128)), 4: ((4096, 4), (16384, 8, 128)), 8: ((4096, 8),)}
+# Loads of a pointer each, and SKEWED rows, spill with so few.
+SLAB_FORWARD_ODD = {2: ((4096, 4), (16384, 16)), 4: ((4096, 4), (16384, 16)), 8: ((4096, 8),)}
 # 32 warps backward: with 16 the two tensors spill on sm_100 where their loads are of 8 bytes.
 SLAB_BACKWARD = {2: ((4096, 8), (16384, 32)), 4: ((4096, 8), (16384, 16)), 8: ((2048, 8),)}
 # Loads of a pointer each: 16384 spill on sm_100.
@@ -325,8 +327,9 @@ def channel(
 
 
 def slab(
-    B: int, C: int, S: int, itemsize: int, *, folded: bool, channels_fastest: bool, width: int, backward: bool
-) -> Slab | None:
+    B: int, C: int, S: int, itemsize: int, *, folded: bool, channels_fastest: bool, width: int, backward: bool,
+    skewed: bool = False
+) -> Slab | None:  # fmt: skip
     """None where the slab of one segment of channels does not fit. A layer has few variants, whatever its batch sizes.
     `width`: bytes of the narrowest load."""
     row = 1 if folded else power_of_two(S)  # positions that lie together whatever the batch is
@@ -336,12 +339,12 @@ def slab(
     elif backward:
         ladder = SLAB_BACKWARD_NARROW if width < 8 else SLAB_BACKWARD
     else:
-        ladder = SLAB_FORWARD
-    for elements, warps in ladder[itemsize]:
+        ladder = SLAB_FORWARD_ODD if skewed or width < 8 else SLAB_FORWARD
+    for elements, warps, *most in ladder[itemsize]:
         positions = elements // block_c
         block_s = positions if folded else row
         if block_s >= S and B * block_s <= positions:
-            return Slab(positions // block_s, block_s, block_c, warps, registers(warps))
+            return Slab(positions // block_s, block_s, block_c, warps, most[0] if most else registers(warps))
     return None
 
 

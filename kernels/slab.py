@@ -14,6 +14,7 @@ from .channel_parts import store_training
 from .channel_tiles import (
     CHANNELS,
     SIZES,
+    SKEWED,
     Layout,
     as_planned,
     described,
@@ -122,7 +123,7 @@ def _plan(shape, strides, itemsizes, backward):
     layout = Layout.of(shape, strides, itemsizes)
     config = heuristics.slab(layout.B, layout.C, layout.span, layout.itemsize, folded=layout.folded,
                              channels_fastest=layout.fastest[0] == CHANNELS, width=layout.width,
-                             backward=backward)  # fmt: skip
+                             skewed=layout.fastest[0] == SKEWED, backward=backward)  # fmt: skip
     return None if config is None else Plan(layout, config)
 
 

@@ -254,6 +254,17 @@ def test_slabs_take_whole_sectors():
         assert c.block_c * itemsize * (1 if channels_fastest else 2) == H.SEGMENT
 
 
+def test_two_large_slabs_fit_a_multiprocessor_where_their_loads_are_wide():
+    layer = dict(folded=False, channels_fastest=False, backward=False)
+    for itemsize in (2, 4):
+        slab = H.slab(64, 256, 196, itemsize, width=8, **layer)
+        assert 2 * 32 * slab.warps * slab.registers <= H.REGISTERS
+        for odd in ({"width": 4}, {"width": 16, "skewed": True}):
+            odd = H.slab(64, 256, 198, itemsize, **odd, **layer)
+            assert odd.block_b * odd.block_s == slab.block_b * slab.block_s
+            assert 32 * odd.warps * odd.registers == H.REGISTERS
+
+
 def test_few_channels_still_fill_the_gpu():
     for channels_fastest, reading in itertools.product((False, True), ("stats", "sums", "y", "dx")):
         c = H.channel(1, 4, 256 * 3136, 4, 132, reading, folded=True, channels_fastest=channels_fastest, width=16)
