@@ -207,6 +207,8 @@ SLAB_FORWARD = {2: ((4096, 4), (16384, 8, 128)), 4: ((4096, 4), (16384, 8, 128))
 SLAB_FORWARD_ODD = {2: ((4096, 4), (16384, 16)), 4: ((4096, 4), (16384, 16)), 8: ((4096, 8),)}
 # 32 warps backward: with 16 the two tensors spill on sm_100 where their loads are of 8 bytes.
 SLAB_BACKWARD = {2: ((4096, 8), (16384, 32)), 4: ((4096, 8), (16384, 16)), 8: ((2048, 8),)}
+# 32 warps of SKEWED rows spill on sm_90.
+SLAB_BACKWARD_SKEWED = {**SLAB_BACKWARD, 2: ((4096, 8), (16384, 16))}
 # Loads of a pointer each: 16384 spill on sm_100.
 SLAB_BACKWARD_NARROW = {2: ((4096, 8), (8192, 16)), 4: ((4096, 8), (8192, 16))}
 SLAB_CHANNELS_FASTEST = {2: ((8192, 8),), 4: ((8192, 8),), 8: ((2048, 4),)}
@@ -306,6 +308,8 @@ def channel(
         per_sm, stages = per_sm * stages, 1
     if width < 8:
         most = NARROW.get((reading, itemsize), most)
+    elif most and block_c > 1 and not channels_fastest:  # what is of a channel takes as many more
+        most = registers(warps)
     if width < 8 or (sums and block_c > 1 and not channels_fastest):
         elements //= 2
         block_c = _channel_block(C, S, elements, folded, together)
@@ -337,7 +341,7 @@ def slab(
     if channels_fastest:
         ladder = SLAB_CHANNELS_FASTEST_NARROW if width < 8 else SLAB_CHANNELS_FASTEST
     elif backward:
-        ladder = SLAB_BACKWARD_NARROW if width < 8 else SLAB_BACKWARD
+        ladder = SLAB_BACKWARD_NARROW if width < 8 else SLAB_BACKWARD_SKEWED if skewed else SLAB_BACKWARD
     else:
         ladder = SLAB_FORWARD_ODD if skewed or width < 8 else SLAB_FORWARD
     for elements, warps, *most in ladder[itemsize]:

@@ -175,16 +175,16 @@ def apply_tiles(first, x_ptr, y_ptr, x_strides, y_strides, c0, inside, high, low
     span = tile_span(x_ptr, S, X_FASTEST)
     tiles = tile_count(B, span, BLOCK_B, BLOCK_S)
     for i in range(p, tiles, P):
-        corner = tile_corner(tiles - 1 - i, c0, span, BLOCK_B, BLOCK_S)
-        places = tile_places(x_ptr, x_strides, corner, inside, B, S, C, X_FASTEST)
         if first is None:
-            x = tile_load(x_ptr, x_strides, corner, inside, places, X_FASTEST, VEC_S, VEC_C)
+            x = load_backwards(x_ptr, x_strides, i, c0, inside, B, S, C, X_FASTEST, VEC_S, VEC_C, BLOCK_B, BLOCK_S)
         else:
             x = first
             first = load_backwards(x_ptr, x_strides, i + P, c0, inside, B, S, C, X_FASTEST, VEC_S, VEC_C, BLOCK_B, BLOCK_S)
         y = normalize(x.to(slope.dtype), high, low, slope)
         if bias is not None:
             y = y + bias.to(slope.dtype)
+        corner = tile_corner(tiles - 1 - i, c0, span, BLOCK_B, BLOCK_S)
+        places = tile_places(x_ptr, x_strides, corner, inside, B, S, C, X_FASTEST)
         tile_store(y_ptr, y_strides, corner, inside, places, y, Y_FASTEST, VEC_S, VEC_C)
 
 
