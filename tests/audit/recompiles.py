@@ -23,7 +23,7 @@ CALLS = {
     "odd NCHW": lambda B: grid.channels((B, 3, 131, 129), "dense", float32, float32),
     "NCHW of rows that start anywhere": lambda B: grid.channels((min(B, 200), 8, 131, 129), "dense", float16, float32),
     "channels_last": lambda B: grid.channels((min(B, 64), 24, 130, 130), "channels_last", float16, float32),
-    "many channels_last": lambda B: grid.channels((B % 80 + 20, 512, 26, 20), "channels_last", float16, float32),
+    "many channels_last": lambda B: grid.channels((B % 40 + 20, 512, 26, 20), "channels_last", float16, float32),
     "slab NCHW": lambda B: grid.channels((B, 8, 2, 2), "dense", float32, float16),
     "slab of rows that start anywhere": lambda B: grid.channels((B, 4, 5), "dense", float32, float16),
     "odd slab": lambda B: grid.channels((B, 5, 7), "dense", float32, float32),
