@@ -308,14 +308,14 @@ def channel(
         per_sm, stages = per_sm * stages, 1
     if width < 8:
         most = NARROW.get((reading, itemsize), most)
-    elif most and block_c > 1 and not channels_fastest:  # what is of a channel takes as many more
-        most = registers(warps)
     if width < 8 or (sums and block_c > 1 and not channels_fastest):
         elements //= 2
         block_c = _channel_block(C, S, elements, folded, together)
     positions = elements // block_c
     block_s = positions if folded else _positions(S, positions, itemsize) if skewed else min(positions, power_of_two(S))
     block_b = positions // block_s
+    if most and not channels_fastest and (block_c > 1 or (block_b > 4 and not skewed)):
+        most = registers(warps)  # what is of a channel or a sample takes as many more
     total = cdiv(B, block_b) * cdiv(S, block_s)
     # As many programs as run at once, or in the fewest turns that leave no more than a tenth idle, or for so many tiles.
     blocks, at_once = cdiv(C, block_c), per_sm * sm_count
