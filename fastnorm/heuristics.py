@@ -179,13 +179,13 @@ READINGS = {
     "y": {2: (4096, 4, 1, 16, None), 4: (4096, 8, 1, 32, None), 8: (1024, 4, 1, 8, 255)},
     "y, channels fastest": {4: (4096, 8, 1, 32, 80)},
     "dx": {2: (4096, 4, 2, 6, None), 4: (2048, 4, 2, 10, None), 8: (1024, 4, 1, 8, 255)},
-    "dx, skewed": {2: (4096, 4, 1, 5, None), 4: (1024, 4, 2, 8, 64)},
+    "dx, skewed": {2: (4096, 4, 1, 5, 96), 4: (1024, 4, 2, 8, 64)},
     "dx, channels fastest": {2: (2048, 4, 3, 4, None), 4: (2048, 4, 2, 5, None)},
     "dx, turned": {2: (2048, 4, 3, 8, None), 4: (2048, 4, 1, 32, 112)},
 }
 HELD = {
     "y": {2: (4096, 4, 1, 8, None), 4: (4096, 8, 1, 4, None)},
-    "y, skewed": {2: (4096, 4, 1, 4, None), 4: (2048, 4, 1, 7, None)},
+    "y, skewed": {2: (4096, 4, 1, 4, 128), 4: (2048, 4, 1, 7, None)},
     "y, channels fastest": {2: (4096, 4, 1, 4, 128), 4: (4096, 8, 1, 2, 128)},
 }
 # Most registers, where loads are narrower than 8 bytes: by itself the assembler aims at 72 and spills.
@@ -314,8 +314,10 @@ def channel(
     positions = elements // block_c
     block_s = positions if folded else _positions(S, positions, itemsize) if skewed else min(positions, power_of_two(S))
     block_b = positions // block_s
-    if most and not channels_fastest and (block_c > 1 or (block_b > 4 and not skewed)):
-        most = registers(warps)  # what is of a channel or a sample takes as many more
+    if most and block_c > 1 and not channels_fastest:
+        most = registers(warps)  # what is of a channel takes as many more
+    elif most and block_b > 1 and reading == "stats" and not channels_fastest and not skewed:
+        stages -= 1  # with two prefetched tiles of several samples 128 registers are too few
     total = cdiv(B, block_b) * cdiv(S, block_s)
     # As many programs as run at once, or in the fewest turns that leave no more than a tenth idle, or for so many tiles.
     blocks, at_once = cdiv(C, block_c), per_sm * sm_count
