@@ -80,9 +80,9 @@ struct Plan {
 Plan read(const py::handle& plan) {
   using Sizes = std::vector<int64_t>;
   using Parameters = std::vector<std::tuple<int, size_t, int64_t, int64_t>>;
+  using Launches = std::vector<std::tuple<uintptr_t, std::pair<int64_t, int64_t>, unsigned, unsigned, bool, Parameters>>;
   const auto [outputs, scratch, steps, any_rows] = plan.cast<
-      std::tuple<std::vector<std::optional<std::tuple<Sizes, Sizes, at::ScalarType>>>, int64_t,
-                 std::vector<std::tuple<uintptr_t, std::pair<int64_t, int64_t>, unsigned, unsigned, bool, Parameters>>, bool>>();
+      std::tuple<std::vector<std::optional<std::tuple<Sizes, Sizes, at::ScalarType>>>, int64_t, Launches, bool>>();
   Plan p{{}, scratch, {}, any_rows};
   for (const auto& o : outputs) {
     p.outputs.emplace_back();

@@ -17,8 +17,8 @@ bool serves(c10::DeviceType device);
 
 // Opens a device. `functions`: the contract's row_fwd, row_bwd, channel_fwd, channel_bwd in Python. `record(function, args,
 // wanted)` returns function's results and, if it is wanted and there is one, the plan. `launch` is the address of
-// cuLaunchKernelEx, or of a function like it; `stream`, of a function that gives a device's current stream, or 0 where there are
-// no streams.
+// cuLaunchKernelEx, or of a function like it; `stream`, of a function that gives a device's current stream, or 0 where there
+// are no streams.
 void serve(c10::DeviceType device, const pybind11::dict& functions, const pybind11::object& record, uintptr_t launch,
            uintptr_t stream);
 // Closes every device. Backward passes of earlier calls are still served.

@@ -269,7 +269,7 @@ class Plan:
         self.constants = dict(VEC_S=layout.vec_s, VEC_C=layout.vec_c, BLOCK_B=config.block_b, BLOCK_S=config.block_s,
                               BLOCK_C=config.block_c, INDEX=index, warps=config.warps,
                               registers=config.registers)  # fmt: skip
-        self.constants.update(HELD=config.held) if reading == "y" else self.constants.update(STAGES=config.stages)
+        self.constants |= {"HELD": config.held} if reading == "y" else {"STAGES": config.stages}
         if not sums:
             self.constants["BLOCK_P"] = max(1, heuristics.MERGED_AT_ONCE // config.block_c)
 

@@ -173,6 +173,23 @@ def test_blocks_of_skewed_rows_have_few_places_beyond_them(S, itemsize):
         assert c.block_s == 256  # three of them, and not one of 1024
 
 
+def test_registers_and_stages_follow_what_a_tile_is_made_of():
+    layer = dict(folded=False, channels_fastest=False)
+    of = lambda S, width=16: H.channel(64, 64, S, 4, 132, "stats", width=width, **layer)
+    limits = [(c.block_b > 1, c.block_c > 1, c.stages, c.registers) for c in (of(3136), of(784), of(9, 4))]
+    assert limits == [(False, False, 3, 128), (True, False, 2, 128), (True, True, 3, H.registers(4))]
+
+
+def test_gradients_of_turned_tensors_have_a_launch_of_their_own():
+    for itemsize in (2, 4):
+        c, turned = (
+            H.channel(1, 128, 16000, itemsize, 132, "dx", folded=True, channels_fastest=True, width=16, turned=turned)
+            for turned in (False, True)
+        )
+        assert (c.stages, turned.stages) == tuple(H.READINGS[f"dx, {n}"][itemsize][2] for n in ("channels fastest", "turned"))
+        assert turned.programs > c.programs
+
+
 @pytest.mark.parametrize("reading", ["stats", "sums", "y", "dx"])
 def test_programs_run_in_whole_turns(reading):
     """A few more than a multiprocessor holds times their number, and most of the machine would wait for those few."""

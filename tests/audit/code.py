@@ -28,8 +28,9 @@ _PARAMETER = re.compile(r"\bld\.param\.\w+\s+(%rd\d+),\s*\[\w+_param_(\d+)\]")
 _ROUGH = re.compile(r"\b(?:div\.(?:full|approx)|sqrt\.approx)(?:\.ftz)?\.f32\b")
 # Of a launch that may start before the one before has ended: what waits for it, see kernels/chain.py.
 WAIT = "griddepcontrol.wait"
-# What that one may write.
+# What that one may write; the statistics of a forward, and a backward is given those as they are.
 EARLIER = ("partial_ptr", "c_ptr", "c1_ptr", "c2_ptr")
+STATISTICS = {"_channel_apply_kernel": ("mean_ptr", "rstd_ptr")}
 _STEP = re.compile(r"\b[a-z][\w.]*\s+(%rd\d+)\s*,\s*([^;]*);")
 
 
@@ -59,15 +60,16 @@ def _read_nvidia(variant):
     fp64 = len(re.findall(r"^\s*(?:@!?%p\d+\s+)?(?!ld|st|mov|selp)[a-z]\w*\.[\w.]*f64\b", ptx, re.M))
     names = [name for name, _ in variant.parameters]
     loads, stores = _widths(ptx, names)
-    return Code(usage["REG"], spill, fp64, len(_ROUGH.findall(ptx)), loads, stores, _early(ptx, names))
+    return Code(usage["REG"], spill, fp64, len(_ROUGH.findall(ptx)), loads, stores,
+                _early(ptx, names, (*EARLIER, *STATISTICS.get(variant.kernel, ()))))  # fmt: skip
 
 
-def _early(ptx, names):
+def _early(ptx, names, earlier):
     before, wait, _ = ptx.partition(WAIT)
     if not wait:
         return ()
     loads, stores = _widths(before, names)
-    return (*stores, *(name for name in loads if name in EARLIER))
+    return (*stores, *(name for name in loads if name in earlier))
 
 
 def _widths(ptx, names):
