@@ -15,9 +15,10 @@ REGISTERS = 65536  # of one SM
 
 @dataclass(frozen=True)
 class RowForward:
-    """One program normalises `rows` rows held in registers, or, when chunked, sweeps over one row twice.
+    """A program normalises `rows` rows held in registers at a time, or, when chunked, sweeps over one row twice.
 
-    `early`: weight and bias are read with the rows, and not after the sums.
+    `early`: weight and bias are read with the rows, and not after the sums. `ahead`: the row that many rows later is asked for;
+    0 for none. `programs` are persistent, and prefetch; 0: one for each `rows` rows.
     """
 
     rows: int
@@ -27,6 +28,8 @@ class RowForward:
     early: bool = False
     chunked: bool = False
     stages: int = 1
+    ahead: int = 0
+    programs: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,22 @@ class RowBackward:
 
 
 @dataclass(frozen=True)
+class RowBackwardLong:
+    """Persistent programs read each of their rows twice, in parts of `block` columns, and sum dw and db in registers.
+
+    `shares` programs, each with as much of the columns, have the same rows and a partial row together. `ahead`: the next row is
+    asked for.
+    """
+
+    block: int
+    warps: int
+    shares: int
+    ahead: bool
+    registers: int
+    partial_rows: int
+
+
+@dataclass(frozen=True)
 class RowBackwardSplit:
     """Rows too long for the registers: row sums, then tiles of rows x block columns; partial_rows programs share a column."""
 
@@ -55,6 +74,7 @@ class RowBackwardSplit:
     block: int
     warps: int
     stages: int
+    registers: int  # of the tiles: by itself the assembler aims at fewer and spills
     partial_rows: int
 
 
@@ -111,6 +131,12 @@ FORWARD = {
     8: {16: (32, 4, 96), 32: (16, 4, 96), 64: (8, 4, 96), 128: (4, 4, 96), 256: (2, 4, 96), 512: (1, 4, None),
         1024: (1, 4, None), 2048: (1, 8, None), 4096: (1, 16, None), 8192: (1, 32, None)},
 }  # fmt: skip
+# (itemsize, bucket of N) -> stages, and programs that fit one SM, where persistent programs that prefetch were measured to be
+# faster: 8192 x 1024 in 14.5 us without, 12.9 with, a copy 12.9. Longer rows lose 2 to 30 %.
+FORWARD_PREFETCHED = {(2, 1024): (4, 12)}
+# itemsize -> {bucket of N: KB that an SM asks for ahead}. Below 4 KB a row, and by programs that prefetch, it gains nothing;
+# less than the programs that run at once are about to load is of no use. Measured on an H200.
+AHEAD = {2: {2048: 32, 4096: 32, 8192: 80, 16384: 64}, 4: {2048: 64, 4096: 64, 8192: 80, 16384: 64}, 8: {}}
 # itemsize -> the longest rows whose parameters are read with them, which spares a short row a second wait for the memory. Held
 # meanwhile, those of a longer one cost more registers than other programs beside it can do without.
 EARLY = {2: 512, 4: 1024, 8: 512}
@@ -138,6 +164,20 @@ BACKWARD = {
     8: {16: (16, 4, 1, 4), 32: (8, 4, 1, 4), 64: (4, 4, 1, 4), 128: (2, 4, 1, 4), 256: (1, 4, 1, 4), 512: (1, 4, 1, 4),
         1024: (1, 8, 1, 2), 2048: (1, 16, 1, 1)},
 }  # fmt: skip
+
+# itemsize -> {N: (block, warps, shares, ahead)}: rows whose sums take so many registers that the row is read again, from L1.
+# Other lengths above the ladder are split, and those whose loads are narrower or whose parameters are wider than x: they spill.
+# Measured on an H200, against the ladder (8192 of 4 bytes, 228 us for 8192 rows) or split rows (16384 of 2 bytes, 326 us):
+# * 16 elements of a row and 8 of each of x and dy on the way are as many as 16 warps have registers for; 2 bytes below 16384
+#   are faster with 8 warps that have twice as many.
+# * 12288 and 16384 of 4 bytes spill, and two programs share a row: 644 -> 481 us. 2 bytes would lose 20 % by it.
+LONG = {
+    2: {10240: (2048, 8, 1, True), 12288: (2048, 8, 1, True), 16384: (4096, 16, 1, True)},
+    4: {8192: (4096, 16, 1, True), 10240: (2048, 16, 1, False), 12288: (2048, 16, 2, True), 16384: (2048, 16, 2, True)},
+    8: {},
+}
+# Where the assembler takes registers in pairs, these do not spill.
+LONG_IN_PAIRS = {(2, 16384): (4096, 16, 2, True)}
 
 # Split rows: block, warps and stages of the row sums. x, dy and a weight of 4 bytes take 96 KB at the most.
 ROW_SUMS = {2: (4096, 8, 3), 4: (4096, 8, 3), 8: (2048, 8, 2)}
@@ -237,20 +277,30 @@ def most_rows(M: int) -> int:
     return (1 << M.bit_length()) - 1
 
 
-def row_forward(N: int, itemsize: int) -> RowForward:
+def row_forward(N: int, itemsize: int, sm_count: int) -> RowForward:
     block = max(SMALLEST_BLOCK, power_of_two(N))
     rung = FORWARD[itemsize].get(block)
     if rung is None:
         block, warps, stages = CHUNK[itemsize]
         return RowForward(1, block, warps, None, chunked=True, stages=stages)
     rows, warps, most = rung
-    # Loads of less than 16 bytes hold a pointer each.
-    return RowForward(rows, block, warps, most if N * itemsize % 16 == 0 else None, block <= EARLY[itemsize])
+    whole = N * itemsize % 16 == 0
+    stages, fit = FORWARD_PREFETCHED.get((itemsize, block), (1, 0)) if whole else (1, 0)
+    return RowForward(
+        rows, block, warps, most if whole else None,  # loads of less than 16 bytes hold a pointer each
+        early=block <= EARLY[itemsize], stages=stages, programs=sm_count * fit,
+        ahead=sm_count * (AHEAD[itemsize].get(block, 0) << 10) // (N * itemsize))  # fmt: skip
 
 
-def row_backward(M: int, N: int, itemsize: int, sm_count: int) -> RowBackward | RowBackwardSplit:
+def row_backward(
+    M: int, N: int, itemsize: int, sm_count: int, *, easy: bool = True, paired: bool = False
+) -> RowBackward | RowBackwardLong | RowBackwardSplit:
+    """`easy`: loads are of 16 bytes, and weight and dy of no wider dtype than x. `paired`: see launch.registers_in_pairs."""
     ladder = BACKWARD[itemsize]
     block = max(SMALLEST_BLOCK, power_of_two(N))
+    if easy and N in LONG[itemsize]:
+        part, warps, shares, ahead = (LONG_IN_PAIRS if paired else {}).get((itemsize, N), LONG[itemsize][N])
+        return RowBackwardLong(part, warps, shares, ahead, registers(warps), min(sm_count // shares, most_rows(M)))
     # The top rung has no registers left for loads of less than 16 bytes, each of which holds a pointer of its own.
     if block > max(ladder) or (block == max(ladder) and N * itemsize % 16):
         return _row_backward_split(M, N, itemsize, sm_count)
@@ -268,7 +318,15 @@ def _row_backward_split(M: int, N: int, itemsize: int, sm_count: int) -> RowBack
     rows, block = COLUMN_TILE[itemsize]
     most = cdiv(most_rows(M), rows)
     partial_rows = min(max(1, COLUMN_PROGRAMS_PER_SM * sm_count // cdiv(N, block)), most)
-    return RowBackwardSplit(*ROW_SUMS[itemsize], rows, block, COLUMN_WARPS, COLUMN_STAGES, partial_rows)
+    return RowBackwardSplit(
+        *ROW_SUMS[itemsize],
+        rows,
+        block,
+        COLUMN_WARPS,
+        COLUMN_STAGES,
+        registers(COLUMN_WARPS * COLUMN_PROGRAMS_PER_SM),
+        partial_rows,
+    )
 
 
 def _channel_block(C: int, S: int, elements: int, folded: bool, most: int) -> int:

@@ -26,18 +26,33 @@ def sm_count(device: torch.device) -> int:
 
 
 @functools.cache
-def _overlaps(device):
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+def _cuda_capability(device):
+    return None if torch.version.hip else 10 * torch.cuda.get_device_capability(device)[0]
+
+
+def _capability(device) -> int:
+    """Ten times the major compute capability that kernels are compiled for; 0 in the interpreter and for other GPUs."""
+    if INTERPRETED:
+        return 0
+    if device.type == "cuda":
+        return _cuda_capability(device) or 0
+    target = triton.runtime.driver.active.get_current_target()
+    return target.arch // 10 * 10 if target.backend == "cuda" else 0
+
+
+def assembles(device: torch.device) -> bool:
+    """Whether a kernel may hold NVIDIA's assembly."""
+    return _capability(device) > 0
 
 
 def overlaps(device: torch.device) -> bool:
     """Whether a launch may start before the one before has ended, see chain.py."""
-    if INTERPRETED:
-        return False
-    if device.type == "cuda":
-        return _overlaps(device)
-    target = triton.runtime.driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch >= 90
+    return _capability(device) >= 90
+
+
+def registers_in_pairs(device: torch.device) -> bool:
+    """Whether the assembler takes registers in pairs for two operations at once, so that they run out earlier."""
+    return _capability(device) == 100
 
 
 def leads(device: torch.device, nbytes: int) -> bool:

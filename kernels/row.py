@@ -10,8 +10,8 @@ import triton.language as tl
 
 from .. import heuristics
 from ..geometry import Rows
-from .chain import let_next_start, wait_for_previous
-from .launch import Count, accumulate_dtype, dense, float_pair, launch, leads, overlaps, sm_count, vector
+from .chain import let_next_start
+from .launch import Count, accumulate_dtype, assembles, dense, float_pair, launch, leads, registers_in_pairs, sm_count, vector
 from .math import (
     BIG_SCALE,
     add_shifted,
@@ -27,36 +27,9 @@ from .math import (
     sum2,
 )
 from .partial import finalise
-
-
-@triton.jit
-def _store_statistics(mean_ptr, rstd_ptr, rows, M, high, low, rstd):
-    mask = rows < M
-    tl.store(mean_ptr + rows, high, mask=mask)
-    tl.store(mean_ptr + M + rows, low, mask=mask)
-    tl.store(rstd_ptr + rows, rstd, mask=mask)
-
-
-@triton.jit
-def _load_statistics(mean_ptr, rstd_ptr, rows, M):
-    """high, low, rstd of rows, each [rows, 1]; 0 from row M on."""
-    mask = rows < M
-    high = tl.load(mean_ptr + rows, mask=mask, other=0.0)
-    low = tl.load(mean_ptr + M + rows, mask=mask, other=0.0)
-    rstd = tl.load(rstd_ptr + rows, mask=mask, other=0.0)
-    return high[:, None], low[:, None], rstd[:, None]
-
-
-@triton.jit
-def _load_parameter(ptr, cols, mask, LONGEST: tl.constexpr):
-    """In the layout of x, whatever the dtype: that takes `cols` of the shape of x, and vectors no longer than those of x.
-
-    None where there is no pointer.
-    """
-    value = None
-    if ptr is not None:
-        value = tl.load(tl.max_contiguous(ptr + cols, (1, LONGEST)), mask=mask, other=0.0)
-    return value
+from .prefetch import prefetch_row
+from .row_long import long_bwd, split_bwd
+from .row_parts import load_parameter, load_statistics, store_statistics, store_sums
 
 
 @triton.jit
@@ -70,35 +43,59 @@ def _store_y(y_ptr, x_hat, weight, bias, cols, mask):
     tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "N_v", "x_stride_v", "eps", "eps_low"])
-def _row_fwd_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, M, N_v, x_stride_v, eps, eps_low,
-                    ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr,
-                    EARLY: tl.constexpr):  # fmt: skip
-    """ROWS whole rows in registers: one read, one write. WHOLE: N is BLOCK. EARLY: the parameters are read with x."""
+@triton.jit
+def _normalize_rows(group, x_ptr, weight_ptr, bias_ptr, kept_weight, kept_bias, y_ptr, mean_ptr, rstd_ptr, M, N, x_stride, eps,
+                    ahead, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr,
+                    KEPT: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
+    """The group-th ROWS rows. KEPT: weight and bias are in registers already."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
-    N = N_v * VEC
+    LONGEST: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     r = tl.arange(0, ROWS)
-    rows = tl.program_id(0).to(tl.int64) * ROWS + r
+    rows = tl.cast(group, tl.int64) * ROWS + r
     cols = tl.arange(0, BLOCK)[None, :]
     inside = tl.full((1, BLOCK), True, tl.int1) if WHOLE else cols < N
     mask = inside
     if ROWS > 1:
         mask = mask & (rows < M)[:, None]
-    LONGEST: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     parameter_cols = cols + (r * 0)[:, None]
     # Parameters are what L1 is to keep.
-    x = tl.load(x_ptr + rows[:, None] * x_stride_v * VEC + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
-    if EARLY:
-        weight = _load_parameter(weight_ptr, parameter_cols, inside, LONGEST)
-        bias = _load_parameter(bias_ptr, parameter_cols, inside, LONGEST)
+    x = tl.load(x_ptr + rows[:, None] * x_stride + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
+    if AHEAD:
+        prefetch_row(x_ptr, group + ahead, M, N, x_stride, BLOCK)
+    weight, bias = kept_weight, kept_bias
+    if EARLY and not KEPT:
+        weight = load_parameter(weight_ptr, parameter_cols, inside, LONGEST)
+        bias = load_parameter(bias_ptr, parameter_cols, inside, LONGEST)
     d, high, low, m2, scale = centred_moments(x, inside, N.to(ACC))
-    rstd = rstd_of(m2, N.to(ACC), scale, pair_of(eps, eps_low, ACC))
-    _store_statistics(mean_ptr, rstd_ptr, rows, M, high, low, rstd)
+    rstd = rstd_of(m2, N.to(ACC), scale, eps)
+    store_statistics(mean_ptr, rstd_ptr, rows, M, high, low, rstd)
     x_hat = (d - low[:, None]) * rstd[:, None]
-    if not EARLY:
-        weight = _load_parameter(weight_ptr, parameter_cols, inside, LONGEST)
-        bias = _load_parameter(bias_ptr, parameter_cols, inside, LONGEST)
-    _store_y(y_ptr + rows[:, None] * N_v * VEC, x_hat, weight, bias, cols, mask)
+    if not EARLY and not KEPT:
+        weight = load_parameter(weight_ptr, parameter_cols, inside, LONGEST)
+        bias = load_parameter(bias_ptr, parameter_cols, inside, LONGEST)
+    _store_y(y_ptr + rows[:, None] * N, x_hat, weight, bias, cols, mask)
+
+
+@triton.jit(do_not_specialize=["M", "N_v", "x_stride_v", "eps", "eps_low", "ahead"])
+def _row_fwd_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, M, N_v, x_stride_v, eps, eps_low, ahead,
+                    ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr,
+                    AHEAD: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """ROWS whole rows in registers: one read, one write. WHOLE: N is BLOCK. EARLY: the parameters are read with x. AHEAD: the
+    row `ahead` rows later, another program's, is asked for. With more STAGES than one programs are persistent."""
+    N = N_v * VEC
+    stride = x_stride_v * VEC
+    eps = pair_of(eps, eps_low, rstd_ptr.dtype.element_ty)
+    if STAGES > 1:
+        LONGEST: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
+        cols = tl.arange(0, BLOCK)[None, :] + (tl.arange(0, ROWS) * 0)[:, None]
+        weight = load_parameter(weight_ptr, cols, cols < N, LONGEST)
+        bias = load_parameter(bias_ptr, cols, cols < N, LONGEST)
+        for group in tl.range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES):
+            _normalize_rows(group, x_ptr, weight_ptr, bias_ptr, weight, bias, y_ptr, mean_ptr, rstd_ptr, M, N, stride, eps,
+                            ahead, ROWS, BLOCK, WHOLE, EARLY, True, AHEAD)  # fmt: skip
+    else:
+        _normalize_rows(tl.program_id(0), x_ptr, weight_ptr, bias_ptr, None, None, y_ptr, mean_ptr, rstd_ptr, M, N, stride, eps,
+                        ahead, ROWS, BLOCK, WHOLE, EARLY, False, AHEAD)  # fmt: skip
 
 
 @triton.jit
@@ -138,33 +135,14 @@ def _row_fwd_chunked_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_p
         s1, s2 = _chunked_sums(x_ptr, shift[:, None], scale[:, None], N, BLOCK, STAGES)
     high, low, m2 = shifted_moments(shift, s1, s2, n, scale)
     rstd = rstd_of(m2, n, scale, pair_of(eps, eps_low, ACC))
-    _store_statistics(mean_ptr, rstd_ptr, rows, M, high, low, rstd)
+    store_statistics(mean_ptr, rstd_ptr, rows, M, high, low, rstd)
     for start in tl.range(0, N, BLOCK, num_stages=STAGES - 1):
         mask = cols < N - start
         x = tl.load(x_ptr + start + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
         x_hat = normalize(x, high[:, None], low[:, None], rstd[:, None])
-        weight = _load_parameter(weight_ptr, start + cols, mask, LONGEST)
-        bias = _load_parameter(bias_ptr, start + cols, mask, LONGEST)
+        weight = load_parameter(weight_ptr, start + cols, mask, LONGEST)
+        bias = load_parameter(bias_ptr, start + cols, mask, LONGEST)
         _store_y(y_ptr, x_hat, weight, bias, start + cols, mask)
-
-
-@triton.jit
-def _store_sums(partial_ptr, dw_ptr, db_ptr, dw, db, p, P, cols, mask, N):
-    """The sums over axis 0 of dw and of db, each where it is wanted, in row p of partial (2, P, N); where P is 1 they are all
-    there is, and dw_ptr and db_ptr get them."""
-    if dw_ptr is not None:
-        _store_sum(partial_ptr + p.to(tl.int64) * N, dw_ptr, dw, P, cols, mask)
-    if db_ptr is not None:
-        _store_sum(partial_ptr + (p.to(tl.int64) + P) * N, db_ptr, db, P, cols, mask)
-
-
-@triton.jit
-def _store_sum(partial_ptr, result_ptr, parts, P, cols, mask):
-    total = tl.sum(parts, axis=0)
-    if P == 1:
-        tl.store(result_ptr + cols, total.to(result_ptr.dtype.element_ty), mask=mask)
-    else:
-        tl.store(partial_ptr + cols, total, mask=mask)
 
 
 @triton.jit(do_not_specialize=["P", "M", "N_v", "dy_stride_v", "x_stride_v"])
@@ -184,7 +162,7 @@ def _row_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, parti
     dw = tl.zeros((ROWS, BLOCK), ACC)
     db = tl.zeros((ROWS, BLOCK), ACC)
     if dx_ptr is not None and weight_ptr is not None:
-        weight = _load_parameter(weight_ptr, cols + (r * 0)[:, None], cols < N, VEC)
+        weight = load_parameter(weight_ptr, cols + (r * 0)[:, None], cols < N, VEC)
     share = inverse(N.to(ACC))
     for group in tl.range(pid, tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = (group * ROWS + r).to(tl.int64)
@@ -193,7 +171,7 @@ def _row_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, parti
             mask = mask & (rows < M)[:, None]
         x = tl.load(x_ptr + rows[:, None] * x_stride_v * VEC + cols, mask=mask, other=0.0).to(ACC)
         dz = tl.load(dy_ptr + rows[:, None] * dy_stride_v * VEC + cols, mask=mask, other=0.0).to(ACC)
-        high, low, rstd = _load_statistics(mean_ptr, rstd_ptr, rows, M)
+        high, low, rstd = load_statistics(mean_ptr, rstd_ptr, rows, M)
         x_hat = normalize(x, high, low, rstd)
         if dx_ptr is not None:
             g = dz
@@ -207,80 +185,7 @@ def _row_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, parti
         if db_ptr is not None:
             db += dz
     at = tl.arange(0, BLOCK)
-    _store_sums(partial_ptr, dw_ptr, db_ptr, dw, db, pid, P, at, at < N, N)
-
-
-@triton.jit(do_not_specialize=["M", "N_v", "dy_stride_v", "x_stride_v"])
-def _row_bwd_sums_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c_ptr, M, N_v, dy_stride_v, x_stride_v,
-                         BLOCK: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr, LEADS: tl.constexpr):  # fmt: skip
-    """c1 and c2 of one long row, in c: M of the one, then M of the other."""
-    ACC: tl.constexpr = rstd_ptr.dtype.element_ty
-    N = N_v * VEC
-    let_next_start(LEADS)
-    row = tl.program_id(0).to(tl.int64)
-    rows = row + tl.arange(0, 1)
-    cols = tl.arange(0, BLOCK)[None, :]
-    high, low, rstd = _load_statistics(mean_ptr, rstd_ptr, rows, M)
-    x_ptr += row * x_stride_v * VEC
-    dy_ptr += row * dy_stride_v * VEC
-    s1 = tl.zeros((1, BLOCK), ACC)
-    s2 = tl.zeros((1, BLOCK), ACC)
-    for start in tl.range(0, N, BLOCK, num_stages=STAGES):
-        mask = cols < N - start
-        x_hat = normalize(tl.load(x_ptr + start + cols, mask=mask, other=0.0).to(ACC), high, low, rstd)
-        g = tl.load(dy_ptr + start + cols, mask=mask, other=0.0).to(ACC)
-        if weight_ptr is not None:
-            g = g * _load_parameter(weight_ptr, start + cols, mask, VEC).to(ACC)
-        s1 += g * x_hat
-        s2 += g
-    c1, c2 = sum2(s1, s2, 1)
-    tl.store(c_ptr + rows, quotient(c1, N.to(ACC)))
-    tl.store(c_ptr + M + rows, quotient(c2, N.to(ACC)))
-
-
-@triton.jit(do_not_specialize=["P", "M", "N_v", "dy_stride_v", "x_stride_v"])
-def _row_bwd_columns_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c_ptr, dx_ptr, partial_ptr, dw_ptr, db_ptr, P, M,
-                            N_v, dy_stride_v, x_stride_v, ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
-                            STAGES: tl.constexpr, LEADS: tl.constexpr, FOLLOWS: tl.constexpr):  # fmt: skip
-    """BLOCK columns of every P-th tile of rows: dx with the known c1 and c2, and one partial row of dw and db.
-
-    From the last row on: those are in L2, if any are.
-    """
-    ACC: tl.constexpr = rstd_ptr.dtype.element_ty
-    N = N_v * VEC
-    blocks = tl.cdiv(N, BLOCK)
-    p = tl.program_id(0) // blocks
-    first_col = (tl.program_id(0) % blocks) * BLOCK
-    r = tl.arange(0, ROWS)
-    cols = first_col + tl.arange(0, BLOCK)[None, :]
-    dw = tl.zeros((ROWS, BLOCK), ACC)
-    db = tl.zeros((ROWS, BLOCK), ACC)
-    if dx_ptr is not None and weight_ptr is not None:
-        weight = _load_parameter(weight_ptr, cols + (r * 0)[:, None], cols < N, VEC)
-    let_next_start(LEADS)
-    wait_for_previous(FOLLOWS)
-    groups = tl.cdiv(M, ROWS)
-    for i in tl.range(p, groups, P, num_stages=STAGES):
-        rows = ((groups - 1 - i) * ROWS + r).to(tl.int64)
-        mask = (cols < N) & (rows < M)[:, None]
-        x = tl.load(x_ptr + rows[:, None] * x_stride_v * VEC + cols, mask=mask, other=0.0).to(ACC)
-        dz = tl.load(dy_ptr + rows[:, None] * dy_stride_v * VEC + cols, mask=mask, other=0.0).to(ACC)
-        high, low, rstd = _load_statistics(mean_ptr, rstd_ptr, rows, M)
-        x_hat = normalize(x, high, low, rstd)
-        if dx_ptr is not None:
-            g = dz
-            if weight_ptr is not None:
-                g = dz * weight.to(ACC)
-            c1 = tl.load(c_ptr + rows, mask=rows < M, other=0.0)[:, None]
-            c2 = tl.load(c_ptr + M + rows, mask=rows < M, other=0.0)[:, None]
-            dx = grad_input(g, x_hat, rstd, c1, c2)
-            tl.store(dx_ptr + rows[:, None] * N_v * VEC + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if dw_ptr is not None:
-            dw += dz * x_hat
-        if db_ptr is not None:
-            db += dz
-    at = first_col + tl.arange(0, BLOCK)
-    _store_sums(partial_ptr, dw_ptr, db_ptr, dw, db, p, P, at, at < N, N)
+    store_sums(partial_ptr, dw_ptr, db_ptr, dw, db, pid, P, at, at < N, N)
 
 
 # ---------------------------------------------------------------- launchers
@@ -301,16 +206,19 @@ def row_fwd(x, weight, bias, eps, N, dtype=None):
     mean = torch.empty((2, rows.M), dtype=acc, device=x.device)
     rstd = torch.empty(rows.M, dtype=acc, device=x.device)
     source, stride = _in_place(rows, x)
-    config = heuristics.row_forward(N, x.element_size())
     vec = vector(x.element_size(), N, stride)
+    config = heuristics.row_forward(N, x.element_size(), sm_count(x.device))
     M = Count(rows.M)
     args = (source, dense(weight), dense(bias), y, mean, rstd, M, N // vec, stride // vec, *float_pair(eps))
     if config.chunked:
         launch(_row_fwd_chunked_kernel, M, x.device, *args, BLOCK=config.block, VEC=vec, STAGES=config.stages,
                warps=config.warps, stages=config.stages)  # fmt: skip
     else:
-        launch(_row_fwd_kernel, Count(rows.M, config.rows), x.device, *args, ROWS=config.rows, BLOCK=config.block, VEC=vec,
-               WHOLE=N == config.block, EARLY=config.early, warps=config.warps, registers=config.registers)  # fmt: skip
+        programs = Count(rows.M, config.rows, *([config.programs] if config.programs else []))
+        launch(_row_fwd_kernel, programs, x.device, *args, config.ahead, ROWS=config.rows,
+               BLOCK=config.block, VEC=vec, WHOLE=N == config.block, EARLY=config.early,
+               AHEAD=config.ahead > 0 and assembles(x.device), STAGES=config.stages, warps=config.warps, stages=config.stages,
+               registers=config.registers)  # fmt: skip
     return y, mean, rstd
 
 
@@ -320,32 +228,29 @@ def row_bwd(dy, x, weight, mean, rstd, need):
     if not any(need):
         return None, None, None
     dw, db = (None if dtype is None else torch.empty(rows.N, dtype=dtype, device=x.device) for dtype in need[1:])
-    config = heuristics.row_backward(rows.M, rows.N, x.element_size(), sm_count(x.device))
-    partial = None
-    if dw is not None or db is not None:
-        partial = torch.empty((2, config.partial_rows, rows.N), dtype=rstd.dtype, device=x.device)
     dy, dy_stride = _in_place(rows, dy)
     x, x_stride = _in_place(rows, x)
     vec = vector(min(x.element_size(), dy.element_size()), rows.N, dy_stride, x_stride)
+    alike = dy.element_size() == x.element_size() >= (0 if weight is None else weight.element_size())
+    config = heuristics.row_backward(
+        rows.M, rows.N, x.element_size(), sm_count(x.device), easy=alike and vec * x.element_size() == 16,
+        paired=registers_in_pairs(x.device))  # fmt: skip
+    partial = None
+    if dw is not None or db is not None:
+        partial = torch.empty((2, config.partial_rows, rows.N), dtype=rstd.dtype, device=x.device)
     inputs = (dy, x, dense(weight), dense(mean), dense(rstd))
     results = (dx, partial, dw, db, config.partial_rows)
-    M = Count(rows.M)
+    sizes = (Count(rows.M), rows.N // vec, dy_stride // vec, x_stride // vec)
     early = leads(x.device, heuristics.most_rows(rows.M) * rows.N * x.element_size())
-    sizes = (M, rows.N // vec, dy_stride // vec, x_stride // vec)
-    tile = dict(ROWS=config.rows, BLOCK=config.block, VEC=vec, STAGES=config.stages, warps=config.warps, stages=config.stages)
     if isinstance(config, heuristics.RowBackwardSplit):
-        c = None
-        if dx is not None:
-            c = torch.empty((2, heuristics.most_rows(rows.M)), dtype=rstd.dtype, device=x.device)
-            launch(_row_bwd_sums_kernel, M, x.device, *inputs, c, *sizes, BLOCK=config.sums_block, VEC=vec,
-                   LEADS=early, STAGES=config.sums_stages, warps=config.sums_warps, stages=config.sums_stages)  # fmt: skip
-        filled = config.partial_rows
-        launch(_row_bwd_columns_kernel, filled * heuristics.cdiv(rows.N, config.block), x.device, *inputs, c, *results, *sizes,
-               **tile, LEADS=early, FOLLOWS=c is not None and overlaps(x.device))  # fmt: skip
+        filled = split_bwd(config, inputs, results, sizes, vec, early)
+    elif isinstance(config, heuristics.RowBackwardLong):
+        filled = long_bwd(config, inputs, results, sizes, vec, early)
     else:
         filled = Count(rows.M, config.rows, config.partial_rows)
-        launch(_row_bwd_kernel, filled, x.device, *inputs, *results, *sizes, **tile, registers=config.registers,
-               LEADS=early)  # fmt: skip
+        launch(_row_bwd_kernel, filled, x.device, *inputs, *results, *sizes, ROWS=config.rows, BLOCK=config.block, VEC=vec,
+               STAGES=config.stages, LEADS=early, warps=config.warps, stages=config.stages,
+               registers=config.registers)  # fmt: skip
     if partial is not None and config.partial_rows > 1:
         finalise(partial, dw, db, filled=filled)
     return dx, dw, db

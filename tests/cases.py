@@ -100,6 +100,8 @@ MIXED = [(BF16, F32, F32), (F16, F32, F32), (F32, BF16, F16), (F32, F64, F64), (
 # N = 1, around the vector width, primes, one block of rows and more, one register tile and more, up to the chunked kernels.
 _ROW_SHAPES = [(1, 1), (3, 1), (2, 2), (5, 7), (8, 10), (9, 15), (4, 16), (6, 17), (40, 31), (70, 24), (33, 64), (5, 127)]
 _ROW_SHAPES += [(2, 3, 100), (3, 768), (2, 1000), (1, 1021), (3, 4097), (1, 10241), (2, 33000)]
+# The backward of long rows that are read twice, by one program and by two, and beside wider parameters.
+_LONG = [((5, 8192), F32), ((9, 10240), F32), ((3, 12288), BF16), ((9, 12288), F32), ((2, 16384), F16)]
 ROWS = [
     *(Case(shape, **_same(dtype)) for shape in _ROW_SHAPES for dtype in (F32, BF16)),
     *(Case(shape, **_same(dtype)) for shape in [(8, 10), (6, 17), (33, 64), (2, 1000), (2, 9001)] for dtype in (F64, F16)),
@@ -118,6 +120,9 @@ ROWS = [
     Case((4, 512), offset=1e2, **_same(F16)),
     *(Case((4, 48), scale=scale) for scale in (1e-4, 1e4)),
     *_models("rows", 4096),
+    *(Case(shape, **_same(dtype)) for shape, dtype in _LONG),
+    Case((3, 12288), dtype=BF16, weight=F32, bias=F32),
+    Case((3, 12288), layout="row_strided", **_same(BF16)),
 ]
 
 _CHANNEL_SHAPES = [(2, 1), (8, 5), (33, 17), (64, 64), (4, 6, 10), (2, 3, 300), (2, 3, 7, 7), (1, 1, 3, 5), (3, 65, 5, 5)]

@@ -85,7 +85,9 @@ def test_channels(case, training):
         assert counts()[1] == before + 2 * max(0, i - 1) or case.layout in COPIED
 
 
-@pytest.mark.parametrize(("N", "dtype"), [(10, F32), (40, BF16), (600, F32), (1032, F16), (4099, F32)], ids=str)  # split
+@pytest.mark.parametrize(
+    ("N", "dtype"), [(10, F32), (40, BF16), (600, F32), (1032, F16), (4099, F32), (12288, F32)], ids=str
+)  # split; read twice
 def test_rows_of_every_number_in_a_power_of_two_share_a_plan(N, dtype):
     make = lambda M: Case((M, N), dtype=dtype, weight=F32, bias=F32).make_rows(DEVICE)
     case = Case((8, N))

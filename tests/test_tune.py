@@ -57,7 +57,7 @@ def planted(number):
 
 @triton
 def test_a_planted_better_choice_is_proposed(section):
-    warps = heuristics.row_forward(24, 4).warps
+    warps = heuristics.row_forward(24, 4, 8).warps
     best, _ = planted(warps)
     before = vars(heuristics).copy()
     tune.tune(
@@ -75,7 +75,7 @@ def test_a_planted_better_choice_is_proposed(section):
 @triton
 def test_it_climbs_on_and_combines(section):
     """Two steps with the rows, and other warps that are better only there."""
-    present = heuristics.row_forward(24, 4)
+    present = heuristics.row_forward(24, 4, 8)
     (half, quarter), (warps, _) = planted(present.rows), planted(present.warps)
 
     def us(table):
@@ -157,7 +157,7 @@ def test_a_choice_that_is_not_asked_for_is_refused(monkeypatch):
     """As when launches are cached and not forgotten: it would be timed as the present choice."""
     with fastnorm.use_backend("triton"):
         present, judge = tune.judge_of(Job(ROWS, "fp32", "forward"), "cpu", made_up(lambda table: 0.5))
-        other = {("row_forward", (1, 4), ()): heuristics.RowForward(1, 16, 1, None)}
+        other = {("row_forward", (1, 4, 8), ()): heuristics.RowForward(1, 16, 1, None)}
         assert present.keys() != other.keys()
         monkeypatch.setattr(tune, "gradients", lambda *args: ())
         (key,) = present

@@ -145,7 +145,7 @@ def _row_calls(few: bool) -> Iterator[Call]:
     lengths = FEW_LENGTHS if few else sorted({*LENGTHS, *itertools.chain(*ladders)})
     for N, dtypes in itertools.product(lengths, FEW_ROW_DTYPES if few else ROW_DTYPES):
         parts = not few and dtypes[0] == dtypes[1] != float16
-        needs = ((True, True, True), *(((True, False, False), (False, True, True)) if parts else ()))
+        needs = ((True, True, True), *(((True, False, False), (False, True, True), (True, True, False)) if parts else ()))
         wide = ALL if N % (16 // dtypes[0].itemsize) == 0 else ()
         yield Call(f"rows {N} {dtypes}", wide, lambda N=N, d=dtypes, needs=needs: rows(512, N, *d, needs))
     for N, dtype in itertools.product((768, 20000), () if few else (bfloat16, float32)):
