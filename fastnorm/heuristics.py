@@ -170,14 +170,15 @@ BACKWARD = {
 # Measured on an H200, against the ladder (8192 of 4 bytes, 228 us for 8192 rows) or split rows (16384 of 2 bytes, 326 us):
 # * 16 elements of a row and 8 of each of x and dy on the way are as many as 16 warps have registers for; 2 bytes below 16384
 #   are faster with 8 warps that have twice as many.
-# * 12288 and 16384 of 4 bytes spill, and two programs share a row: 644 -> 481 us. 2 bytes would lose 20 % by it.
+# * 12288 and 16384 of 4 bytes spill, and two programs share a row: 474 -> 395 us, and 322 -> 253 for 4096 rows of the latter.
+#   2 bytes would lose 20 % by it.
 LONG = {
     2: {10240: (2048, 8, 1, True), 12288: (2048, 8, 1, True), 16384: (4096, 16, 1, True)},
     4: {8192: (4096, 16, 1, True), 10240: (2048, 16, 1, False), 12288: (2048, 16, 2, True), 16384: (2048, 16, 2, True)},
     8: {},
 }
-# Where the assembler takes registers in pairs, these do not spill.
-LONG_IN_PAIRS = {(2, 16384): (4096, 16, 2, True)}
+# Where the assembler takes registers in pairs, these spill. None: split.
+LONG_IN_PAIRS = {(2, 16384): (4096, 16, 2, True), (4, 16384): None}
 
 # Split rows: block, warps and stages of the row sums. x, dy and a weight of 4 bytes take 96 KB at the most.
 ROW_SUMS = {2: (4096, 8, 3), 4: (4096, 8, 3), 8: (2048, 8, 2)}
@@ -298,8 +299,11 @@ def row_backward(
     """`easy`: loads are of 16 bytes, and weight and dy of no wider dtype than x. `paired`: see launch.registers_in_pairs."""
     ladder = BACKWARD[itemsize]
     block = max(SMALLEST_BLOCK, power_of_two(N))
-    if easy and N in LONG[itemsize]:
-        part, warps, shares, ahead = (LONG_IN_PAIRS if paired else {}).get((itemsize, N), LONG[itemsize][N])
+    long = LONG[itemsize].get(N) if easy else None
+    if paired and long:
+        long = LONG_IN_PAIRS.get((itemsize, N), long)
+    if long:
+        part, warps, shares, ahead = long
         return RowBackwardLong(part, warps, shares, ahead, registers(warps), min(sm_count // shares, most_rows(M)))
     # The top rung has no registers left for loads of less than 16 bytes, each of which holds a pointer of its own.
     if block > max(ladder) or (block == max(ladder) and N * itemsize % 16):

@@ -139,6 +139,9 @@ OPS = (
     Op("row_fwd", 2, (100, 20000), BF16, sms=16),
     Op("row_bwd", 3, (60, 9000), BF16, sms=16),
     Op("row_bwd", 5, (300, 9000), BF16),
+    # Long rows are read twice, the second time from where they have just been; by one program, and by two.
+    Op("row_bwd", 3, (64, 8192), F32),
+    Op("row_bwd", 3, (64, 12288), F32),
     *(Op("evaluation", 2, shape, F32, layout) for shape, layout in _LARGE),
     *(Op(name, ideal, shape, F32, layout) for shape, layout in _SLAB for name, ideal in _ONCE),
     *(Op(name, ideal, shape, F32, layout) for shape, layout in _LARGE for name, ideal in _TWICE),
