@@ -50,6 +50,10 @@ def test_a_kernel_that_no_call_reaches_is_named():
     )
 
 
+def test_long_rows_are_asked_for_ahead():
+    assert result("selfcheck", "ahead") == {"_row_fwd_kernel": True, "_row_bwd_long_kernel": True}
+
+
 def test_the_assembler_keeps_widths_and_adds_no_fp64():
     variants = result("selfcheck", "assembler")
     assert len(variants) > 10

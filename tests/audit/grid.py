@@ -143,7 +143,8 @@ def _laid_out(shape, layout, dtype):
 def _row_calls(few: bool) -> Iterator[Call]:
     ladders = (*heuristics.FORWARD.values(), *heuristics.BACKWARD.values())
     lengths = FEW_LENGTHS if few else sorted({*LENGTHS, *itertools.chain(*ladders)})
-    for N, dtypes in itertools.product(lengths, FEW_ROW_DTYPES if few else ROW_DTYPES):
+    kinds = itertools.product(lengths, FEW_ROW_DTYPES if few else ROW_DTYPES)
+    for N, dtypes in (*kinds, *([(16384, (bfloat16, bfloat16, None))] if few else [])):  # which has the fewest registers left
         parts = not few and dtypes[0] == dtypes[1] != float16
         needs = ((True, True, True), *(((True, False, False), (False, True, True), (True, True, False)) if parts else ()))
         wide = ALL if N % (16 // dtypes[0].itemsize) == 0 else ()

@@ -119,6 +119,14 @@ def _in_machine_code(variant):
     return [sorted(widths["LDG"] | widths["LDGSTS"]), sorted(widths["STG"]), fp64]
 
 
+def ahead():
+    """Kernels of long rows, and whether they ask for a row ahead."""
+    with record("sm_80", []) as compiled:
+        y, mean, rstd = K.row_fwd(torch.empty(64, 8192), None, None, 1e-5, 8192)
+        K.row_bwd(y, y, None, mean, rstd, (True, None, None))
+    return {v.kernel: "prefetch.global.L2" in v.files["ptx"].read_text() for v in compiled}
+
+
 if __name__ == "__main__":
-    checks = {"planted": planted, "assembler": assembler, "unreached": lambda: unreached([])}
+    checks = {"planted": planted, "ahead": ahead, "assembler": assembler, "unreached": lambda: unreached([])}
     print(json.dumps(checks[sys.argv[1]]()))
