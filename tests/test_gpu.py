@@ -154,7 +154,8 @@ def hanging(toys):
     """The command as a process, and the process of its section, which hangs in the second row."""
     toys.trouble("first", "hangs")
     code = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a suite in the background is started to ignore
 sys.path.insert(0, {str(ROOT / "bench")!r})
 import gpu
 gpu.SECTIONS = {{"first": gpu.Spec(gpu.Path({str(toys.toy)!r}), limit=60.0, least=0.0)}}
