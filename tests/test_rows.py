@@ -38,13 +38,13 @@ def test_backward_alone(case, device, backend):
 
 @pytest.fixture
 def shared_rows(monkeypatch):
-    """Rows of 1280 are read twice, by two programs each, as long ones are."""
+    """Rows of 512 are read twice, by two programs each, as long ones are."""
     for itemsize in (2, 4):
-        monkeypatch.setitem(heuristics.LONG[itemsize], 1280, (128, 1, 2, True))
+        monkeypatch.setitem(heuristics.LONG[itemsize], 512, (256, 2, 2, True))
 
 
 @pytest.mark.usefixtures("shared_rows")
-@pytest.mark.parametrize("shape", [(5, 40), (37, 300), (3, 4099), (9, 1280)], ids=str)  # the third is split by columns
+@pytest.mark.parametrize("shape", [(5, 40), (37, 300), (3, 4099), (9, 512)], ids=str)  # the third is split by columns
 @pytest.mark.parametrize("need", [(a, b, c) for a in (True, False) for b in (F32, None) for c in (F32, None)], ids=str)
 def test_only_what_is_needed(shape, need, backend, device):
     x, dy, weight, _ = Case(shape).make_rows(device)
@@ -119,7 +119,7 @@ def test_constant_rows_are_zero(dtype, N, backend, device):
 
 
 @pytest.mark.usefixtures("shared_rows")
-@pytest.mark.parametrize("N", [10, 300, 1024, 1280, 4099])
+@pytest.mark.parametrize("N", [10, 300, 512, 1024, 4099])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_row_does_not_depend_on_its_batch(N, dtype, backend, device):
     """A row's y and dx: the same bits for every M and every place."""
