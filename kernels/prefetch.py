@@ -10,14 +10,15 @@ import triton.language as tl
 
 
 @triton.jit
-def prefetch_row(ptr, row, M, N, stride, BLOCK: tl.constexpr):
+def prefetch_row(ptr, row, M, N, stride_v, BLOCK: tl.constexpr, VEC: tl.constexpr):
     """Asks for row `row` of N <= BLOCK columns, where there is one, in sectors of 32 bytes."""
     SECTOR: tl.constexpr = 256 // ptr.dtype.element_ty.primitive_bitwidth
     cols = tl.arange(0, BLOCK // SECTOR) * SECTOR
     there = (cols < N) & (row < M)
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l,r",
-        [ptr + tl.cast(row, tl.int64) * stride + cols, there.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
+        [ptr + tl.cast(row, tl.int64) * stride_v * VEC + cols, there.to(tl.int32)], dtype=tl.int32, is_pure=False,
+        pack=1)  # fmt: skip
 
 
 @triton.jit

@@ -44,9 +44,9 @@ def _store_y(y_ptr, x_hat, weight, bias, cols, mask):
 
 
 @triton.jit
-def _normalize_rows(group, x_ptr, weight_ptr, bias_ptr, kept_weight, kept_bias, y_ptr, mean_ptr, rstd_ptr, M, N, x_stride, eps,
-                    ahead, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr,
-                    KEPT: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
+def _normalize_rows(group, x_ptr, weight_ptr, bias_ptr, kept_weight, kept_bias, y_ptr, mean_ptr, rstd_ptr, M, N, x_stride_v,
+                    eps, ahead, ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr,
+                    EARLY: tl.constexpr, KEPT: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
     """The group-th ROWS rows. KEPT: weight and bias are in registers already."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     LONGEST: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
@@ -59,9 +59,9 @@ def _normalize_rows(group, x_ptr, weight_ptr, bias_ptr, kept_weight, kept_bias, 
         mask = mask & (rows < M)[:, None]
     parameter_cols = cols + (r * 0)[:, None]
     # Parameters are what L1 is to keep.
-    x = tl.load(x_ptr + rows[:, None] * x_stride + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
+    x = tl.load(x_ptr + rows[:, None] * x_stride_v * VEC + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
     if AHEAD:
-        prefetch_row(x_ptr, group + ahead, M, N, x_stride, BLOCK)
+        prefetch_row(x_ptr, group + ahead, M, N, x_stride_v, BLOCK, VEC)
     weight, bias = kept_weight, kept_bias
     if EARLY and not KEPT:
         weight = load_parameter(weight_ptr, parameter_cols, inside, LONGEST)
@@ -83,7 +83,6 @@ def _row_fwd_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, M, N
     """ROWS whole rows in registers: one read, one write. WHOLE: N is BLOCK. EARLY: the parameters are read with x. AHEAD: the
     row `ahead` rows later, another program's, is asked for. With more STAGES than one programs are persistent."""
     N = N_v * VEC
-    stride = x_stride_v * VEC
     eps = pair_of(eps, eps_low, rstd_ptr.dtype.element_ty)
     if STAGES > 1:
         LONGEST: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
@@ -91,11 +90,11 @@ def _row_fwd_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, M, N
         weight = load_parameter(weight_ptr, cols, cols < N, LONGEST)
         bias = load_parameter(bias_ptr, cols, cols < N, LONGEST)
         for group in tl.range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES):
-            _normalize_rows(group, x_ptr, weight_ptr, bias_ptr, weight, bias, y_ptr, mean_ptr, rstd_ptr, M, N, stride, eps,
-                            ahead, ROWS, BLOCK, WHOLE, EARLY, True, AHEAD)  # fmt: skip
+            _normalize_rows(group, x_ptr, weight_ptr, bias_ptr, weight, bias, y_ptr, mean_ptr, rstd_ptr, M, N, x_stride_v,
+                            eps, ahead, ROWS, BLOCK, VEC, WHOLE, EARLY, True, AHEAD)  # fmt: skip
     else:
-        _normalize_rows(tl.program_id(0), x_ptr, weight_ptr, bias_ptr, None, None, y_ptr, mean_ptr, rstd_ptr, M, N, stride, eps,
-                        ahead, ROWS, BLOCK, WHOLE, EARLY, False, AHEAD)  # fmt: skip
+        _normalize_rows(tl.program_id(0), x_ptr, weight_ptr, bias_ptr, None, None, y_ptr, mean_ptr, rstd_ptr, M, N, x_stride_v,
+                        eps, ahead, ROWS, BLOCK, VEC, WHOLE, EARLY, False, AHEAD)  # fmt: skip
 
 
 @triton.jit

@@ -1,5 +1,8 @@
 """Layer norm: every backend against the truth, never worse than torch.nn."""
 
+import mmap
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -130,6 +133,23 @@ def test_row_does_not_depend_on_its_batch(N, dtype, backend, device):
         part = gradients(lambda x, w, b: fastnorm.layer_norm(x, (N,), w, b), x[start:end], dy[start:end], weight, bias)
         assert torch.equal(part["y"], whole["y"][start:end])
         assert torch.equal(part["dx"], whole["dx"][start:end])
+
+
+@pytest.mark.usefixtures("shared_rows")
+@pytest.mark.parametrize("N", [40, 512, 768])
+def test_rows_that_are_far_apart(N, backend, device):
+    """2^31 elements and more: such a stride, times a row's number, is no int32. No memory is behind what lies between."""
+    stride, dtype = 2**31 + 8, F16
+    if device == "cpu":
+        memory = torch.from_numpy(np.frombuffer(mmap.mmap(-1, 2 * (stride + N)), dtype=np.float16))
+    else:
+        memory = torch.empty(stride + N, dtype=dtype, device=device)
+    inputs = [t.to(device) for t in Case((2, N), dtype=dtype, weight=dtype).make_rows("cpu")[:3]]
+    x = memory.as_strided((2, N), (stride, 1)).copy_(inputs[0])
+    y, mean, rstd = backend.row_fwd(x, inputs[2], None, 1e-5, N)
+    assert torch.equal(y, backend.row_fwd(inputs[0], inputs[2], None, 1e-5, N)[0])
+    near, far = (backend.row_bwd(inputs[1], t, inputs[2], mean, rstd, (True, dtype, dtype)) for t in (inputs[0], x))
+    assert all(torch.equal(a, b) for a, b in zip(near, far, strict=True))
 
 
 def test_two_runs_give_the_same_bits(backend, device):
