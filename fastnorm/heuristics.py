@@ -136,8 +136,8 @@ FORWARD_SHORTER = {(4, 8192): 48}
 # (itemsize, bucket of N) -> stages, and programs that fit one SM, where persistent programs that prefetch were measured to be
 # faster: 8192 x 1024 in 14.5 us without, 12.9 with, a copy 12.9. Longer rows lose 2 to 30 %.
 FORWARD_PREFETCHED = {(2, 1024): (4, 12)}
-# itemsize -> {bucket of N: KB that an SM asks for ahead}. Below 4 KB a row, and by programs that prefetch, it gains nothing;
-# less than the programs that run at once are about to load is of no use. Measured on an H200.
+# itemsize -> {bucket of N: KB that an SM asks for ahead}. Shorter rows, and those of programs that prefetch, were not
+# faster by it; less than the programs that run at once are about to load is of no use. Measured on an H200.
 AHEAD = {2: {2048: 32, 4096: 32, 8192: 80, 16384: 64}, 4: {2048: 64, 4096: 64, 8192: 80, 16384: 64}, 8: {}}
 # itemsize -> the longest rows whose parameters are read with them, which spares a short row a second wait for the memory. Held
 # meanwhile, those of a longer one cost more registers than other programs beside it can do without.
