@@ -15,16 +15,29 @@ spec = importlib.util.spec_from_file_location("build", HERE / "fastnorm" / "buil
 build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
 
+
+def command_class():
+    class build_ext(build.build_ext_class()):
+        def run(self):
+            super().run()
+            if build.cuda_wanted():
+                package = Path(self.get_ext_fullpath("fastnorm._C")).parent
+                build.compile_cuda_into(str(package), build.cuda_architectures())
+
+    return build_ext
+
+
 compiled = {}
 try:
     build.check_requirements()
-    compiled = {"ext_modules": [build.extension()], "cmdclass": {"build_ext": build.build_ext_class()}}
+    compiled = {"ext_modules": [build.extension()], "cmdclass": {"build_ext": command_class()}}
 except build.BuildError as e:
     print(f"fastnorm: installing pure Python, the C++ kernels are compiled at first use: {e}", flush=True)
 
+folders = {f"fastnorm.{name.replace('/', '.')}": name for name in ("csrc", "csrc/cpu", "csrc/cuda")}
 setup(
-    packages=["fastnorm", "fastnorm.kernels", "fastnorm.csrc", "fastnorm.csrc.cpu"],
-    package_dir={"fastnorm.kernels": "kernels", "fastnorm.csrc": "csrc", "fastnorm.csrc.cpu": "csrc/cpu"},
-    package_data={"fastnorm.csrc": ["*.h", "*.cpp"], "fastnorm.csrc.cpu": ["*.h", "*.cpp"]},
+    packages=["fastnorm", "fastnorm.kernels", *folders],
+    package_dir={"fastnorm.kernels": "kernels", **folders},
+    package_data={folder: ["*.h", "*.cpp", "*.cuh", "*.cu"] for folder in folders},
     **compiled,
 )

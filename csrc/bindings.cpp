@@ -29,8 +29,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_config", [](const py::object& config) { set_config(config.ptr()); });
   m.def("set_differentiable",
         [](py::object layer_norm, py::object batch_norm) { set_differentiable(layer_norm.ptr(), batch_norm.ptr()); });
-  m.def("serve_natively", &serve_natively);
   const auto type = [](const std::string& device) { return c10::Device(device).type(); };
+  m.def("serve_natively", [type](const std::string& device, bool on) { serve_natively(type(device), on); });
+  m.def("set_kernels", [type](const std::string& device, uintptr_t kernels, uintptr_t stream) {
+    set_kernels(type(device), reinterpret_cast<const Kernels*>(kernels), stream);
+  });
   m.def("serve_replays",
         [type](const std::string& device, const py::dict& functions, const py::object& record, uintptr_t launch,
                uintptr_t stream) { replay::serve(type(device), functions, record, launch, stream); });

@@ -1,11 +1,11 @@
-// The checks behind every entry: a pointer is taken only from a dense CPU tensor of a dtype and size that the kernels expect.
+// The checks behind every entry: a pointer is taken only from a tensor beside x, of a dtype and size that the kernels expect.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <string>
 
-#include "cpu/kernels.h"
+#include "kernels.h"
 
 namespace fastnorm {
 
@@ -35,9 +35,14 @@ inline std::string text(at::IntArrayRef sizes) {
 
 inline at::ScalarType accumulate_type(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-inline void check_cpu(const at::Tensor& t, const char* name) {
-  TORCH_CHECK(t.device().is_cpu() && t.layout() == at::kStrided, "fastnorm's native kernels expect ", name,
-              " as a strided CPU tensor, got one on ", t.device());
+inline void check_served(const at::Tensor& x) {
+  TORCH_CHECK((x.is_cpu() || x.is_cuda()) && x.layout() == at::kStrided,
+              "fastnorm's native kernels expect x as a strided CPU or CUDA tensor, got one on ", x.device());
+}
+
+inline void check_beside(const at::Tensor& t, const char* name, const at::Tensor& x) {
+  TORCH_CHECK(t.device() == x.device() && t.layout() == at::kStrided, "fastnorm's native kernels expect ", name,
+              " as a strided tensor on ", x.device(), " beside x, got one on ", t.device());
 }
 
 inline void check_numel(const at::Tensor& t, const char* name, int64_t numel) {
@@ -46,15 +51,15 @@ inline void check_numel(const at::Tensor& t, const char* name, int64_t numel) {
 
 // A tensor of x's accumulate dtype and of n elements, dense; its pointer.
 inline const void* statistic(const at::Tensor& t, const char* name, const at::Tensor& x, int64_t n) {
-  check_cpu(t, name);
+  check_beside(t, name, x);
   check_numel(t, name, n);
   TORCH_CHECK(t.scalar_type() == accumulate_type(x) && t.is_contiguous(), name, " should be contiguous and ",
               accumulate_type(x));
   return t.const_data_ptr();
 }
 
-inline ConstArray input(const at::Tensor& t, const char* name) {
-  check_cpu(t, name);
+inline ConstArray input(const at::Tensor& t, const char* name, const at::Tensor& x) {
+  check_beside(t, name, x);
   return {t.const_data_ptr(), dtype_of(t.scalar_type())};
 }
 

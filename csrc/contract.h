@@ -1,4 +1,4 @@
-// The backend contract (fastnorm/reference.py says what each function is) over CPU tensors.
+// The backend contract (fastnorm/reference.py says what each function is) over tensors of every device that has kernels.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -6,6 +6,8 @@
 
 #include <optional>
 #include <tuple>
+
+#include "kernels.h"
 
 namespace fastnorm {
 
@@ -16,8 +18,15 @@ using Grads = std::tuple<Maybe, Maybe, Maybe>;
 // dx wanted or not; the dtypes of dweight and dbias, or none where they are not wanted.
 using Need = std::tuple<bool, MaybeType, MaybeType>;
 
-// New memory, past the dispatcher: half a microsecond less.
-Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype, at::MemoryFormat format = at::MemoryFormat::Contiguous);
+// The kernels of a device type; none where it has no row in the table.
+const Kernels* kernels_of(c10::DeviceType device);
+// Puts a library's row into the table, or another one in its place; null: the row goes, the CPU's own comes back. `stream` is the
+// address of aoti_torch_get_current_cuda_stream, or 0 where there are no streams.
+void set_kernels(c10::DeviceType device, const Kernels* kernels, uintptr_t stream);
+
+// New memory beside `like`, on the CPU past the dispatcher: half a microsecond less.
+Tensor empty(const Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype,
+             at::MemoryFormat format = at::MemoryFormat::Contiguous);
 
 std::tuple<Tensor, Tensor, Tensor> row_fwd(const Tensor& x, const Maybe& weight, const Maybe& bias, double eps, int64_t N,
                                            MaybeType dtype);
@@ -52,7 +61,9 @@ struct BatchOptions {
   double momentum, eps;
   const Maybe& num_batches_tracked;
 };
-Tensor row_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, double eps, int64_t N, MakeStatistics make);
+// `dtype`: y's, where it is not x's.
+Tensor row_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, double eps, int64_t N, MaybeType dtype,
+                   MakeStatistics make);
 Tensor channel_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, const BatchOptions& o, MakeStatistics make);
 
 }  // namespace fastnorm

@@ -25,7 +25,7 @@ using torch::autograd::variable_list;
 
 PyObject *layer_norm_formula = nullptr, *batch_norm_formula = nullptr;
 PyObject* config = nullptr;  // fastnorm.config
-std::atomic<bool> native_serves{false};
+std::atomic<bool> native_serves[2] = {};  // on the CPU, on CUDA
 
 // ---------------------------------------------------------------- the gate
 
@@ -116,6 +116,7 @@ Maybe given(const Tensor& t) { return t.defined() ? Maybe(t) : std::nullopt; }
 class ScratchStatistics {
  public:
   Statistics make(const Tensor& x, int64_t n) {
+    if (!x.is_cpu()) return there_.make(x, n);
     const int64_t each = n * (x.scalar_type() == at::kDouble ? 8 : 4);  // bytes
     all_.resize_for_overwrite(static_cast<size_t>(3 * each + 7) / 8);
     return {all_.data(), reinterpret_cast<char*>(all_.data()) + 2 * each};
@@ -123,21 +124,24 @@ class ScratchStatistics {
 
  private:
   c10::SmallVector<double, 32> all_;
+  SavedStatistics there_;
 };
 
 // The two that serve: one contract, with `saved` for a call with a graph.
 struct Native {
-  static Tensor row_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, double eps, int64_t N, MaybeType,
+  static Tensor row_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, double eps, int64_t N, MaybeType dtype,
                             SavedStatistics* saved) {
-    ScratchStatistics scratch;  // no CPU autocast asks for a dtype
-    const int64_t M = x.numel() / N;
-    return fastnorm::row_forward(x, weight, bias, eps, N, [&] { return saved ? saved->make(x, M) : scratch.make(x, M); });
+    ScratchStatistics scratch;
+    return fastnorm::row_forward(x, weight, bias, eps, N, dtype, [&] {
+      return saved ? saved->make(x, x.numel() / N) : scratch.make(x, x.numel() / N);
+    });
   }
   static Tensor channel_forward(const Tensor& x, const Maybe& weight, const Maybe& bias, const BatchOptions& o,
                                 SavedStatistics* saved) {
     ScratchStatistics scratch;
-    const int64_t C = x.size(1);
-    return fastnorm::channel_forward(x, weight, bias, o, [&] { return saved ? saved->make(x, C) : scratch.make(x, C); });
+    return fastnorm::channel_forward(x, weight, bias, o, [&] {
+      return saved ? saved->make(x, x.size(1)) : scratch.make(x, x.size(1));
+    });
   }
   static constexpr auto row_bwd = fastnorm::row_bwd;
   static constexpr auto channel_bwd = fastnorm::channel_bwd;
@@ -274,7 +278,7 @@ struct FastnormBatchNorm : torch::autograd::Function<FastnormBatchNorm<Backend>>
 // Which of the two serves x's device, if one does.
 enum class Serving { nobody, native, replayed };
 Serving serving(const Tensor& x) {
-  if (x.is_cpu() && native_serves) return Serving::native;
+  if (native_serves[x.is_cpu() ? 0 : 1]) return Serving::native;
   return replay::serves(x.device().type()) ? Serving::replayed : Serving::nobody;
 }
 
@@ -370,6 +374,6 @@ void set_differentiable(PyObject* layer_norm_backward, PyObject* batch_norm_back
   Py_XSETREF(batch_norm_formula, Py_NewRef(batch_norm_backward));
 }
 
-void serve_natively(bool on) { native_serves = on; }
+void serve_natively(c10::DeviceType device, bool on) { native_serves[device == c10::DeviceType::CPU ? 0 : 1] = on; }
 
 }  // namespace fastnorm

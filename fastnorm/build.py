@@ -1,8 +1,9 @@
-"""Compiles fastnorm._C: one recipe, used by setup.py ahead of time and by native.py at first use.
+"""Compiles fastnorm._C and the library of CUDA kernels: one recipe each, used by setup.py ahead of time and at first use.
 
 A compiled library fits one torch version, one Python and one instruction set, so it carries a key made of these and of the
-sources; a library whose key does not fit is never loaded. setup.py reads this file before torch is known to be there: only
-the standard library at the top.
+sources; a library whose key does not fit is never loaded. The CUDA kernels know neither torch nor Python: theirs is made of
+the sources and the architectures. setup.py reads this file before torch is known to be there: only the standard library at the
+top.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
@@ -44,6 +47,9 @@ SANITIZE = [
     "-fno-omit-frame-pointer",
     "-D_GLIBCXX_ASSERTIONS",
 ]
+
+# nvcc's own runtime, linked in: torch's may be of another version, and its streams are the driver's.
+CUDA_FLAGS = ["-O3", "-std=c++17", "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
 class BuildError(RuntimeError):
@@ -102,13 +108,17 @@ def flags(isa: str) -> list[str]:
 
 def key(isa: str) -> str:
     """What a library must have been built from and for, to be loaded here."""
-    digest = hashlib.sha256()
-    for path in sorted(csrc().rglob("*")):
-        if path.is_file():
-            digest.update(path.relative_to(csrc()).as_posix().encode() + b"\0" + path.read_bytes())
     version = importlib.metadata.version("torch")
-    digest.update(f"{version} {sysconfig.get_config_var('SOABI')} {platform.machine()} {flags(isa)}".encode())
-    return f"fastnorm-{isa}-{digest.hexdigest()[:16]}"
+    about = f"{version} {sysconfig.get_config_var('SOABI')} {platform.machine()} {flags(isa)}"
+    return f"fastnorm-{isa}-{digest([csrc(), csrc() / 'cpu'], about)}"
+
+
+def digest(folders: list[Path], about: str) -> str:
+    """Of the files of some folders under csrc, and of what else decides what is made of them."""
+    digest = hashlib.sha256(about.encode())
+    for path in sorted(path for folder in folders for path in folder.glob("*.*")):
+        digest.update(path.relative_to(csrc()).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def accepted_keys() -> list[str]:
@@ -219,25 +229,33 @@ def library() -> Path:
     if cached.is_file():
         return cached
     check_requirements()
+    return compile_once(cached, [sys.executable, __file__], describe())
+
+
+def compile_once(target: Path, command: list[str], what: str) -> Path:
+    """`target`, which the command leaves under its name in the folder that it is given as its last argument.
+
+    Raises:
+        BuildError: it did not; the compiler's words are in a file.
+    """
     import fcntl  # not on Windows, where setup.py still has to be able to read this file
 
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    log, arrival = cached.parent / "build.log", time.time()
-    with open(cached.parent / "lock", "w") as lock:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    log, arrival = target.parent / "build.log", time.time()
+    with open(target.parent / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         failed_while_waiting = log.is_file() and log.stat().st_mtime >= arrival
-        if not cached.is_file() and not failed_while_waiting:
-            _compile_in_subprocess(cached, log)
-    if not cached.is_file():
+        if not target.is_file() and not failed_while_waiting:
+            _compile_in_subprocess(target, log, command, what)
+    if not target.is_file():
         raise BuildError(f"compiling the C++ kernels failed; the compiler's words are in {log}")
-    return cached
+    return target
 
 
-def _compile_in_subprocess(target: Path, log: Path) -> None:
-    print(describe(), file=sys.stderr, flush=True)
+def _compile_in_subprocess(target: Path, log: Path, command: list[str], what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        command = [sys.executable, str(Path(__file__)), temporary]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run([*command, temporary], capture_output=True, text=True, check=False)
         built = Path(temporary) / target.name
         if result.returncode == 0 and built.is_file():
             os.replace(built, target)
@@ -245,5 +263,96 @@ def _compile_in_subprocess(target: Path, log: Path) -> None:
             log.write_text(result.stdout + result.stderr)
 
 
+# ---------------------------------------------------------------- CUDA kernels
+
+CUDA_LIBRARY = "_cuda.so"
+
+
+def nvcc() -> str:
+    """The compiler of CUDA: of CUDA_HOME, on the path, of the system's toolkit or of NVIDIA's packages on PyPI."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    places = [Path(home) / "bin" / "nvcc" for home in homes if home]
+    places += [Path(found) for found in [shutil.which("nvcc")] if found]
+    places += [Path("/usr/local/cuda/bin/nvcc"), *Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/nvcc")]
+    path = next((place for place in places if os.access(place, os.X_OK)), None)
+    if path is None:
+        raise BuildError("no nvcc was found (install NVIDIA's CUDA toolkit, or set CUDA_HOME)")
+    return str(path)
+
+
+def cuda_wanted() -> bool | None:
+    """FASTNORM_CUDA: 0 for no CUDA kernels, 1 to have setup.py compile them, nothing to compile them at first use."""
+    value = os.environ.get("FASTNORM_CUDA") or None
+    if value not in (None, "0", "1"):
+        raise BuildError(f"FASTNORM_CUDA is {value!r}; it should be 0 or 1")
+    return None if value is None else value == "1"
+
+
+def cuda_architectures() -> list[str]:
+    """What is compiled ahead of time: TORCH_CUDA_ARCH_LIST, as "9.0" or "9.0+PTX", else what this machine's GPUs are."""
+    named = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    if named != [""]:
+        for name in named:
+            if not re.fullmatch(r"\d+\.\d[a-z]?(\+PTX)?", name):
+                raise BuildError(f"TORCH_CUDA_ARCH_LIST has {name!r}; it should be a list like 8.0;9.0+PTX")
+        return named
+    import torch
+
+    if not torch.cuda.is_available():
+        raise BuildError("there is no GPU to compile for (set TORCH_CUDA_ARCH_LIST, for example to 9.0)")
+    return sorted({"{}.{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())})
+
+
+def cuda_key(architectures: list[str]) -> str:
+    shared = [(csrc() / name).read_text() for name in ("kernels.h", "norm_math.h")]
+    return f"fastnorm-cuda-{digest([csrc() / 'cuda'], f'{CUDA_FLAGS} {shared}')}-{'-'.join(architectures)}-"
+
+
+def _generated_code(architecture: str) -> list[str]:
+    number, _, ptx = architecture.replace(".", "").partition("+")
+    codes = [f"sm_{number}", *([f"compute_{number}"] if ptx else [])]
+    return [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+
+
+def compile_cuda_into(directory: str, architectures: list[str]) -> None:
+    """Compile the library of CUDA kernels into `directory`; its files side by side."""
+    flags = [*CUDA_FLAGS, "-ccbin", compiler(), f"-DFASTNORM_BUILD_KEY={cuda_key(architectures)}"]
+    flags += [flag for architecture in architectures for flag in _generated_code(architecture)]
+    with tempfile.TemporaryDirectory() as temporary:
+        objects = {path: str(Path(temporary) / f"{path.stem}.o") for path in sorted((csrc() / "cuda").glob("*.cu"))}
+        run = lambda *arguments: subprocess.run([nvcc(), *flags, *arguments], check=True)
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
+            list(pool.map(lambda path: run("-c", str(path), "-o", objects[path]), objects))
+        run("-shared", *objects.values(), "-o", str(Path(directory) / CUDA_LIBRARY))
+
+
+def cuda_library(architecture: str) -> Path:
+    """A library of CUDA kernels for "9.0" or the like: the installed one, the cached one, or one compiled now."""
+    if cuda_wanted() is False:
+        raise BuildError("FASTNORM_CUDA=0 asks for no CUDA kernels")
+    installed = _HERE / CUDA_LIBRARY
+    if installed.is_file():
+        found = re.search(cuda_key([]).removesuffix("-").encode() + rb"([\w.+-]+)-", installed.read_bytes())
+        if found and any(_runs_on(name, architecture) for name in found[1].decode().split("-")):
+            return installed
+    cached = cache_directory() / cuda_key([architecture]) / CUDA_LIBRARY
+    if cached.is_file():
+        return cached
+    what = f"fastnorm: compiling the CUDA kernels for {architecture} with {nvcc()}"
+    return compile_once(cached, [sys.executable, __file__, architecture], what)
+
+
+def _runs_on(name: str, architecture: str) -> bool:
+    """Machine code runs on later GPUs of its generation, PTX on all that are later; "9.0a" on that one alone."""
+    compiled, present = (tuple(map(int, re.findall(r"\d+", text))) for text in (name, architecture))
+    if name[-1].isalpha() and not name.endswith("+PTX"):
+        return name[:-1] == architecture
+    return compiled <= present and (compiled[0] == present[0] or name.endswith("+PTX"))
+
+
 if __name__ == "__main__":
-    compile_into(sys.argv[1])
+    *named, into = sys.argv[1:]
+    if named:
+        compile_cuda_into(into, named)
+    else:
+        compile_into(into)

@@ -1,8 +1,8 @@
 """THE table of backends, and which one serves a tensor. Nothing else in the package asks which device a tensor is on.
 
 A backend is a module with the functions of `reference.py` (the contract is written there) plus
-`unavailable() -> str | None`, why it cannot run here, and `devices()`, the device types it serves (None: any). It may have
-`whole_calls(device_type)` as well, see `direct`.
+`unavailable(device_type) -> str | None`, why it does not serve this type of device here. It may have `whole_calls(device_type)`
+as well, see `direct`.
 """
 
 from __future__ import annotations
@@ -33,20 +33,15 @@ class Backend:
     def why_not(self, device_type: str) -> str | None:
         """None when it serves this device, else one sentence that says why it does not."""
         try:
-            module = self.load()
+            return self.load().unavailable(device_type)
         except ImportError as e:
             return f"it cannot be imported ({e})"
-        reason = module.unavailable()
-        served = None if reason else module.devices()
-        if reason is None and served is not None and device_type not in served:
-            reason = f"it serves {' and '.join(served)} tensors, not {device_type}"
-        return reason
 
 
 # In the order of preference. Devices that are in no row are left to torch itself.
 BACKENDS = (
     Backend("triton", "fastnorm.kernels", "fused Triton kernels", ("cuda",)),
-    Backend("native", "fastnorm.native", "fused C++ kernels", ("cpu",)),
+    Backend("native", "fastnorm.native", "fused C++ and CUDA kernels", ("cpu", "cuda")),
     Backend("reference", "fastnorm.reference", "plain torch operators", ("cpu", "cuda")),
 )
 NAMES = tuple(b.name for b in BACKENDS)
@@ -76,7 +71,8 @@ class _Direct:
     def clear(self):
         vars(self).clear()
         if module := extension.loaded():
-            module.serve_natively(False)
+            for device_type in DEVICES:
+                module.serve_natively(device_type, False)
             module.close_replays()
 
 

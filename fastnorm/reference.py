@@ -30,12 +30,8 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def unavailable() -> str | None:
+def unavailable(device_type: str) -> str | None:
     return None
-
-
-def devices() -> None:
-    """None: any device."""
 
 
 # ---------------------------------------------------------------- the math of the project, once

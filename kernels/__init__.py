@@ -19,7 +19,6 @@ __all__ = [
     "channel_grad",
     "channel_stats",
     "channel_sums",
-    "devices",
     "forget",
     "row_bwd",
     "row_fwd",
@@ -31,10 +30,15 @@ __all__ = [
 CONTRACT = {f.__name__: f for f in (row_fwd, row_bwd, channel_fwd, channel_bwd)}
 
 
+def unavailable(device_type: str) -> str | None:
+    if not INTERPRETED and (reason := _without_gpu()):
+        return reason
+    served = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+    return None if device_type in served else f"it serves {' and '.join(served)} tensors, not {device_type}"
+
+
 @cache
-def unavailable() -> str | None:
-    if INTERPRETED:
-        return None
+def _without_gpu() -> str | None:
     if not torch.cuda.is_available():
         return "Triton needs a CUDA device, and there is none"
     if torch.version.hip is not None:
@@ -45,10 +49,6 @@ def unavailable() -> str | None:
     except Exception as e:  # whatever keeps Triton from compiling and launching: a missing C compiler, a driver, a version
         return f"its first kernel did not run ({''.join(traceback.format_exception_only(e)).splitlines()[0]})"
     return None
-
-
-def devices() -> tuple[str, ...]:
-    return ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 
 def forget() -> None:

@@ -1,5 +1,6 @@
 """Fixtures: every backend on every device it serves, memory full of NaN where nothing was written, fixed seeds."""
 
+import contextlib
 import os
 
 import torch
@@ -7,6 +8,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are imported, so before anything imports them
 
+import emulator
 import pytest
 
 import fastnorm
@@ -27,6 +29,9 @@ def _served():
 
 
 SERVED = list(_served())
+NATIVE = dispatch.BACKENDS[dispatch.NAMES.index("native")]
+# The CUDA kernels of the native backend, on a CPU; where another backend is asked for, that one alone is tested.
+EMULATED = [] if dispatch.forced() or emulator.unavailable() else [(NATIVE, "cpu")]
 
 
 def pytest_sessionstart():
@@ -34,8 +39,10 @@ def pytest_sessionstart():
     present = {backend.name for backend, _ in SERVED}
     if dispatch.forced() and not present:
         pytest.exit(f"FASTNORM_BACKEND={dispatch.forced()} cannot run here: {_reason(dispatch.forced())}", returncode=2)
-    if not dispatch.forced() and "native" not in present and _compiler():
-        pytest.exit(f"there is a C++ compiler, but no native backend: {_reason('native')}", returncode=2)
+    if dispatch.forced() or not _compiler():
+        return
+    if reason := NATIVE.why_not("cpu") or emulator.unavailable():
+        pytest.exit(f"there is a C++ compiler, but no native backend: {reason}", returncode=2)
 
 
 def _reason(name):
@@ -49,11 +56,16 @@ def _compiler():
         return None
 
 
-@pytest.fixture(params=SERVED, ids=lambda p: f"{p[0].name}-{p[1]}")
+def _parameters():
+    yield from (pytest.param((*served, False), id=f"{served[0].name}-{served[1]}") for served in SERVED)
+    yield from (pytest.param((*served, True), id="emulated") for served in EMULATED)
+
+
+@pytest.fixture(params=_parameters())
 def served(request):
     """The backend module in force, and its device, for one test."""
-    backend, device = request.param
-    with fastnorm.use_backend(backend.name):
+    backend, device, emulated = request.param
+    with fastnorm.use_backend(backend.name), emulator.kernels() if emulated else contextlib.nullcontext():
         yield backend.load(), device
 
 

@@ -123,7 +123,7 @@ def test_triton_that_cannot_launch_is_not_used(monkeypatch):
     monkeypatch.setattr(torch, "arange", lambda *args, **kwargs: torch.ones(256))
     monkeypatch.setattr(kernels, "check", lambda call: call())
     monkeypatch.setattr(kernels, "row_fwd", broken)
-    reason = kernels.unavailable.__wrapped__()
+    reason = kernels._without_gpu.__wrapped__()
     assert reason == "its first kernel did not run (RuntimeError: Failed to find C compiler.)"
 
 
@@ -133,7 +133,7 @@ def test_triton_is_not_used_where_its_launches_would_fail(monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert kernels.unavailable.__wrapped__() == "its launch choices are made for NVIDIA GPUs, and this one has other limits"
+    assert kernels._without_gpu.__wrapped__() == "its launch choices are made for NVIDIA GPUs, and this one has other limits"
 
 
 def test_triton_backend_is_imported_once():

@@ -52,7 +52,7 @@ CHANNELS = [
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
     """guards.cpp, with the flags of the kernels."""
-    if reason := native.unavailable():
+    if reason := native.unavailable("cpu"):
         pytest.skip(reason)
     try:
         compiler = build.compiler()

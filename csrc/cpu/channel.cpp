@@ -173,7 +173,7 @@ void channel_grad(Channels g, const ChannelsInput& dy, const ChannelsInput& x, c
 }
 
 void channel_fwd(Channels g, const ChannelsInput& x, ConstArray weight, ConstArray bias, Array running_mean, Array running_var,
-                 bool training, double momentum, double eps, Array y, void* mean, void* rstd) {
+                 int64_t* tracked, bool training, double momentum, double eps, Array y, void* mean, void* rstd) {
   with_type(x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;
@@ -203,6 +203,7 @@ void channel_fwd(Channels g, const ChannelsInput& x, ConstArray weight, ConstArr
     with_sweep<T, 1>(g, {&x}, [&](const auto& sweep) {
       sweep.template both<StatisticsTerms<T>, Standardize<T>>(shift, settle_batch, constants, as<T>(y.data));
     });
+    if (tracked) ++*tracked;
   });
 }
 

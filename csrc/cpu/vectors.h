@@ -6,8 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "../norm_math.h"
-#include "kernels.h"
+#include "functions.h"
 #include "registers.h"
 
 namespace fastnorm {

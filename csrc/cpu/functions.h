@@ -1,0 +1,24 @@
+// What row_*.cpp and channel.cpp implement: the functions of ../kernels.h, which ask for no place.
+#pragma once
+
+#include "../kernels.h"
+
+namespace fastnorm::cpu {
+
+void row_fwd(Rows g, const RowsInput& x, ConstArray weight, ConstArray bias, double eps, Array y, void* mean, void* rstd);
+void row_bwd(Rows g, const RowsInput& dy, const RowsInput& x, ConstArray weight, const void* mean, const void* rstd, Array dx,
+             Array dweight, Array dbias);
+
+void channel_stats(Channels g, const ChannelsInput& x, void* mean, void* deviation);
+void channel_apply(Channels g, const ChannelsInput& x, const void* mean, const void* rstd, ConstArray weight, ConstArray bias,
+                   Array y);
+void channel_sums(Channels g, const ChannelsInput& dy, const ChannelsInput& x, const void* mean, const void* rstd, void* sum_dz,
+                  void* sum_dz_x_hat);
+void channel_grad(Channels g, const ChannelsInput& dy, const ChannelsInput& x, const void* mean, const void* rstd,
+                  ConstArray weight, const void* c1, const void* c2, Array dx);
+void channel_fwd(Channels g, const ChannelsInput& x, ConstArray weight, ConstArray bias, Array running_mean, Array running_var,
+                 int64_t* tracked, bool training, double momentum, double eps, Array y, void* mean, void* rstd);
+void channel_bwd(Channels g, const ChannelsInput& dy, const ChannelsInput& x, ConstArray weight, const void* mean,
+                 const void* rstd, bool training, Array dx, Array dweight, Array dbias);
+
+}  // namespace fastnorm::cpu

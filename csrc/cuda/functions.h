@@ -1,0 +1,22 @@
+// What row.cu and channel.cu implement, and launch.cu hands on: the functions of ../kernels.h.
+#pragma once
+
+#include <type_traits>
+
+#include "../kernels.h"
+
+namespace fastnorm::cuda {
+
+template <class F>
+using Function = std::remove_pointer_t<F>;
+
+Function<decltype(Kernels::row_fwd)> row_fwd;
+Function<decltype(Kernels::row_bwd)> row_bwd;
+Function<decltype(Kernels::channel_stats)> channel_stats;
+Function<decltype(Kernels::channel_apply)> channel_apply;
+Function<decltype(Kernels::channel_sums)> channel_sums;
+Function<decltype(Kernels::channel_grad)> channel_grad;
+Function<decltype(Kernels::channel_fwd)> channel_fwd;
+Function<decltype(Kernels::channel_bwd)> channel_bwd;
+
+}  // namespace fastnorm::cuda

@@ -1,0 +1,18 @@
+// What the library of CUDA kernels gives to who loads it: its functions, and the sources that it was compiled from.
+#include "functions.h"
+
+#define FASTNORM_STRING(x) #x
+#define FASTNORM_QUOTE(x) FASTNORM_STRING(x)
+
+namespace fastnorm::cuda {
+
+const Kernels KERNELS = {row_fwd,      row_bwd,     channel_stats, channel_apply, channel_sums,
+                         channel_grad, channel_fwd, channel_bwd,   true};
+
+}  // namespace fastnorm::cuda
+
+extern "C" {
+__attribute__((visibility("default"))) const fastnorm::Kernels* fastnorm_kernels() { return &fastnorm::cuda::KERNELS; }
+// build.py looks for this string in the file before it loads it.
+__attribute__((visibility("default"))) extern const char fastnorm_build_key[] = FASTNORM_QUOTE(FASTNORM_BUILD_KEY);
+}

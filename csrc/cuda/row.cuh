@@ -1,0 +1,245 @@
+// Rows (M, N): a team of threads to a row. The places of a row's elements in its team depend on N alone, so that its results do not
+// depend on where and how the row lies.
+#pragma once
+
+#include "reduce.cuh"
+
+namespace fastnorm::cuda {
+
+// Elements of rows, each thread's in windows of V that follow one another.
+template <class T, int V>
+struct RowReader {
+  Source from;
+  Walk rows, columns;  // V > 1: the columns have one stride
+  bool whole;          // V > 1: every window lies side by side, at a multiple of 16 bytes
+
+  __device__ __forceinline__ void operator()(Acc<T> (&out)[V], int64_t row, int64_t i) const {
+    if (V == 1)
+      out[0] = load_one<T>(from, row + columns.offset(i));
+    else if (whole)
+      load<T, V>(out, from, row + i * V);
+    else
+#pragma unroll
+      for (int j = 0; j < V; ++j) out[j] = load_one<T>(from, row + (i * V + j) * columns.stride[0]);
+  }
+};
+
+template <class T, int V>
+struct RowForward {
+  Rows g;
+  int team;
+  RowReader<T, V> x;
+  Source weight, bias;
+  Acc<T> eps;
+  Target y;
+  Acc<T>*mean, *rstd;
+};
+
+// f(k, i) for the windows i of a thread: K of them, which the row is not longer than, or, where K is 0, any number.
+template <int K, class F>
+__device__ __forceinline__ void each_window(int64_t windows, const Team& team, const F& f) {
+  if constexpr (K == 0) {
+    for (int64_t i = team.lane; i < windows; i += team.size) f(0, i);
+  } else {
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const int i = team.lane + k * team.size;
+      if (i < windows) f(k, i);
+    }
+  }
+}
+
+// K windows of a row are held in registers; K = 0: read again for every pass.
+template <class T, int V, int K>
+__global__ void __launch_bounds__(MOST_THREADS, 1) row_fwd_kernel(const __grid_constant__ RowForward<T, V> p) {
+  using A = Acc<T>;
+  const Team team(p.team);
+  A held[K > 0 ? K : 1][V];
+  A* const place = shared<A>();
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * team.rows; first < p.g.M; first += gridDim.x * int64_t{team.rows}) {
+    const int64_t m = first + team.row, windows = m < p.g.M ? p.g.N / V : 0, row = windows ? p.x.rows.offset(m) : 0;
+    const A n = static_cast<A>(p.g.N);
+    A sum[1] = {0};
+    each_window<K>(windows, team, [&](int k, int64_t i) {
+      p.x(held[k], row, i);
+#pragma unroll
+      for (int j = 0; j < V; ++j) sum[0] += held[k][j];
+    });
+    team_sum(sum, team.size, place);
+    const A shift = sum[0] / n;
+    const auto squares = [&](A scale, A* at) {
+      A s[2] = {0, 0};
+      each_window<K>(windows, team, [&](int k, int64_t i) {
+        if (K == 0) p.x(held[k], row, i);
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+          const A d = (held[k][j] - shift) * scale;
+          s[0] += d;
+          s[1] += d * d;
+        }
+      });
+      team_sum(s, team.size, at);
+      return about(shift, s[0], s[1], n, scale);
+    };
+    Centred<A> c = squares(1, place + TEAM_SHARED<1>);
+    // Rows of a warp decide together, for all of its lanes add up.
+    if (__any_sync(ALL_LANES, infinite(c.m2))) {
+      const Centred<A> scaled = squares(SCALE, place + TEAM_SHARED<3>);
+      if (infinite(c.m2)) c = scaled;
+    }
+    const A rstd = rstd_of(c.m2, n, c.scale, p.eps);
+    if (windows && team.lane == 0) {
+      p.mean[m] = c.high;
+      p.mean[p.g.M + m] = c.low;
+      p.rstd[m] = rstd;
+    }
+    each_window<K>(windows, team, [&](int k, int64_t i) {
+      if (K == 0) p.x(held[k], row, i);
+      A weight[V], bias[V], y[V];
+      load_or<T, V>(weight, p.weight, i * V, 1);
+      load_or<T, V>(bias, p.bias, i * V, 0);
+#pragma unroll
+      for (int j = 0; j < V; ++j) y[j] = affine(normalize(held[k][j], c.high, c.low, rstd), weight[j], bias[j]);
+      store<T, V>(p.y, m * p.g.N + i * V, y);
+    });
+  }
+}
+
+template <class T, int V>
+struct RowBackward {
+  Rows g;
+  int team;
+  RowReader<T, V> dy, x;
+  Source weight;
+  const Acc<T>*mean, *rstd;
+  Acc<T>* means;  // (2, M): c1 and c2, see GIVEN
+  T* dx;
+  Acc<T>*dweight, *dbias;  // (programs, N), or null
+};
+
+// A row's window in a backward.
+template <class A, int V>
+struct Terms {
+  A x_hat[V], dz[V], g[V];
+
+  template <class T>
+  __device__ __forceinline__ void load(const RowBackward<T, V>& p, int64_t dy_row, int64_t x_row, int64_t i, A high, A low,
+                                       A rstd) {
+    p.dy(dz, dy_row, i);
+    p.x(x_hat, x_row, i);
+    load_or<T, V>(g, p.weight, i * V, 1);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      x_hat[j] = normalize(x_hat[j], high, low, rstd);
+      g[j] *= dz[j];
+    }
+  }
+};
+
+// c1 and c2 of every row, where a row is too long for the kernel below.
+template <class T, int V>
+__global__ void __launch_bounds__(MOST_THREADS, 1) row_means_kernel(const __grid_constant__ RowBackward<T, V> p) {
+  using A = Acc<T>;
+  const Team team(p.team);
+  for (int64_t m = blockIdx.x; m < p.g.M; m += gridDim.x) {
+    const int64_t dy_row = p.dy.rows.offset(m), x_row = p.x.rows.offset(m);
+    A c[2] = {0, 0};
+    each_window<0>(p.g.N / V, team, [&](int, int64_t i) {
+      Terms<A, V> t;
+      t.load(p, dy_row, x_row, i, p.mean[m], p.mean[p.g.M + m], p.rstd[m]);
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        c[0] += t.g[j] * t.x_hat[j];
+        c[1] += t.g[j];
+      }
+    });
+    team_sum(c, team.size, shared<A>() + (m / gridDim.x % 2) * TEAM_SHARED<2>);
+    if (team.lane == 0) {
+      p.means[m] = c[0] / static_cast<A>(p.g.N);
+      p.means[p.g.M + m] = c[1] / static_cast<A>(p.g.N);
+    }
+  }
+}
+
+// HELD: x and dy stay in registers between the row's sums and dx. AGAIN: they are read again, from L1. GIVEN: the sums are there,
+// and a block has the columns of its place along the grid's x alone.
+enum class Way { held, again, given };
+
+// Rows of the block's place along the grid's y, one after another; dweight and dbias stay in registers until the last one.
+template <class T, int V, int K, Way WAY>
+__global__ void __launch_bounds__(MOST_THREADS, 1) row_bwd_kernel(const __grid_constant__ RowBackward<T, V> p) {
+  using A = Acc<T>;
+  const Team team(p.team);
+  const int64_t begin = WAY == Way::given ? static_cast<int64_t>(blockIdx.x) * team.size * K : 0;
+  const int64_t all = p.g.N / V - begin;
+  A dweight[K][V] = {}, dbias[K][V] = {};
+  Terms<A, V> held[WAY == Way::held ? K : 1];
+  int parity = 0;
+  for (int64_t first = static_cast<int64_t>(blockIdx.y) * team.rows; first < p.g.M; first += gridDim.y * int64_t{team.rows}) {
+    const int64_t m = first + team.row, windows = m < p.g.M ? all : 0;
+    const int64_t dy_row = windows > 0 ? p.dy.rows.offset(m) : 0, x_row = windows > 0 ? p.x.rows.offset(m) : 0;
+    A high = 0, low = 0, rstd = 0, c[2] = {0, 0};
+    if (windows > 0) high = p.mean[m], low = p.mean[p.g.M + m], rstd = p.rstd[m];
+    const auto window = [&](int k) -> Terms<A, V>& { return held[WAY == Way::held ? k : 0]; };
+    const auto read = [&](int k, int64_t i) { window(k).load(p, dy_row, x_row, begin + i, high, low, rstd); };
+    const auto add_up = [&](int k) {
+      const Terms<A, V>& t = window(k);
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        dweight[k][j] += t.dz[j] * t.x_hat[j];
+        dbias[k][j] += t.dz[j];
+      }
+    };
+    if (WAY == Way::given) {
+      if (windows > 0 && p.dx) c[0] = p.means[m], c[1] = p.means[p.g.M + m];
+    } else {
+      each_window<K>(windows, team, [&](int k, int64_t i) {
+        read(k, i);
+        add_up(k);
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+          c[0] += window(k).g[j] * window(k).x_hat[j];
+          c[1] += window(k).g[j];
+        }
+      });
+      team_sum(c, team.size, shared<A>() + parity * TEAM_SHARED<2>);
+      parity ^= 1;
+      c[0] /= static_cast<A>(p.g.N);
+      c[1] /= static_cast<A>(p.g.N);
+    }
+    each_window<K>(windows, team, [&](int k, int64_t i) {
+      if (WAY != Way::held) read(k, i);
+      if (WAY == Way::given) add_up(k);
+      if (!p.dx) return;
+      const Terms<A, V>& t = window(k);
+      A dx[V];
+#pragma unroll
+      for (int j = 0; j < V; ++j) dx[j] = grad_input(t.g[j], t.x_hat[j], rstd, c[0], c[1]);
+      store<T, V>(p.dx + m * p.g.N + (begin + i) * V, dx);
+    });
+  }
+  const auto partial = [&](A (&mine)[K][V], A* to) {
+    if (!to) return;
+    to += static_cast<int64_t>(blockIdx.y) * p.g.N + begin * V;
+    A* const sums = shared<A>() + 2 * TEAM_SHARED<2>;  // (rows of the block, N)
+    if (team.rows > 1) {
+      each_window<K>(all, team, [&](int k, int64_t i) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) sums[team.row * p.g.N + i * V + j] = mine[k][j];
+      });
+      __syncthreads();
+      for (int64_t column = threadIdx.x; column < p.g.N; column += blockDim.x) {
+        A total = 0;
+        for (int r = 0; r < team.rows; ++r) total += sums[r * p.g.N + column];
+        to[column] = total;
+      }
+      __syncthreads();
+    } else {
+      each_window<K>(all, team, [&](int k, int64_t i) { store<A, V>(to + i * V, mine[k]); });
+    }
+  };
+  partial(dweight, p.dweight);
+  partial(dbias, p.dbias);
+}
+
+}  // namespace fastnorm::cuda

@@ -1,0 +1,126 @@
+// The backend contract on plain memory: what contract.cpp calls, what cpu/*.cpp and cuda/*.cu implement. fastnorm/reference.py
+// says what each function means. Inputs have any strides; y, dx and vectors of parameters are dense. `mean` is two arrays one
+// after the other, high and low; mean, rstd, deviation, sums, c1 and c2 are in the accumulate dtype: double for double inputs,
+// else float. An absent array has a null pointer. Includes no framework.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "norm_math.h"
+
+namespace fastnorm {
+
+enum class DType : int8_t { f64, f32, bf16, f16 };
+
+struct Array {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+};
+
+struct ConstArray {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  ConstArray() = default;
+  FN_HD ConstArray(const void* d, DType t) : data(d), dtype(t) {}
+  FN_HD ConstArray(Array a) : data(a.data), dtype(a.dtype) {}
+};
+
+// The way of one index over several dimensions, the last one fastest, folded where the strides allow it.
+struct Walk {
+  static constexpr int MAX = 8;
+  int rank = 0;
+  int64_t size[MAX], stride[MAX];
+
+  // One more dimension, faster than those before it; false where there is no room for it.
+  bool push(int64_t n, int64_t step) {
+    if (n == 1) return true;
+    if (rank > 0 && stride[rank - 1] == n * step) {
+      size[rank - 1] *= n;
+      stride[rank - 1] = step;
+      return true;
+    }
+    if (rank == MAX) return false;
+    size[rank] = n;
+    stride[rank++] = step;
+    return true;
+  }
+  FN_HD int64_t offset(int64_t i) const {
+    if (rank == 1) return i * stride[0];
+    int64_t sum = 0;
+    for (int d = rank - 1; d > 0; --d) {
+      sum += i % size[d] * stride[d];
+      i /= size[d];
+    }
+    return rank == 0 ? 0 : sum + i * stride[0];
+  }
+  bool dense() const { return rank == 0 || (rank == 1 && stride[0] == 1); }
+  // Steps along the fastest dimension, and how many of them are left from index i on.
+  int64_t step() const { return rank == 0 ? 1 : stride[rank - 1]; }
+  int64_t left(int64_t i) const { return rank == 0 ? 1 : size[rank - 1] - i % size[rank - 1]; }
+};
+
+struct Rows {
+  int64_t M, N;
+};
+
+struct RowsInput : ConstArray {
+  Walk rows, columns;
+};
+
+// (B, C, S); outputs are dense, or dense (B, S, C) when `last`.
+struct Channels {
+  int64_t B, C, S;
+  bool last;
+  int64_t count() const { return B * S; }
+};
+
+struct ChannelsInput : ConstArray {
+  int64_t sample = 0, channel = 0;  // strides of B and C
+  Walk space, positions;            // over S, over B and S
+};
+
+// Where a device's kernels run, and memory that is theirs until the call ends; the CPU's ask for none of it.
+struct Place {
+  int device = 0;
+  void* stream = nullptr;
+  void* (*memory)(void* owner, size_t bytes) = nullptr;
+  void* owner = nullptr;
+
+  template <class T>
+  T* take(int64_t n) const {
+    return static_cast<T*>(memory(owner, static_cast<size_t>(n) * sizeof(T)));
+  }
+};
+
+// The kernels of one device. Each returns null, or what went wrong in words.
+struct Kernels {
+  using Error = const char*;
+  // On a GPU y and dy may be in the accumulate dtype where x and dx are in a narrower one.
+  Error (*row_fwd)(const Place&, Rows g, const RowsInput& x, ConstArray weight, ConstArray bias, double eps, Array y, void* mean,
+                   void* rstd);
+  Error (*row_bwd)(const Place&, Rows g, const RowsInput& dy, const RowsInput& x, ConstArray weight, const void* mean,
+                   const void* rstd, Array dx, Array dweight, Array dbias);
+  Error (*channel_stats)(const Place&, Channels g, const ChannelsInput& x, void* mean, void* deviation);
+  Error (*channel_apply)(const Place&, Channels g, const ChannelsInput& x, const void* mean, const void* rstd, ConstArray weight,
+                         ConstArray bias, Array y);
+  Error (*channel_sums)(const Place&, Channels g, const ChannelsInput& dy, const ChannelsInput& x, const void* mean,
+                        const void* rstd, void* sum_dz, void* sum_dz_x_hat);
+  Error (*channel_grad)(const Place&, Channels g, const ChannelsInput& dy, const ChannelsInput& x, const void* mean,
+                        const void* rstd, ConstArray weight, const void* c1, const void* c2, Array dx);
+  // `tracked`: one more after training, or null.
+  Error (*channel_fwd)(const Place&, Channels g, const ChannelsInput& x, ConstArray weight, ConstArray bias, Array running_mean,
+                       Array running_var, int64_t* tracked, bool training, double momentum, double eps, Array y, void* mean,
+                       void* rstd);
+  Error (*channel_bwd)(const Place&, Channels g, const ChannelsInput& dy, const ChannelsInput& x, ConstArray weight,
+                       const void* mean, const void* rstd, bool training, Array dx, Array dweight, Array dbias);
+  // Whether these are a GPU's: rows in two dtypes at once, as above; and every parameter and running statistic is in x's dtype or
+  // in the accumulate dtype. Else y and dy have x's dtype, and parameters any.
+  bool gpu;
+};
+
+namespace cpu {
+extern const Kernels KERNELS;
+}  // namespace cpu
+
+}  // namespace fastnorm
