@@ -34,8 +34,8 @@ gpu:
 tune:
 	$(bare) bench/checkout.py bench/tune.py $(ARGS)
 
-# Every kernel as machine code for five architectures, and the bytes that every op moves: two tables, no GPU. On two cores it
-# takes an hour the first time; Triton keeps what it compiled.
+# Every kernel as machine code for five architectures, those of CUDA C++ for four where there is an nvcc, and the bytes that every
+# op moves: three tables, no GPU. On two cores it takes an hour the first time; what is compiled is kept.
 audit: $(ready)
 	PYTHONPATH="tests:$$PYTHONPATH" $(PYTHON) -m audit
 

@@ -34,10 +34,15 @@ try:
 except build.BuildError as e:
     print(f"fastnorm: installing pure Python, the C++ kernels are compiled at first use: {e}", flush=True)
 
-folders = {f"fastnorm.{name.replace('/', '.')}": name for name in ("csrc", "csrc/cpu", "csrc/cuda")}
+sources = ["fastnorm.csrc", "fastnorm.csrc.cpu", "fastnorm.csrc.cuda"]
 setup(
-    packages=["fastnorm", "fastnorm.kernels", *folders],
-    package_dir={"fastnorm.kernels": "kernels", **folders},
-    package_data={folder: ["*.h", "*.cpp", "*.cuh", "*.cu"] for folder in folders},
+    packages=["fastnorm", "fastnorm.kernels", *sources],
+    package_dir={
+        "fastnorm.kernels": "kernels",
+        "fastnorm.csrc": "csrc",
+        "fastnorm.csrc.cpu": "csrc/cpu",
+        "fastnorm.csrc.cuda": "csrc/cuda",
+    },
+    package_data={package: ["*.h", "*.cpp", "*.cuh", "*.cu"] for package in sources},
     **compiled,
 )

@@ -1,4 +1,7 @@
-"""Section `graphs`: norms in CUDA graphs, on a second stream and on a second device give the bits that a plain call gives."""
+"""Section `graphs`: norms in CUDA graphs, on a second stream and on a second device give the bits that a plain call gives.
+
+So do those of the backend `native`, which also agree with the other kernels within rounding.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from gpu_state import Section, script
 
 import fastnorm
+from fastnorm import dispatch
 
 EPS, MOMENTUM = 1e-5, 0.1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,6 +27,8 @@ NORMS = {
     "batch_norm 256 x 48": ((256, 48), "batch_norm"),
 }
 WAYS = ("graph", "second stream", "second device")
+BACKENDS = ("", "native ")  # whichever is chosen, and the CUDA kernels
+AGREEMENT = 4  # units in the last place of a result's largest value
 RESULTS = ("y", "dx", "dweight", "dbias", "running_mean", "running_var")
 BUSY = 50_000_000  # cycles that keep the first stream busy: a kernel that waits for it by mistake, or does not, shows
 
@@ -111,29 +117,50 @@ def on_a_second_device(name, dtype) -> str | None:
     return difference(ours, expected)
 
 
+def apart(ours: list[torch.Tensor], others: list[torch.Tensor]) -> str | None:
+    """Which results of two backends are further from each other than roundings explain."""
+    wrong = []
+    for name, a, b in zip(RESULTS, ours, others, strict=True):
+        ulp = torch.finfo(a.dtype).eps * b.double().abs().max()
+        if not (a.double() - b.double()).abs().max() <= AGREEMENT * ulp:
+            wrong.append(name)
+    return f"apart: {', '.join(wrong)}" if wrong else None
+
+
+def beside_the_chosen_backend(name, dtype, device) -> str | None:
+    ours = compute(name, *make(name, dtype, device, seed=2))
+    with fastnorm.use_backend(None):
+        return apart(ours, compute(name, *make(name, dtype, device, seed=2)))
+
+
 def graphs(section: Section, device: str, norms=tuple(NORMS), capture=captured) -> None:
     on_cuda = device == "cuda"
+    native = dispatch.BACKENDS[dispatch.NAMES.index("native")].why_not(device)
     absent = {
         "graph": None if on_cuda or capture is not captured else "a CUDA device",
         "second stream": None if on_cuda else "a CUDA device",
         "second device": None if on_cuda and torch.cuda.device_count() > 1 else "a second device",
+        "agreement": None,
     }
     run = {
         "graph": lambda name, dtype: in_a_graph(name, dtype, device, capture),
         "second stream": lambda name, dtype: on_a_second_stream(name, dtype, device),
         "second device": on_a_second_device,
+        "agreement": lambda name, dtype: beside_the_chosen_backend(name, dtype, device),
     }
-    cells = {f"{way}, {dtype}, {name}": (way, name, dtype) for way, dtype, name in product(WAYS, DTYPES, norms)}
+    ways = [(backend, way) for backend in BACKENDS for way in (WAYS if not backend else (*WAYS, "agreement"))]
+    cells = {f"{b}{way}, {dtype}, {name}": (b, way, name, dtype) for (b, way), dtype, name in product(ways, DTYPES, norms)}
 
     def measure(row):
-        way, name, dtype = cells[row]
-        if absent[way]:
-            return {"not there": absent[way]}
+        backend, way, name, dtype = cells[row]
+        if reason := absent[way] or (backend and native):
+            return {"not there": reason}
         try:
-            wrong = run[way](name, dtype)
+            with fastnorm.use_backend(backend.strip() or None):
+                wrong = run[way](name, dtype)
         except RuntimeError as e:  # capture refuses what cannot be in a graph
             wrong = str(e).splitlines()[0]
-        print(f"{row}: {wrong or 'the same bits'}", flush=True)
+        print(f"{row}: {wrong or 'as it should be'}", flush=True)
         return {"failed": wrong} if wrong else {}
 
     section.each(cells, measure, least=lambda name: 5.0)

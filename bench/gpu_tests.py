@@ -21,10 +21,11 @@ from gpu_state import OutOfTime, Section, script
 HERE = Path(__file__).resolve().parent
 LEAST = 30.0  # seconds: with less, no start is worth it
 KEPT = 50  # failures with their first line; the others are only counted
-BACKENDS = ("triton", "reference")  # those that serve CUDA tensors
+BACKENDS = ("triton", "native", "reference")  # those that serve CUDA tensors
 NUMERICS = ("rows", "channels", "contract")
 # With caching every access inside torch's pool looks right.
-SANITIZED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FASTNORM_BACKEND": "triton"}
+SANITIZED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+KERNELS = ("triton", "native")  # the backends with kernels of our own
 # One shape for each kernel: several rows a program, one row, chunked; runs of positions, channels fastest, turned.
 FEW = "5x127 or 33x64 or 3x768 or 2x33000 or 2x3x7x7 or 4x6x5x7 or 33x17"
 TOOLS = ("memcheck", "racecheck")
@@ -121,20 +122,21 @@ def verdict(log: str, status: int) -> dict:
 
 def run_sanitizer(section: Section, device: str, command: str | None = None) -> None:
     command = command or tool()
-    few = ["-k", f"triton-{device} and test_forward_and_gradients and ({FEW})", *numerics()[:2]]
 
     def measure(name):
         if command is None:
             return {"not there": "compute-sanitizer"}
+        tool, backend = name.split(", ")
+        few = ["-k", f"{backend}-{device} and test_forward_and_gradients and ({FEW})", *numerics()[:2]]
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder, "log")
-            prefix = [command, "--tool", name, "--target-processes", "application-only", "--log-file", str(log)]
-            counted, status = pytest(few, section.left(), prefix, **SANITIZED)
+            prefix = [command, "--tool", tool, "--target-processes", "application-only", "--log-file", str(log)]
+            counted, status = pytest(few, section.left(), prefix, FASTNORM_BACKEND=backend, **SANITIZED)
             row = {**counted, **verdict(log.read_text() if log.exists() else "", status)}
         print(f"{name}: {row['summary']}, {row['passed']} tests passed", flush=True)
         return row
 
-    section.each(TOOLS, measure, least=lambda name: LEAST)
+    section.each([f"{tool}, {backend}" for backend in KERNELS for tool in TOOLS], measure, least=lambda name: LEAST)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,26 @@ def _fastnorm():
     return importlib.import_module("fastnorm")
 
 
+def _native():
+    """Whole calls of the CUDA kernels, whichever backend is in force."""
+    native = importlib.import_module("fastnorm.native")
+    if reason := native.unavailable("cuda"):
+        raise RuntimeError(reason)
+    module = importlib.import_module("fastnorm.extension").load()
+
+    def natively(function):
+        def call(*args):
+            module.serve_natively("cuda", True)
+            try:
+                return function(*args)
+            finally:
+                module.serve_natively("cuda", False)
+
+        return call
+
+    return SimpleNamespace(layer_norm=natively(module.layer_norm), batch_norm=natively(module.batch_norm))
+
+
 def _compiled(mode: str):
     """Compiled anew for every norm, as it is for a model: nothing is known of the other shapes."""
 
@@ -75,6 +95,7 @@ def _apex():
 # In the order of value. The graphs of "max-autotune" would be graphs within a graph.
 PEERS = {
     "fastnorm": Peer(_fastnorm),
+    "native": Peer(_native),
     "compile": Peer(_compiled("default"), least=40.0),
     "liger_kernel": Peer(_liger, ("rows",)),
     "apex": Peer(_apex, ("rows",)),

@@ -20,8 +20,8 @@ using Need = std::tuple<bool, MaybeType, MaybeType>;
 
 // The kernels of a device type; none where it has no row in the table.
 const Kernels* kernels_of(c10::DeviceType device);
-// Puts a library's row into the table, or another one in its place; null: the row goes, the CPU's own comes back. `stream` is the
-// address of aoti_torch_get_current_cuda_stream, or 0 where there are no streams.
+// Puts a library's row into the table, or another one in its place; null: the row goes, the CPU's own comes back. `stream` is
+// the address of aoti_torch_get_current_cuda_stream, or 0 where there are no streams.
 void set_kernels(c10::DeviceType device, const Kernels* kernels, uintptr_t stream);
 
 // New memory beside `like`, on the CPU past the dispatcher: half a microsecond less.

@@ -14,8 +14,8 @@ extern PyMethodDef eager_functions[];
 // fastnorm.composite's layer_norm_backward and batch_norm_backward: what a backward that is itself differentiated calls.
 void set_differentiable(PyObject* layer_norm_backward, PyObject* batch_norm_backward);
 
-// Whether calls on the CPU, or on CUDA, run on the compiled kernels. Where they do not, and the device is none that is replayed,
-// calls are not covered.
+// Whether calls on the CPU, or on CUDA, run on the compiled kernels. Where they do not, and the device is none that is
+// replayed, calls are not covered.
 void serve_natively(c10::DeviceType device, bool on);
 
 // fastnorm.config

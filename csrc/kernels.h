@@ -97,13 +97,13 @@ struct Place {
 struct Kernels {
   using Error = const char*;
   // On a GPU y and dy may be in the accumulate dtype where x and dx are in a narrower one.
-  Error (*row_fwd)(const Place&, Rows g, const RowsInput& x, ConstArray weight, ConstArray bias, double eps, Array y, void* mean,
-                   void* rstd);
+  Error (*row_fwd)(const Place&, Rows g, const RowsInput& x, ConstArray weight, ConstArray bias, double eps, Array y,
+                   void* mean, void* rstd);
   Error (*row_bwd)(const Place&, Rows g, const RowsInput& dy, const RowsInput& x, ConstArray weight, const void* mean,
                    const void* rstd, Array dx, Array dweight, Array dbias);
   Error (*channel_stats)(const Place&, Channels g, const ChannelsInput& x, void* mean, void* deviation);
-  Error (*channel_apply)(const Place&, Channels g, const ChannelsInput& x, const void* mean, const void* rstd, ConstArray weight,
-                         ConstArray bias, Array y);
+  Error (*channel_apply)(const Place&, Channels g, const ChannelsInput& x, const void* mean, const void* rstd,
+                         ConstArray weight, ConstArray bias, Array y);
   Error (*channel_sums)(const Place&, Channels g, const ChannelsInput& dy, const ChannelsInput& x, const void* mean,
                         const void* rstd, void* sum_dz, void* sum_dz_x_hat);
   Error (*channel_grad)(const Place&, Channels g, const ChannelsInput& dy, const ChannelsInput& x, const void* mean,
@@ -114,8 +114,8 @@ struct Kernels {
                        void* rstd);
   Error (*channel_bwd)(const Place&, Channels g, const ChannelsInput& dy, const ChannelsInput& x, ConstArray weight,
                        const void* mean, const void* rstd, bool training, Array dx, Array dweight, Array dbias);
-  // Whether these are a GPU's: rows in two dtypes at once, as above; and every parameter and running statistic is in x's dtype or
-  // in the accumulate dtype. Else y and dy have x's dtype, and parameters any.
+  // Whether these are a GPU's: rows in two dtypes at once, as above; and every parameter is in x's dtype or in the accumulate
+  // dtype, and no result but these is wider. Else y and dy have x's dtype, and parameters any.
   bool gpu;
 };
 

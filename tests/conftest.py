@@ -57,14 +57,14 @@ def _compiler():
 
 
 def _parameters():
-    yield from (pytest.param((*served, False), id=f"{served[0].name}-{served[1]}") for served in SERVED)
-    yield from (pytest.param((*served, True), id="emulated") for served in EMULATED)
+    yield from (pytest.param(served, id=f"{served[0].name}-{served[1]}") for served in SERVED)
+    yield from (pytest.param((*served, "emulated"), id="emulated") for served in EMULATED)
 
 
 @pytest.fixture(params=_parameters())
 def served(request):
     """The backend module in force, and its device, for one test."""
-    backend, device, emulated = request.param
+    backend, device, *emulated = request.param
     with fastnorm.use_backend(backend.name), emulator.kernels() if emulated else contextlib.nullcontext():
         yield backend.load(), device
 

@@ -67,7 +67,7 @@ def native():
     [
         (lambda n, x, s: n.row_fwd(x.long(), None, None, 1e-5, 6), "read float64, float32, bfloat16 and float16"),
         (lambda n, x, s: n.row_fwd(x, None, None, 1e-5, 7), "is not rows of 7"),
-        (lambda n, x, s: n.row_fwd(x.to("meta"), None, None, 1e-5, 6), "x as a strided CPU tensor, got one on meta"),
+        (lambda n, x, s: n.row_fwd(x.to("meta"), None, None, 1e-5, 6), "x as a strided CPU or CUDA tensor, got one on meta"),
         (lambda n, x, s: n.row_fwd(x, torch.ones(5), None, 1e-5, 6), "weight should have 6 elements, got 5"),
         (lambda n, x, s: n.row_bwd(x[:2], x, None, s[0], s[1], (True, None, None)), "dy should have 24 elements, got 12"),
         (lambda n, x, s: n.row_bwd(x, x, None, s[0].double(), s[1], (True, None, None)), "mean should be contiguous and Float"),

@@ -203,8 +203,9 @@ NORM = "layer_norm 64 x 96"
 def test_graphs(section, monkeypatch):
     gpu_graphs.graphs(section("graphs"), "cpu", (NORM,), capture=lambda function: function)
     data = section("graphs").data
-    assert len(data["rows"]) == 3 * 3
-    assert [row["row"] for row in data["rows"] if "not there" not in row] == [f"graph, {d}, {NORM}" for d in gpu_graphs.DTYPES]
+    assert len(data["rows"]) == 7 * 3
+    expected = [f"{way}, {d}, {NORM}" for way in ("graph", "native graph", "native agreement") for d in gpu_graphs.DTYPES]
+    assert [row["row"] for row in data["rows"] if "not there" not in row] == expected
     assert gpu_state.failures(data) == []
 
 
@@ -229,6 +230,13 @@ def test_graphs_compare_bits():
     assert gpu_graphs.difference([x] * 6, [x] * 5 + [x + 1e-7]) == "other bits in running_var"
     half = x.bfloat16()
     assert gpu_graphs.difference([half] * 6, [half, -half, *[half] * 4]) == "other bits in dx"
+
+
+def test_backends_agree_within_roundings():
+    x = torch.ones(6)
+    assert gpu_graphs.apart([x] * 6, [x + 3e-7] * 6) is None
+    assert gpu_graphs.apart([x] * 6, [x] * 5 + [x + 1e-6]) == "apart: running_var"
+    assert gpu_graphs.apart([x] * 6, [x * float("nan"), *[x] * 5]) == "apart: y"
 
 
 def test_graphs_cover_running_statistics():
@@ -277,7 +285,7 @@ def test_tests_are_counted_and_failures_named(section, tmp_path, monkeypatch):
     files = {"good": files["good"], "all": files["broken"] + files["bad"], "none": [str(tmp_path / "nothing.py")]}
     gpu_tests.run_tests(section("tests"), "cpu", files)
     rows = {row["row"]: row for row in section("tests").data["rows"]}
-    assert len(rows) == 2 * 3
+    assert len(rows) == 3 * 3
     assert [rows["triton, good"][k] for k in ("passed", "skipped", "failures")] == [3, 1, 0]
     assert "failed" not in rows["triton, good"]
     row = rows["reference, all"]
@@ -346,7 +354,7 @@ def test_sanitizer(section, tmp_path, log, failed):
 def test_sanitizer_that_is_not_there(section, monkeypatch):
     monkeypatch.setattr(gpu_tests, "tool", lambda: None)
     gpu_tests.run_sanitizer(section("sanitizer"), "cpu")
-    assert [row["not there"] for row in section("sanitizer").data["rows"]] == ["compute-sanitizer"] * 2
+    assert [row["not there"] for row in section("sanitizer").data["rows"]] == ["compute-sanitizer"] * 4
 
 
 def test_the_sanitizer_s_tests_are_there():

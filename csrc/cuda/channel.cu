@@ -9,8 +9,8 @@ namespace {
 
 // Blocks that a multiprocessor is given, and the fewest units of a thread that are worth a share of their own.
 constexpr int BLOCKS = 8, UNITS = 4;
-// A block has all positions of its channels, and training is one launch, where a thread has no more units than FEW_UNITS, or where
-// there are channels for every multiprocessor and L1 holds a channel until it is read again.
+// A block has all positions of its channels, and training is one launch, where a thread has no more units than FEW_UNITS, or
+// where there are channels for every multiprocessor and L1 holds a channel until it is read again.
 constexpr int FEW_UNITS = 8, L1_BYTES = 96 << 10;
 
 struct Launched {
@@ -115,8 +115,7 @@ Error derived(const Place& place, const Channels& g, ChannelBackward<T> p) {
 // f(type, V, LAST) on the device of the call, for its inputs, of which there may be one.
 template <class F>
 Error dispatch(const Place& place, const Channels& g, const ChannelsInput& x, const ChannelsInput& dy, const F& f) {
-  const OnDevice device(place.device);
-  if (Error e = device.error()) return e;
+  if (Error e = follow(place.device)) return e;
   return with_type(x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     return with_unit<T>(g, x.space.rank <= 1 && dy.space.rank <= 1, [&](auto V, auto LAST) { return f(t, V, LAST); });
@@ -149,9 +148,10 @@ Error channel_apply(const Place& place, Channels g, const ChannelsInput& x, cons
   return dispatch(place, g, x, x, [&](auto* t, auto V, auto LAST) {
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;
-    return applied<T, V.value, LAST.value>(
-        place, g,
-        {{}, view<T>(g, x), view<T>(g, y), weight, bias, static_cast<const A*>(mean), static_cast<const A*>(rstd), nullptr, {}});
+    ChannelForward<T> p{{}, view<T>(g, x), view<T>(g, y), weight, bias, nullptr, nullptr, nullptr, {}};
+    p.mean = static_cast<const A*>(mean);
+    p.rstd = static_cast<const A*>(rstd);
+    return applied<T, V.value, LAST.value>(place, g, p);
   });
 }
 
@@ -176,14 +176,15 @@ Error channel_grad(const Place& place, Channels g, const ChannelsInput& dy, cons
   });
 }
 
-Error channel_fwd(const Place& place, Channels g, const ChannelsInput& x, ConstArray weight, ConstArray bias, Array running_mean,
-                  Array running_var, int64_t* tracked, bool training, double momentum, double eps, Array y, void* mean,
-                  void* rstd) {
+Error channel_fwd(const Place& place, Channels g, const ChannelsInput& x, ConstArray weight, ConstArray bias,
+                  Array running_mean, Array running_var, int64_t* tracked, bool training, double momentum, double eps, Array y,
+                  void* mean, void* rstd) {
   return dispatch(place, g, x, x, [&](auto* t, auto V, auto LAST) -> Error {
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;
     constexpr bool last = LAST.value;
-    ChannelForward<T> p{{}, view<T>(g, x), view<T>(g, y), weight, bias, nullptr, nullptr, nullptr, settled<A>(g.C, mean, rstd, eps)};
+    ChannelForward<T> p{{}, view<T>(g, x), view<T>(g, y), weight, bias, nullptr, nullptr, nullptr, {}};
+    p.settled = settled<A>(g.C, mean, rstd, eps);
     p.settled.running_mean = running_mean;
     p.settled.running_var = running_var;
     if (!training) return applied<T, V.value, last>(place, g, p);

@@ -137,8 +137,8 @@ __device__ __forceinline__ void block_sum(A (&v)[n][Sweep<V, LAST>::CHANNELS], c
   }
 }
 
-// Of this share, for every thread's channels: sums about the mean of the first units, and again about the mean itself where that
-// was far off, or scaled where squares overflow.
+// Of this share, for every thread's channels: sums about the mean of the first units, and again about the mean itself where
+// that was far off, or scaled where squares overflow.
 template <class T, int V, bool LAST>
 __device__ __forceinline__ void statistics(const View<const T>& x, Sweep<V, LAST>& w, Statistics<Acc<T>> (&out)[LAST ? V : 1]) {
   using A = Acc<T>;

@@ -1,4 +1,4 @@
-// The host's side: how kernels are started, and which instance serves. Launch choices are the constants of row.cu and channel.cu.
+// The host's side: how kernels are started, and which instance serves. Launch choices are constants of row.cu and channel.cu.
 #pragma once
 
 #include <algorithm>
@@ -19,23 +19,9 @@ inline Error words(cudaError_t status) {
   return text.c_str();
 }
 
-// The device of a call is current while it launches.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    status_ = cudaGetDevice(&before_);
-    if (status_ == cudaSuccess && before_ != device) status_ = cudaSetDevice(device), moved_ = true;
-  }
-  ~OnDevice() {
-    if (moved_) cudaSetDevice(before_);
-  }
-  Error error() const { return words(status_); }
-
- private:
-  int before_ = 0;
-  bool moved_ = false;
-  cudaError_t status_;
-};
+// The caller has made the device current for as long as the call lasts; this runtime, which is not the caller's, follows it.
+// Nothing is set back: what it took to be current before may be long out of date.
+inline Error follow(int device) { return words(cudaSetDevice(device)); }
 
 inline int multiprocessors(int device) {
   int count = 0;

@@ -17,8 +17,8 @@ struct Team {
       : size(n), lane(threadIdx.x % n), row(threadIdx.x / n), rows(blockDim.x / n) {}
 };
 
-// Shared memory that one team_sum of n values takes, in values. Two that follow one another need places of their own: the barrier
-// of the second is the first one's second.
+// Shared memory that one team_sum of n values takes, in values. Two that follow one another need places of their own: the
+// barrier of the second is the first one's second.
 template <int n>
 constexpr int TEAM_SHARED = n * MOST_WARPS;
 
@@ -117,8 +117,8 @@ struct Centred {
   A high, low, m2, scale;
 };
 
-// From s1 = sum((x - shift) * scale) and s2, the sum of its squares, of n elements. s2 - s1^2 / n costs as many units of the last
-// place as the mean is squared deviations off the shift.
+// From s1 = sum((x - shift) * scale) and s2, the sum of its squares, of n elements. s2 - s1^2 / n costs as many units of the
+// last place as the mean is squared deviations off the shift.
 template <class A>
 __device__ __forceinline__ Centred<A> about(A shift, A s1, A s2, A n, A scale) {
   const A delta = s1 / n, m2 = finite(s2) ? s2 - s1 * delta : s2, step = delta / scale, high = shift + step;

@@ -11,8 +11,8 @@ namespace {
 constexpr int SHORT_THREADS = 128;
 // Windows that a thread of a forward holds.
 constexpr int FEW = 1, SOME = 4, MANY = 8;
-// Windows that a thread of a backward has: 8 elements, or 4 of eight bytes. The registers have room for twice as many; of halves,
-// for four times as many where they hold sums alone, of float for three times.
+// Windows that a thread of a backward has: 8 elements, or 4 of eight bytes. The registers have room for twice as many; of
+// halves, for four times as many where they hold sums alone, of float for three times.
 template <class T, int V>
 constexpr int HELD = (sizeof(T) == 8 ? 4 : 8) / V;
 template <class T, int V>
@@ -109,10 +109,9 @@ Error backward(const Place& place, RowBackward<T, V> p, Array dweight, Array dbi
 
 }  // namespace
 
-Error row_fwd(const Place& place, Rows g, const RowsInput& x, ConstArray weight, ConstArray bias, double eps, Array y, void* mean,
-              void* rstd) {
-  const OnDevice device(place.device);
-  if (Error e = device.error()) return e;
+Error row_fwd(const Place& place, Rows g, const RowsInput& x, ConstArray weight, ConstArray bias, double eps, Array y,
+              void* mean, void* rstd) {
+  if (Error e = follow(place.device)) return e;
   return with_type(x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;
@@ -126,8 +125,7 @@ Error row_fwd(const Place& place, Rows g, const RowsInput& x, ConstArray weight,
 
 Error row_bwd(const Place& place, Rows g, const RowsInput& dy, const RowsInput& x, ConstArray weight, const void* mean,
               const void* rstd, Array dx, Array dweight, Array dbias) {
-  const OnDevice device(place.device);
-  if (Error e = device.error()) return e;
+  if (Error e = follow(place.device)) return e;
   return with_type(x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;

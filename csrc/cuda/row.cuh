@@ -1,5 +1,5 @@
-// Rows (M, N): a team of threads to a row. The places of a row's elements in its team depend on N alone, so that its results do not
-// depend on where and how the row lies.
+// Rows (M, N): a team of threads to a row. The places of a row's elements in its team depend on N alone, so that its results do
+// not depend on where and how the row lies.
 #pragma once
 
 #include "reduce.cuh"
@@ -161,8 +161,8 @@ __global__ void __launch_bounds__(MOST_THREADS, 1) row_means_kernel(const __grid
   }
 }
 
-// HELD: x and dy stay in registers between the row's sums and dx. AGAIN: they are read again, from L1. GIVEN: the sums are there,
-// and a block has the columns of its place along the grid's x alone.
+// HELD: x and dy stay in registers between the row's sums and dx. AGAIN: they are read again, from L1. GIVEN: the sums are
+// there, and a block has the columns of its place along the grid's x alone.
 enum class Way { held, again, given };
 
 // Rows of the block's place along the grid's y, one after another; dweight and dbias stay in registers until the last one.

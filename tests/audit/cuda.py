@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,13 +71,6 @@ def violations(kernel: Kernel) -> list[str]:
     return found
 
 
-def compile_cubin(source: Path, arch: str, folder: str, *flags: str) -> Path:
-    cubin = Path(folder) / f"{source.stem}.cubin"
-    command = [build.nvcc(), "-cubin", *build.CUDA_FLAGS[:2], f"-arch={arch}", *flags, str(source), "-o", str(cubin)]
-    subprocess.run(command, check=True)
-    return cubin
-
-
 def read(cubin: Path) -> list[Kernel]:
     output = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = _USAGE.findall(output(TOOLS / "cuobjdump", "-res-usage", cubin))
@@ -109,11 +101,13 @@ def _widths(counts, kind):
     return widths
 
 
-def audit(arch: str, sources: list[Path] | None = None, *flags: str) -> list[Kernel]:
-    sources = sources or sorted(path for path in (build.csrc() / "cuda").glob("*.cu") if path.stem != "launch")
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
-        cubins = list(pool.map(lambda source: compile_cubin(source, arch, folder, *flags), sources))
-        return [kernel for cubin in cubins for kernel in read(cubin)]
+def audit(arch: str) -> list[Kernel]:
+    """Of the library as it is loaded; compiled now where there is none."""
+    number = arch.removeprefix("sm_")
+    library = build.cuda_library(f"{number[:-1]}.{number[-1]}")
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([TOOLS / "cuobjdump", "-xelf", "all", library], cwd=folder, stdout=subprocess.DEVNULL, check=True)
+        return [kernel for cubin in sorted(Path(folder).glob("*.cubin")) for kernel in read(cubin)]
 
 
 def table(kernels: list[Kernel]) -> list[str]:

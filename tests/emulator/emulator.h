@@ -2,9 +2,9 @@
 //
 // Blocks run one after another. A block's threads are fibers that go on, each in its turn, until they wait at a barrier or for
 // their warp, so that barriers and shuffles are exact; the turns have three orders, and a barrier that is missing gives other
-// results in one of them. Shared memory is full of NaN when a block starts, and its end is watched. A warp that waits for threads
-// that will never come ends the process in words. Reads and writes out of bounds, and misaligned ones, are the sanitizers' to find.
-// There is no memory model: what a weaker order than the program's would do is not seen.
+// results in one of them. Shared memory is full of NaN when a block starts, and its end is watched. A warp that waits for
+// threads that will never come ends the process in words. Reads and writes out of bounds, and misaligned ones, are the
+// sanitizers' to find. There is no memory model: what a weaker order than the program's would do is not seen.
 #pragma once
 #undef _FORTIFY_SOURCE  // it takes a jump to another fiber's stack for an attack
 #include <math.h>
@@ -277,7 +277,12 @@ inline __half __float2half_rn(float v) {
 // ---------------------------------------------------------------- the runtime
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorInvalidDevice = 101 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDevice = 101
+};
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -296,10 +301,6 @@ inline const char* cudaGetErrorString(cudaError_t status) {
     default:
       return "invalid device ordinal";
   }
-}
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
