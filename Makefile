@@ -39,15 +39,15 @@ tune:
 audit: $(ready)
 	PYTHONPATH="tests:$$PYTHONPATH" $(PYTHON) -m audit
 
-# The C++ kernels under ASAN and UBSAN. The process needs gcc's runtimes before Python, the compiler goes without; Python leaks
+# The C++ kernels under ASAN and UBSAN, and those of CUDA in the tests' emulator. The process needs gcc's runtimes before Python, the compiler goes without; Python leaks
 # by intent; the words of the sanitizers go to an uncaptured stderr.
 sanitized := FASTNORM_SANITIZE=1 FASTNORM_BACKEND=native CXX="$(CXX)"
+under := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(PYTHON) -m pytest -n 2 --capture=sys -p no:faulthandler
 sanitize: $(ready)
+	FASTNORM_EMULATOR_SANITIZE=1 $(under) -k emulated $(ARGS) $(patsubst %,tests/test_%.py,rows channels contract sums)
 	$(sanitized) $(PYTHON) -c "from fastnorm import build; build.library()"
-	$(sanitized) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(PYTHON) -m pytest -n 2 --capture=sys -p no:faulthandler $(ARGS) \
-		$(patsubst %,tests/test_%.py,rows channels contract autograd eager modules guards)
+	$(sanitized) $(under) $(ARGS) $(patsubst %,tests/test_%.py,rows channels contract autograd eager modules guards)
 
 lint: $(ready)
 	$(PYTHON) -m ruff check .
