@@ -36,6 +36,7 @@ SHAPES = (
 DTYPES = ("bf16", "fp32", "fp16")
 ROUNDS, HOST_CALLS = 9, 20
 STATES = ("cold", "warm", "host")
+OURS = ("fastnorm", "native")
 
 
 def wrong(functional, modes, job, inputs) -> str | None:
@@ -67,7 +68,7 @@ def measure_norm(name: str, model: Model, dtype: str, device: str, clock) -> dic
     """One row: a peer's figures of both modes, or why there are none."""
     peer = PEERS[name]
     row = {"peer": name, "model": asdict(model), "dtype": dtype}
-    refused = "failed" if name == "fastnorm" else "not timed"
+    refused = "failed" if name in OURS else "not timed"
     try:
         functional, inputs = peer.load(), make(Job(model, dtype, "forward"), device)
         if reason := wrong(functional, peer.modes, Job(model, dtype, "forward"), inputs):

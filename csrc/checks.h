@@ -41,7 +41,8 @@ inline void check_served(const at::Tensor& x) {
 }
 
 inline void check_beside(const at::Tensor& t, const char* name, const at::Tensor& x) {
-  TORCH_CHECK(t.device() == x.device() && t.layout() == at::kStrided, "fastnorm's native kernels expect ", name,
+  const bool beside = x.is_cpu() ? t.is_cpu() : t.device() == x.device();  // the first is asked faster
+  TORCH_CHECK(beside && t.layout() == at::kStrided, "fastnorm's native kernels expect ", name,
               " as a strided tensor on ", x.device(), " beside x, got one on ", t.device());
 }
 

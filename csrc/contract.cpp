@@ -23,21 +23,14 @@ struct Device {
   const Kernels* kernels;
   CurrentStream stream;
 };
-Device& row_of(c10::DeviceType type) {
-  static Device cpu{&cpu::KERNELS, nullptr}, cuda{nullptr, nullptr};
-  return type == c10::DeviceType::CPU ? cpu : cuda;
-}
+Device on_cpu{&cpu::KERNELS, nullptr}, on_cuda{nullptr, nullptr};
 
 }  // namespace
 
-const Kernels* kernels_of(c10::DeviceType type) {
-  return type == c10::DeviceType::CPU || type == c10::DeviceType::CUDA ? row_of(type).kernels : nullptr;
-}
-
 void set_kernels(c10::DeviceType type, const Kernels* kernels, uintptr_t stream) {
   TORCH_CHECK(type == c10::DeviceType::CPU || type == c10::DeviceType::CUDA, "fastnorm has no kernels for ", type);
-  const bool own = !kernels && type == c10::DeviceType::CPU;
-  row_of(type) = {own ? &cpu::KERNELS : kernels, reinterpret_cast<CurrentStream>(stream)};
+  const bool is_cpu = type == c10::DeviceType::CPU;
+  (is_cpu ? on_cpu : on_cuda) = {is_cpu && !kernels ? &cpu::KERNELS : kernels, reinterpret_cast<CurrentStream>(stream)};
 }
 
 Tensor empty(const Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype, at::MemoryFormat format) {
@@ -50,10 +43,10 @@ namespace {
 // The kernels of x's device for one call: on its current stream, with memory until the call ends.
 class On {
  public:
-  explicit On(const Tensor& x) : device_(row_of(x.device().type())), x_(x) {
+  explicit On(const Tensor& x) : device_(x.is_cpu() ? on_cpu : on_cuda), x_(x) {
     check_served(x);
-    TORCH_CHECK(device_.kernels, "fastnorm's kernels for ", x.device().type(), " tensors are not loaded");
     if (x.is_cpu()) return;
+    TORCH_CHECK(device_.kernels, "fastnorm's kernels for ", x.device().type(), " tensors are not loaded");
     guard_.reset_device(x.device());
     place_.device = x.get_device();
     TORCH_CHECK(device_.stream(place_.device, &place_.stream) == 0, "torch gives no current stream");
@@ -107,7 +100,10 @@ Maybe empty_grad(const On& on, const Tensor& x, MaybeType dtype, int64_t n) {
   return empty(x, {n}, on.gpu() && *dtype == at::kDouble ? accumulate_type(x) : *dtype);
 }
 
-Maybe wanted(const Maybe& t, MaybeType dtype) { return t ? Maybe(as(*t, *dtype)) : t; }
+Maybe wanted(Maybe&& t, MaybeType dtype) {
+  if (t && t->scalar_type() != *dtype) return t->to(*dtype);
+  return std::move(t);
+}
 
 Array maybe(const Maybe& t) { return t ? output(*t) : Array{}; }
 
@@ -121,7 +117,8 @@ ConstArray parameter(const On& on, const Maybe& t, const char* name, int64_t n, 
   if (!t) return {};
   check_numel(*t, name, n);
   check_beside(*t, name, x);
-  keep = (on.gpu() ? readable(*t, x) : *t).contiguous();
+  keep = t->contiguous();
+  if (on.gpu()) keep = readable(keep, x);
   if (on.gpu() && reinterpret_cast<uintptr_t>(keep.const_data_ptr()) % 16 != 0) keep = keep.clone();
   return input(keep, name, x);
 }
@@ -227,7 +224,9 @@ Tensor row_forward(const Tensor& x_, const Maybe& weight, const Maybe& bias, dou
   On on(x_);
   // A GPU's kernels round once, to the dtype that its autocast wants; no CPU autocast wants one, so that a copy of x will do.
   const at::ScalarType wanted = dtype.value_or(x_.scalar_type());
-  const Tensor x = on.gpu() && wanted == accumulate_type(x_) ? x_ : as(x_, wanted);
+  const bool as_it_is = wanted == x_.scalar_type() || (on.gpu() && wanted == accumulate_type(x_));
+  const Tensor converted = as_it_is ? Tensor() : x_.to(wanted);
+  const Tensor& x = as_it_is ? x_ : converted;
   Tensor keep, w, b, y = empty_result(x, wanted);
   const Statistics s = make();
   on(&Kernels::row_fwd, Rows{x.numel() / N, N}, rows_input(x, "x", N, x, keep), parameter(on, weight, "weight", N, x, w),
@@ -259,11 +258,11 @@ Grads row_bwd(const Tensor& dy_, const Tensor& x, const Maybe& weight, const Ten
   const Rows g{M, x.numel() / M};
   Tensor keep, keep_dy, w;
   const Maybe dx = std::get<0>(need) ? Maybe(empty_result(x, x.scalar_type())) : std::nullopt;
-  const Maybe dweight = empty_grad(on, x, std::get<1>(need), g.N), dbias = empty_grad(on, x, std::get<2>(need), g.N);
+  Maybe dweight = empty_grad(on, x, std::get<1>(need), g.N), dbias = empty_grad(on, x, std::get<2>(need), g.N);
   on(&Kernels::row_bwd, g, rows_input(dy, "dy", g.N, x, keep_dy), rows_input(x, "x", g.N, x, keep),
      parameter(on, weight, "weight", g.N, x, w), statistic(mean, "mean", x, 2 * M), statistic(rstd, "rstd", x, M), maybe(dx),
      maybe(dweight), maybe(dbias));
-  return {dx, wanted(dweight, std::get<1>(need)), wanted(dbias, std::get<2>(need))};
+  return {dx, wanted(std::move(dweight), std::get<1>(need)), wanted(std::move(dbias), std::get<2>(need))};
 }
 
 std::tuple<int64_t, Tensor, Tensor> channel_stats(const Tensor& x) {
@@ -341,11 +340,11 @@ Grads channel_bwd(const Tensor& dy, const Tensor& x, const Maybe& weight, const 
   const ChannelsInput dz = d.gradient(dy);
   Tensor w;
   const Maybe dx = std::get<0>(need) ? Maybe(d.empty_like()) : std::nullopt;
-  const Maybe dweight = empty_grad(on, x, std::get<1>(need), d.g.C), dbias = empty_grad(on, x, std::get<2>(need), d.g.C);
+  Maybe dweight = empty_grad(on, x, std::get<1>(need), d.g.C), dbias = empty_grad(on, x, std::get<2>(need), d.g.C);
   on(&Kernels::channel_bwd, d.g, dz, d.in, parameter(on, weight, "weight", d.g.C, x, w),
      statistic(mean, "mean", x, 2 * d.g.C), statistic(rstd, "rstd", x, d.g.C), training, maybe(dx), maybe(dweight),
      maybe(dbias));
-  return {dx, wanted(dweight, std::get<1>(need)), wanted(dbias, std::get<2>(need))};
+  return {dx, wanted(std::move(dweight), std::get<1>(need)), wanted(std::move(dbias), std::get<2>(need))};
 }
 
 }  // namespace fastnorm

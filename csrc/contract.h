@@ -18,8 +18,6 @@ using Grads = std::tuple<Maybe, Maybe, Maybe>;
 // dx wanted or not; the dtypes of dweight and dbias, or none where they are not wanted.
 using Need = std::tuple<bool, MaybeType, MaybeType>;
 
-// The kernels of a device type; none where it has no row in the table.
-const Kernels* kernels_of(c10::DeviceType device);
 // Puts a library's row into the table, or another one in its place; null: the row goes, the CPU's own comes back. `stream` is
 // the address of aoti_torch_get_current_cuda_stream, or 0 where there are no streams.
 void set_kernels(c10::DeviceType device, const Kernels* kernels, uintptr_t stream);

@@ -235,6 +235,9 @@ def library() -> Path:
 def compile_once(target: Path, command: list[str], what: str) -> Path:
     """`target`, which the command leaves under its name in the folder that it is given as its last argument.
 
+    Args:
+        what: is being done, for the user: "fastnorm: compiling ..."
+
     Raises:
         BuildError: it did not; the compiler's words are in a file.
     """
@@ -248,7 +251,7 @@ def compile_once(target: Path, command: list[str], what: str) -> Path:
         if not target.is_file() and not failed_while_waiting:
             _compile_in_subprocess(target, log, command, what)
     if not target.is_file():
-        raise BuildError(f"compiling the C++ kernels failed; the compiler's words are in {log}")
+        raise BuildError(f"{what.removeprefix('fastnorm: ')} failed; the compiler's words are in {log}")
     return target
 
 

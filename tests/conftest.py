@@ -28,7 +28,7 @@ def _served():
             yield from ((backend, device) for device in devices if backend.why_not(device) is None)
 
 
-SERVED = list(_served())
+SERVED = [] if emulator.ALONE else list(_served())
 NATIVE = dispatch.BACKENDS[dispatch.NAMES.index("native")]
 # The CUDA kernels of the native backend, on a CPU; where another backend is asked for, that one alone is tested.
 EMULATED = [] if dispatch.forced() or emulator.unavailable() else [(NATIVE, "cpu")]
@@ -39,7 +39,7 @@ def pytest_sessionstart():
     present = {backend.name for backend, _ in SERVED}
     if dispatch.forced() and not present:
         pytest.exit(f"FASTNORM_BACKEND={dispatch.forced()} cannot run here: {_reason(dispatch.forced())}", returncode=2)
-    if dispatch.forced() or not _compiler():
+    if dispatch.forced() or (not emulator.ALONE and not _compiler()):
         return
     if reason := NATIVE.why_not("cpu") or emulator.unavailable():
         pytest.exit(f"there is a C++ compiler, but no native backend: {reason}", returncode=2)

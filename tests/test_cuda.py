@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import emulator
 import pytest
 import torch
 from test_dispatch import python
@@ -180,6 +182,20 @@ def test_a_driver_that_is_missing_is_told(cuda_torch, monkeypatch):
     reason = native.unavailable("cuda")
     assert reason.startswith("its first kernel did not run (")
     assert "\n" not in reason
+
+
+@pytest.mark.skipif(emulator.unavailable() is not None, reason="there is no C++ compiler")
+def test_the_first_kernel_is_held_to_torch(cuda_torch, monkeypatch):
+    """Opened with stand-ins for what a GPU's machine has; the tensor is one of the CPU."""
+    stream = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)(lambda device, stream: 0)
+    torch_cuda, emulated, arange = SimpleNamespace(aoti_torch_get_current_cuda_stream=stream), emulator.load(), torch.arange
+    monkeypatch.setattr(build, "cuda_library", lambda architecture: f"kernels for {architecture}")
+    libraries = {"libtorch_cuda.so": torch_cuda, "kernels for 9.0": emulated}
+    monkeypatch.setattr(ctypes, "CDLL", libraries.__getitem__)
+    monkeypatch.setattr(torch, "arange", lambda n, device: arange(n))
+    assert native.unavailable("cuda") is None
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", lambda x, shape: x)
+    assert native.unavailable("cuda") == "its first kernel gave a wrong result"
 
 
 # ---------------------------------------------------------------- the library

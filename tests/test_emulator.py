@@ -69,9 +69,9 @@ def test_bugs_that_end_the_process_in_words(how, bug, words, planted):
     assert words in said
 
 
-def suite(tests, *arguments, **environment):
+def suite(order, *arguments, tests="test", **environment):
     """The emulated part of the numerics suite, as far as it fits `tests`, in a process of its own: how many passed."""
-    env = {**os.environ, "FASTNORM_BACKEND": "", **environment}
+    env = {**os.environ, "FASTNORM_BACKEND": "", "FASTNORM_EMULATOR_ORDER": order, **environment}
     command = [sys.executable, "-m", "pytest", "-k", f"emulated and {tests}", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
     command += [*arguments, *(str(HERE / f"test_{name}.py") for name in NUMERICS)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=HERE.parent, check=False)
@@ -81,15 +81,16 @@ def suite(tests, *arguments, **environment):
 
 @pytest.mark.parametrize("order", emulator.ORDERS[1:])
 def test_the_numerics_in_another_order(order):
-    assert suite("test", FASTNORM_EMULATOR_ORDER=order) > 700
+    assert suite(order) > 700
 
 
 def test_the_numerics_under_the_sanitizers():
     """Every case once; `make sanitize` runs all tests. The sanitizers come before Python, which leaks by intent."""
     find = lambda name: subprocess.check_output([build.compiler(), f"-print-file-name={name}"], text=True).strip()
     runtimes = " ".join(map(find, ("libasan.so", "libubsan.so")))
-    assert suite("test_forward_and_gradients", "--capture=sys", FASTNORM_EMULATOR_SANITIZE="1", LD_PRELOAD=runtimes,
-                 ASAN_OPTIONS="detect_leaks=0", UBSAN_OPTIONS="print_stacktrace=1") > 200  # fmt: skip
+    passed = suite("forward", "--capture=sys", tests="test_forward_and_gradients", FASTNORM_EMULATOR_SANITIZE="1",
+                   LD_PRELOAD=runtimes, ASAN_OPTIONS="detect_leaks=0", UBSAN_OPTIONS="print_stacktrace=1")  # fmt: skip
+    assert passed > 200
 
 
 def test_gradients_of_the_emulated_kernels_are_those_of_the_graph():

@@ -75,8 +75,11 @@ Error backward(const Place& place, RowBackward<T, V> p, int64_t most_programs, A
   // Without sums over rows there is nothing to keep from row to row.
   const int64_t wanted = sums ? std::max<int64_t>(most_programs * (BACKWARD_THREADS / s.threads) / parts, 1) : 65535;
   const int64_t programs = std::min({ceil_div(p.g.M, s.rows()), wanted, int64_t{65535}});
-  if (dweight.data) p.dweight = place.take<A>(programs * p.g.N);
-  if (dbias.data) p.dbias = place.take<A>(programs * p.g.N);
+  if (sums) {
+    A* const partial = place.take<A>((dweight.data && dbias.data ? 2 : 1) * programs * p.g.N);
+    if (dweight.data) p.dweight = partial;
+    if (dbias.data) p.dbias = dweight.data ? partial + programs * p.g.N : partial;
+  }
   const size_t shared_values = 2 * TEAM_SHARED<2> + (s.rows() > 1 ? static_cast<size_t>(s.rows() * p.g.N) : 0);
   const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(programs));
   if (Error e = launch(place, &row_bwd_kernel<T, V, K, WAY>, grid, s.threads, shared_values * sizeof(A), p)) return e;

@@ -13,10 +13,11 @@ from fastnorm import build, extension, native
 
 from .compile import LIBRARY, command, key
 
-ORDERS = ("forward", "reverse", "shuffled")
-# The order of a block's threads in this process: the same for every test, so that a run can be told apart from another.
 in_force = False  # see kernels()
+# Of a block's threads. FASTNORM_EMULATOR_ORDER: this one for the whole process, and no other backend is tested.
+ORDERS = ("forward", "reverse", "shuffled")
 ORDER = os.environ.get("FASTNORM_EMULATOR_ORDER", "forward")
+ALONE = "FASTNORM_EMULATOR_ORDER" in os.environ
 
 
 @cache
@@ -24,7 +25,8 @@ def load():
     """The library, compiled once for these sources; or the sentence that says why there is none."""
     try:
         target = build.cache_directory() / key() / LIBRARY
-        library = ctypes.CDLL(str(build.compile_once(target, command(), "compiling the CUDA kernels for the emulator")))
+        what = "fastnorm: compiling the CUDA kernels for the emulator"
+        library = ctypes.CDLL(str(build.compile_once(target, command(), what)))
     except (build.BuildError, OSError) as e:
         return str(e)
     library.emulator_order(ORDERS.index(ORDER))
@@ -32,8 +34,9 @@ def load():
 
 
 def unavailable() -> str | None:
-    found = load() if not native.unavailable("cpu") else native.unavailable("cpu")
-    return found if isinstance(found, str) else None
+    """Why it cannot run here: there is no compiler for it, or for the extension that calls it."""
+    reason = native.unavailable("cpu")
+    return reason or (load() if isinstance(load(), str) else None)
 
 
 @contextlib.contextmanager
