@@ -34,18 +34,19 @@ gpu:
 tune:
 	$(bare) bench/checkout.py bench/tune.py $(ARGS)
 
-# Every kernel as machine code for five architectures, those of CUDA C++ for four where there is an nvcc, and the bytes that every
-# op moves: three tables, no GPU. On two cores it takes an hour the first time; what is compiled is kept.
+# Every kernel as machine code for five architectures, those of CUDA C++ for four where there is an nvcc, and the bytes that
+# every op moves: three tables, no GPU. On two cores it takes an hour the first time; what is compiled is kept.
 audit: $(ready)
 	PYTHONPATH="tests:$$PYTHONPATH" $(PYTHON) -m audit
 
-# The C++ kernels under ASAN and UBSAN, and those of CUDA in the tests' emulator. The process needs gcc's runtimes before Python, the compiler goes without; Python leaks
-# by intent; the words of the sanitizers go to an uncaptured stderr.
+# The C++ kernels under ASAN and UBSAN, and before them those of CUDA in the tests' emulator. The process needs gcc's runtimes
+# before Python; Python leaks by intent; the words of the sanitizers go to an uncaptured stderr.
 sanitized := FASTNORM_SANITIZE=1 FASTNORM_BACKEND=native CXX="$(CXX)"
 under := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(PYTHON) -m pytest -n 2 --capture=sys -p no:faulthandler
 sanitize: $(ready)
-	FASTNORM_EMULATOR_SANITIZE=1 FASTNORM_EMULATOR_ORDER=forward $(under) -k emulated $(ARGS) $(patsubst %,tests/test_%.py,rows channels contract sums)
+	FASTNORM_EMULATOR_SANITIZE=1 FASTNORM_EMULATOR_ORDER=forward $(under) -k emulated $(ARGS) \
+		$(patsubst %,tests/test_%.py,rows channels contract sums)
 	$(sanitized) $(PYTHON) -c "from fastnorm import build; build.library()"
 	$(sanitized) $(under) $(ARGS) $(patsubst %,tests/test_%.py,rows channels contract autograd eager modules guards)
 

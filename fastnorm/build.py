@@ -299,11 +299,17 @@ def cuda_architectures() -> list[str]:
             if not re.fullmatch(r"\d+\.\d[a-z]?(\+PTX)?", name):
                 raise BuildError(f"TORCH_CUDA_ARCH_LIST has {name!r}; it should be a list like 8.0;9.0+PTX")
         return named
+    if not (present := gpu_architectures()):
+        raise BuildError("there is no GPU to compile for (set TORCH_CUDA_ARCH_LIST, for example to 9.0)")
+    return present
+
+
+def gpu_architectures() -> list[str]:
+    """What this machine's GPUs are."""
     import torch
 
-    if not torch.cuda.is_available():
-        raise BuildError("there is no GPU to compile for (set TORCH_CUDA_ARCH_LIST, for example to 9.0)")
-    return sorted({"{}.{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())})
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return sorted({"{}.{}".format(*torch.cuda.get_device_capability(i)) for i in gpus})
 
 
 def cuda_key(architectures: list[str]) -> str:
@@ -329,20 +335,21 @@ def compile_cuda_into(directory: str, architectures: list[str]) -> None:
         run("-shared", *objects.values(), "-o", str(Path(directory) / CUDA_LIBRARY))
 
 
-def cuda_library(architecture: str) -> Path:
-    """A library of CUDA kernels for "9.0" or the like: the installed one, the cached one, or one compiled now."""
+def cuda_library(architectures: list[str]) -> Path:
+    """A library of CUDA kernels for all of ["9.0"] or the like: the installed one, the cached one, or one compiled now."""
     if cuda_wanted() is False:
         raise BuildError("FASTNORM_CUDA=0 asks for no CUDA kernels")
     installed = _HERE / CUDA_LIBRARY
     if installed.is_file():
         found = re.search(cuda_key([]).removesuffix("-").encode() + rb"([\w.+-]+)-", installed.read_bytes())
-        if found and any(_runs_on(name, architecture) for name in found[1].decode().split("-")):
+        names = found[1].decode().split("-") if found else []
+        if all(any(_runs_on(name, architecture) for name in names) for architecture in architectures):
             return installed
-    cached = cache_directory() / cuda_key([architecture]) / CUDA_LIBRARY
+    cached = cache_directory() / cuda_key(architectures) / CUDA_LIBRARY
     if cached.is_file():
         return cached
-    what = f"fastnorm: compiling the CUDA kernels for {architecture} with {nvcc()}"
-    return compile_once(cached, [sys.executable, __file__, architecture], what)
+    what = f"fastnorm: compiling the CUDA kernels for {' and '.join(architectures)} with {nvcc()}"
+    return compile_once(cached, [sys.executable, __file__, *architectures], what)
 
 
 def _runs_on(name: str, architecture: str) -> bool:

@@ -34,7 +34,7 @@ def _open_cuda() -> str | None:
     if not torch.cuda.is_available():
         return "the CUDA kernels need a CUDA device, and there is none"
     try:
-        library = build.cuda_library("{}.{}".format(*torch.cuda.get_device_capability()))
+        library = build.cuda_library(build.gpu_architectures())
         stream = ctypes.CDLL("libtorch_cuda.so").aoti_torch_get_current_cuda_stream
         load().set_kernels("cuda", table(ctypes.CDLL(str(library))), ctypes.cast(stream, ctypes.c_void_p).value)
         x = torch.arange(256.0, device="cuda").view(16, 16)

@@ -94,17 +94,19 @@ def test_an_installed_library_is_taken_where_it_fits(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "nvcc", lambda: "nvcc")
     installed = tmp_path / build.CUDA_LIBRARY
     installed.write_bytes(b"..." + build.cuda_key(["8.0", "9.0+PTX"]).encode() + b"\0...")
-    assert build.cuda_library("8.6") == installed
-    assert build.cuda_library("12.0") == installed
-    assert build.cuda_library("7.5") == tmp_path / "cache" / build.cuda_key(["7.5"]) / build.CUDA_LIBRARY
+    assert build.cuda_library(["8.6"]) == installed
+    assert build.cuda_library(["8.6", "12.0"]) == installed
+    mixed = tmp_path / "cache" / build.cuda_key(["7.5", "8.6"]) / build.CUDA_LIBRARY
+    assert build.cuda_library(["7.5", "8.6"]) == mixed, "one GPU of two would have no code"
+    assert build.cuda_library(["7.5"]) == tmp_path / "cache" / build.cuda_key(["7.5"]) / build.CUDA_LIBRARY
     installed.write_bytes(b"fastnorm-cuda-0123456789abcdef-8.0-")
-    assert build.cuda_library("8.6") != installed
+    assert build.cuda_library(["8.6"]) != installed
 
 
 def test_the_environment_can_refuse(monkeypatch):
     monkeypatch.setenv("FASTNORM_CUDA", "0")
     with pytest.raises(build.BuildError, match="FASTNORM_CUDA=0 asks for no CUDA kernels"):
-        build.cuda_library(ARCHITECTURE)
+        build.cuda_library([ARCHITECTURE])
     monkeypatch.setenv("FASTNORM_CUDA", "yes")
     with pytest.raises(build.BuildError, match="FASTNORM_CUDA is 'yes'; it should be 0 or 1"):
         build.cuda_wanted()
@@ -132,7 +134,8 @@ def cuda_torch(monkeypatch):
     monkeypatch.delenv("FASTNORM_BACKEND", raising=False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(9, 0), (8, 0), (9, 0)][device])
     monkeypatch.setattr(native, "_open_cuda", native._open_cuda.__wrapped__)
     yield
     dispatch._choose_anew()
@@ -178,7 +181,7 @@ def test_a_torch_without_cuda_is_told(monkeypatch):
 @needs_nvcc
 def test_a_driver_that_is_missing_is_told(cuda_torch, monkeypatch):
     """torch's own words for it, or the kernel's: whatever comes first, and on one line."""
-    monkeypatch.setattr(build, "cuda_library", lambda architecture: ROOT / "no-such-library.so")
+    monkeypatch.setattr(build, "cuda_library", lambda architectures: ROOT / "no-such-library.so")
     reason = native.unavailable("cuda")
     assert reason.startswith("its first kernel did not run (")
     assert "\n" not in reason
@@ -189,8 +192,8 @@ def test_the_first_kernel_is_held_to_torch(cuda_torch, monkeypatch):
     """Opened with stand-ins for what a GPU's machine has; the tensor is one of the CPU."""
     stream = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)(lambda device, stream: 0)
     torch_cuda, emulated, arange = SimpleNamespace(aoti_torch_get_current_cuda_stream=stream), emulator.load(), torch.arange
-    monkeypatch.setattr(build, "cuda_library", lambda architecture: f"kernels for {architecture}")
-    libraries = {"libtorch_cuda.so": torch_cuda, "kernels for 9.0": emulated}
+    monkeypatch.setattr(build, "cuda_library", lambda architectures: f"kernels for {' and '.join(architectures)}")
+    libraries = {"libtorch_cuda.so": torch_cuda, "kernels for 8.0 and 9.0": emulated}
     monkeypatch.setattr(ctypes, "CDLL", libraries.__getitem__)
     monkeypatch.setattr(torch, "arange", lambda n, device: arange(n))
     assert native.unavailable("cuda") is None
@@ -203,7 +206,7 @@ def test_the_first_kernel_is_held_to_torch(cuda_torch, monkeypatch):
 
 @pytest.fixture(scope="module")
 def library():
-    return build.cuda_library(ARCHITECTURE)
+    return build.cuda_library([ARCHITECTURE])
 
 
 @needs_nvcc

@@ -104,7 +104,7 @@ def _widths(counts, kind):
 def audit(arch: str) -> list[Kernel]:
     """Of the library as it is loaded; compiled now where there is none."""
     number = arch.removeprefix("sm_")
-    library = build.cuda_library(f"{number[:-1]}.{number[-1]}")
+    library = build.cuda_library([f"{number[:-1]}.{number[-1]}"])
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([TOOLS / "cuobjdump", "-xelf", "all", library], cwd=folder, stdout=subprocess.DEVNULL, check=True)
         return [kernel for cubin in sorted(Path(folder).glob("*.cubin")) for kernel in read(cubin)]
