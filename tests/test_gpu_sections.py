@@ -13,6 +13,7 @@ from cases import CHANNELS, ROWS
 from test_dispatch import ROOT
 
 import fastnorm
+from fastnorm import extension, native
 
 sys.path.append(str(ROOT / "bench"))
 import errors
@@ -191,6 +192,20 @@ def test_host_times_do_not_wait_for_the_device():
     assert "".join(called) == "aaaaabbbbb" * 3
     assert clock.waits == 3 * 2 + 1, "before each figure and at the end"
     assert all(len(values) == 3 and min(values) > 0 for values in times.values())
+
+
+def test_the_peer_of_cuda_kernels_serves_whole_calls_of_them(monkeypatch):
+    """Whichever backend is in force; and says why where it cannot."""
+    monkeypatch.setattr(native, "unavailable", lambda device_type: "no nvcc was found")
+    assert peers.absent("native") == "RuntimeError: no nvcc was found"
+    monkeypatch.setattr(native, "unavailable", lambda device_type: None)
+    states = []
+    module = SimpleNamespace(serve_natively=lambda *state: states.append(state), layer_norm=lambda *args: args, batch_norm=len)
+    monkeypatch.setattr(extension, "load", lambda: module)
+    assert peers.PEERS["native"].load().layer_norm(1, 2) == (1, 2)
+    with pytest.raises(TypeError):
+        peers.PEERS["native"].load().batch_norm()
+    assert states == [("cuda", True), ("cuda", False)] * 2
 
 
 def test_every_shape_of_the_benchmark_has_a_name_of_its_own():
