@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "norm_math.h"
+#include "activations.h"
 
 namespace fastnorm {
 
@@ -114,6 +114,21 @@ struct Kernels {
                        void* rstd);
   Error (*channel_bwd)(const Place&, Channels g, const ChannelsInput& dy, const ChannelsInput& x, ConstArray weight,
                        const void* mean, const void* rstd, bool training, Array dx, Array dweight, Array dbias);
+  // A norm with what surrounds it, see fastnorm/reference.py: absent tensors have a null pointer; all that have x's shape have
+  // its dtype, on a GPU as well. `h`: given with `addend`. dx has `dh` in it, and x is h then.
+  Error (*row_fused_fwd)(const Place&, Rows g, const RowsInput& x, const RowsInput& addend, const RowsInput& residual,
+                         ConstArray weight, ConstArray bias, Epilogue epilogue, bool centre, double eps, Array h, Array y,
+                         void* mean, void* rstd);
+  Error (*row_fused_bwd)(const Place&, Rows g, const RowsInput& dy, const RowsInput& dh, const RowsInput& x,
+                         const RowsInput& residual, ConstArray weight, ConstArray bias, Epilogue epilogue, bool centre,
+                         const void* mean, const void* rstd, Array dx, Array dweight, Array dbias, Array dresidual);
+  Error (*channel_fused_fwd)(const Place&, Channels g, const ChannelsInput& x, const ChannelsInput& residual, ConstArray weight,
+                             ConstArray bias, Epilogue epilogue, Array running_mean, Array running_var, int64_t* tracked,
+                             bool training, double momentum, double eps, Array y, void* mean, void* rstd);
+  Error (*channel_fused_bwd)(const Place&, Channels g, const ChannelsInput& dy, const ChannelsInput& x,
+                             const ChannelsInput& residual, ConstArray weight, ConstArray bias, Epilogue epilogue,
+                             const void* mean, const void* rstd, bool training, Array dx, Array dweight, Array dbias,
+                             Array dresidual);
   // Whether these are a GPU's: rows in two dtypes at once, as above; and every parameter is in x's dtype or in the accumulate
   // dtype, and no result but these is wider. Else y and dy have x's dtype, and parameters any.
   bool gpu;

@@ -12,6 +12,14 @@ This file is also where the contract is written down. Every backend has these fu
 * `num_batches_tracked` of channel_fwd: an int64 tensor without dimensions, one more after training, or None.
 * `need`: (dx, dweight, dbias): True or False for dx; the dtype wanted, or None when it is not wanted, for the other two.
 
+The functions with `fused` in their names are a norm with what surrounds it, see section `fused`:
+
+* h = x + addend is what is normalised (rows only); y = act(z + residual) with z = x_hat * weight + bias. `addend`, `residual`
+  and `dh` may be None; they, `dy`, `h` and `y` have x's shape and dtype, any strides in.
+* `activation` is a name of `activations.ACTIVATIONS`, and `alpha` its number. z is never stored: backward computes it anew.
+* `centre`: False for RMSNorm, whose mean (and c2) is 0.
+* `need` has a fourth entry, True where dresidual is wanted: dz, rounded once to x's dtype, in the format of dx.
+
 No element count is ever zero here: functional.py hands empty inputs to torch.
 """
 
@@ -20,6 +28,7 @@ from __future__ import annotations
 import torch
 from torch._prims_common import suggest_memory_format
 
+from .activations import ACTIVATIONS
 from .geometry import Channels, Rows
 
 # From this magnitude on, squares are summed after an exact scaling, so that |x| = 1e30 does not overflow float32.
@@ -73,6 +82,17 @@ def moments(x, dims):
     low = torch.where(high.isfinite(), low.to(x.dtype), 0)  # the mean of an infinite row is infinite, as torch's
     m2 = ((centred - low) * scale.to(x.dtype)).square().sum(dims, keepdim=True, dtype=torch.float64)
     return n, torch.stack((high, low)), m2, scale
+
+
+def squares(x, dims):
+    """The same about zero instead of the mean."""
+    n = 1
+    for d in dims:
+        n *= x.shape[d]
+    scale = torch.where(x.detach().abs().amax(dims, keepdim=True) > BIG, BIG_SCALE, 1.0).to(torch.float64)
+    m2 = (x * scale.to(x.dtype)).square().sum(dims, keepdim=True, dtype=torch.float64)
+    zero = torch.zeros_like(m2, dtype=x.dtype)
+    return n, torch.stack((zero, zero)), m2, scale
 
 
 def rstd_of(n, m2, scale, eps, dtype):
@@ -208,3 +228,65 @@ def channel_bwd(dy, x, weight, mean, rstd, training, need):
             c1, c2 = w * sum_dz_x_hat / n, w * sum_dz / n
         dx = channel_grad(dy, x, mean, rstd, weight, c1, c2)
     return dx, needed(sum_dz_x_hat, need[1]), needed(sum_dz, need[2])
+
+
+# ---------------------------------------------------------------- fused: with what surrounds a norm
+
+
+def _epilogue(z, residual, activation, alpha):
+    return ACTIVATIONS[activation].value(z if residual is None else z + residual.to(z.dtype), alpha)
+
+
+def _grad_epilogue(dy, z, residual, activation, alpha):
+    """dz"""
+    return dy * ACTIVATIONS[activation].slope(z if residual is None else z + residual.to(z.dtype), alpha)
+
+
+def row_fused_fwd(x, addend, weight, bias, residual, activation, alpha, eps, N, centre=True):
+    """y, h, mean (2, M), rstd (M,); h is None without an addend. Statistics are those of h as it is stored."""
+    acc, rows = accumulate_dtype(x.dtype), Rows.of(x.shape, N)
+    h = None if addend is None else _like(x.to(acc) + addend.to(acc), x, torch.contiguous_format)
+    xf = rows.view(x if h is None else h).to(acc)
+    n, mean, m2, scale = (moments if centre else squares)(xf, (1,))
+    rstd = rstd_of(n, m2, scale, eps, acc)
+    flat = lambda p: None if p is None else p.reshape(N).to(acc)
+    z = affine(normalize(xf, mean, rstd), flat(weight), flat(bias))
+    y = _epilogue(z, None if residual is None else rows.view(residual), activation, alpha)
+    return _like(y, x, torch.contiguous_format), h, mean.squeeze(2), rstd.squeeze(1)
+
+
+def row_fused_bwd(dy, dh, x, residual, weight, bias, activation, alpha, mean, rstd, need, centre=True):
+    """dx, dweight (N,), dbias (N,), dresidual; x is h where there was an addend, and dx has dh, h's own gradient, in it."""
+    rows = Rows(rstd.numel(), x.numel() // rstd.numel())
+    acc, flat = rstd.dtype, lambda p: None if p is None else p.reshape(-1).to(rstd.dtype)
+    x_hat = normalize(rows.view(x).to(acc), mean[:, :, None], rstd[:, None])
+    z = affine(x_hat, flat(weight), flat(bias))
+    dz = _grad_epilogue(rows.view(dy).to(acc), z, None if residual is None else rows.view(residual), activation, alpha)
+    dx = None
+    if need[0]:
+        g = dz if weight is None else dz * flat(weight)
+        dx = grad_input(g, x_hat, rstd[:, None], _mean(g * x_hat, (1,)), _mean(g, (1,)) if centre else 0.0)
+        dx = _like(dx if dh is None else dx + rows.view(dh).to(acc), x, torch.contiguous_format)
+    dweight = None if need[1] is None else (dz * x_hat).sum(0, dtype=torch.float64).to(need[1])
+    dbias = None if need[2] is None else dz.sum(0, dtype=torch.float64).to(need[2])
+    return dx, dweight, dbias, _like(dz, x, torch.contiguous_format) if need[3] else None
+
+
+def channel_fused_fwd(
+    x, weight, bias, residual, activation, alpha, running_mean, running_var, training, momentum, eps, num_batches_tracked=None
+):
+    """y, mean (2, C), rstd (C,), as channel_fwd"""
+    wide, acc = x.to(accumulate_dtype(x.dtype)), accumulate_dtype(x.dtype)
+    z, mean, rstd = channel_fwd(wide, weight, bias, running_mean, running_var, training, momentum, eps, num_batches_tracked)
+    r = None if residual is None else residual.to(acc)
+    y = _epilogue(z, r, activation, alpha)
+    return torch.empty_like(x, memory_format=suggest_memory_format(x)).copy_(y), mean, rstd
+
+
+def channel_fused_bwd(dy, x, residual, weight, bias, activation, alpha, mean, rstd, training, need):
+    """dx, dweight (C,), dbias (C,), dresidual"""
+    acc, like = rstd.dtype, lambda t: torch.empty_like(x, memory_format=suggest_memory_format(x)).copy_(t)
+    z = channel_apply(x.to(acc), mean, rstd, weight, bias)
+    dz = _grad_epilogue(dy.to(acc), z, residual, activation, alpha)
+    dx, dweight, dbias = channel_bwd(dz, x.to(acc), weight, mean, rstd, training, need[:3])
+    return None if dx is None else like(dx), dweight, dbias, like(dz) if need[3] else None

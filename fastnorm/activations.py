@@ -1,0 +1,64 @@
+"""THE table of activations that a norm can end in; csrc/activations.h and kernels/activations.py have the same names.
+
+`alpha` is the one number that some of them have: leaky_relu's negative_slope and elu's alpha.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import pi, sqrt
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Activation:
+    """value(z, alpha) is torch's own function, and slope(z, alpha) its derivative, which is torch's at a kink as well."""
+
+    value: Callable
+    slope: Callable
+    alpha: float = 0.0  # the default
+
+
+def _gelu_slope(z, _):
+    return 0.5 * (1 + torch.erf(z / sqrt(2))) + z * torch.exp(-0.5 * z * z) / sqrt(2 * pi)
+
+
+def _gelu_tanh_slope(z, _):
+    inner = sqrt(2 / pi) * (z + 0.044715 * z * z * z)
+    t = torch.tanh(inner)
+    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * sqrt(2 / pi) * (1 + 3 * 0.044715 * z * z)
+
+
+def _silu_slope(z, _):
+    s = torch.sigmoid(z)
+    return s * (1 + z * (1 - s))
+
+
+ACTIVATIONS = {
+    "identity": Activation(lambda z, _: z, lambda z, _: torch.ones_like(z)),
+    "relu": Activation(lambda z, _: F.relu(z), lambda z, _: torch.ones_like(z).masked_fill(z <= 0, 0.0)),
+    "leaky_relu": Activation(F.leaky_relu, lambda z, alpha: torch.full_like(z, alpha).masked_fill(z > 0, 1.0), alpha=0.01),
+    "silu": Activation(lambda z, _: F.silu(z), _silu_slope),
+    "gelu": Activation(lambda z, _: F.gelu(z), _gelu_slope),
+    "gelu_tanh": Activation(lambda z, _: F.gelu(z, approximate="tanh"), _gelu_tanh_slope),
+    "sigmoid": Activation(lambda z, _: torch.sigmoid(z), lambda z, _: torch.sigmoid(z) * (1 - torch.sigmoid(z))),
+    "tanh": Activation(lambda z, _: torch.tanh(z), lambda z, _: 1 - torch.tanh(z).square()),
+    "elu": Activation(F.elu, lambda z, alpha: torch.where(z > 0, 1.0, alpha * torch.exp(z)), alpha=1.0),
+}
+
+
+def parse(activation) -> tuple[str, float]:
+    """(name, alpha) of what a user gives: None, a name, or a pair ("leaky_relu", 0.2) or ("elu", 0.5).
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    name, *rest = activation if isinstance(activation, tuple) else (activation or "identity",)
+    if name not in ACTIVATIONS:
+        raise ValueError(f"fastnorm has no activation {activation!r}; choose None or one of {', '.join(ACTIVATIONS)}")
+    if rest and (not ACTIVATIONS[name].alpha or len(rest) != 1 or type(rest[0]) not in (int, float)):
+        raise ValueError(f"activation={activation!r}: only leaky_relu and elu take one number, as in ('leaky_relu', 0.2)")
+    return name, float(rest[0] if rest else ACTIVATIONS[name].alpha)

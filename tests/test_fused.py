@@ -1,0 +1,256 @@
+"""Fused norms, kernel by kernel: what surrounds a norm is at most as far from float64 as torch.nn's sequence of operators."""
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import BF16, F16, F32, F64, LAYOUTS, Case
+from compare import accumulate
+from torch._prims_common import suggest_memory_format
+
+from fastnorm import reference
+from fastnorm.activations import ACTIVATIONS
+
+DRAWS = 6
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A norm of `case`, and what surrounds it."""
+
+    case: Case
+    activation: str = "identity"
+    alpha: float = 0.3
+    residual: str | None = None  # its layout
+    addend: bool = False
+    centre: bool = True
+    training: bool = True
+
+    def __str__(self):
+        names = (f"r_{self.residual}" if self.residual else "", "addend" * self.addend, "rms" * (not self.centre))
+        return "-".join(filter(None, (str(self.case), self.activation, *names, "" if self.training else "eval")))
+
+    def inputs(self, device, draw, rows):
+        """x, dy, weight, bias, addend, residual, dh; None where there is none"""
+        x, dy, weight, bias = (self.case.make_rows if rows else self.case.make_channels)(device, draw)
+        generator = torch.Generator().manual_seed(1000 + draw)
+        more = lambda: torch.randn(x.shape, generator=generator, dtype=F64).to(x.dtype).to(device)
+        addend, residual, dh = more(), more(), more()
+        residual = LAYOUTS[self.residual](residual) if self.residual else None
+        return x, dy, weight, bias, addend if self.addend else None, residual, dh if self.addend else None
+
+
+def sequence(kind, fused, dtype, x, weight, bias, addend, residual):
+    """y and h by torch's operators, one after the other, in this dtype."""
+    cast = lambda t: None if t is None else t.to(dtype)
+    h = cast(x) if addend is None else cast(x) + cast(addend)
+    if kind == "channels":
+        mean, var = (None, None) if fused.training else map(cast, fused.case.running(x.device))
+        z = F.batch_norm(h, mean, var, cast(weight), cast(bias), fused.training, 0.1, fused.case.eps)
+    elif fused.centre:
+        z = F.layer_norm(h, fused.case.normalized_shape, cast(weight), cast(bias), fused.case.eps)
+    else:
+        z = F.rms_norm(h, fused.case.normalized_shape, cast(weight), fused.case.eps)
+        z = z if bias is None else z + cast(bias)
+    z = z if residual is None else z + cast(residual)
+    return ACTIVATIONS[fused.activation].value(z, fused.alpha), None if addend is None else h
+
+
+def differentiated(kind, fused, dtype, x, dy, weight, bias, addend, residual, dh):
+    """y, h, dx, dweight, dbias, dresidual by autograd, as far as they exist."""
+    leaf = lambda t: None if t is None else t.detach().to(dtype).requires_grad_()
+    leaves = {"dx": leaf(x), "dweight": leaf(weight), "dbias": leaf(bias), "daddend": leaf(addend), "dresidual": leaf(residual)}
+    y, h = sequence(kind, fused, dtype, *leaves.values())
+    outputs, gradients = ([y, h], [dy.to(dtype), dh.to(dtype)]) if h is not None else ([y], [dy.to(dtype)])
+    leaves = {name: t for name, t in leaves.items() if t is not None}
+    found = dict(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), gradients), strict=True))
+    found.pop("daddend", None)
+    return {"y": y.detach(), **({} if h is None else {"h": h.detach()}), **found}
+
+
+def size(t):
+    return max(t.abs().max().item(), 1e-300)
+
+
+@cache
+def torch_errors(kind, fused, device):
+    """The largest error of torch's sequence of several draws, relative to the size of each result."""
+    worst = {}
+    for draw in range(DRAWS):
+        inputs = fused.inputs(device, draw, kind == "rows")
+        truth = differentiated(kind, fused, F64, *inputs)
+        for name, t in differentiated(kind, fused, fused.case.dtype, *inputs).items():
+            worst[name] = max(worst.get(name, 0), size(t.double() - truth[name]) / size(truth[name]))
+    return worst
+
+
+def check(kind, fused, results, truth, device):
+    errors = torch_errors(kind, fused, device)
+    for name, got in results.items():
+        expected = truth[name]
+        assert got.shape == expected.shape, name
+        one = max(torch.finfo(got.dtype).eps, 2 * torch.finfo(accumulate(fused.case.dtype)).eps) * size(expected)
+        error, theirs = size(got.double() - expected), errors[name] * size(expected)
+        assert error <= theirs + one, f"{name}: error {error:.3g}, torch's {theirs:.3g} + one ulp {one:.3g}"
+
+
+def dtypes(weight, bias):
+    return (None if p is None else p.dtype for p in (weight, bias))
+
+
+SAME = lambda dtype: {"dtype": dtype, "weight": dtype, "bias": dtype}
+SMALL, HALF = Case((6, 33)), Case((5, 40), **SAME(BF16))
+ROW_SHAPES = [(3, 1), (5, 7), (9, 15), (33, 64), (2, 3, 100), (3, 768), (3, 4097), (2, 9001), (2, 33000)]
+ROWS = [
+    *(Fused(SMALL, a) for a in ACTIVATIONS),
+    *(Fused(HALF, a, residual="dense") for a in ACTIVATIONS),
+    *(Fused(Case(s, **SAME(d)), "gelu", residual="dense", addend=True) for s in ROW_SHAPES for d in (F32, BF16)),
+    *(Fused(Case(s, **SAME(d)), "silu", centre=False, addend=True) for s in ROW_SHAPES for d in (F32, BF16)),
+    *(Fused(Case(s, bias=None), centre=False) for s in ROW_SHAPES),
+    *(Fused(replace(SMALL, **missing), "relu", addend=True) for missing in
+      ({"bias": None}, {"weight": None}, {"weight": None, "bias": None})),
+    *(Fused(Case((6, 33), dtype=x, weight=w, bias=b), "tanh", residual="dense") for x, w, b in
+      [(BF16, F32, F32), (F16, F32, F32), (F32, BF16, F16), (F32, F64, F64), (F64, F32, F32)]),
+    *(Fused(Case((4, 6, 24), layout=layout), "elu", residual=layout, addend=True)
+      for layout in ("row_strided", "transposed", "mT", "every_second", "expanded")),
+    *(Fused(Case((7, 100), **SAME(d)), "gelu_tanh", residual="dense", addend=True) for d in (F64, F16)),
+    Fused(Case((2, 5, 6, 4), dims=2), "sigmoid", residual="transposed"),
+    Fused(Case((4, 512), offset=1e4), "silu", residual="dense"),
+    *(Fused(Case((4, 48), scale=scale), "leaky_relu", centre=centre) for scale in (1e-4, 1e4) for centre in (True, False)),
+]  # fmt: skip
+
+PIXELS = Case((4, 6, 5, 7))
+CHANNEL_SHAPES = [(8, 5), (64, 64), (4, 6, 10), (2, 3, 300), (2, 3, 7, 7), (3, 65, 5, 5), (2, 16, 14, 14), (24, 40, 6, 6)]
+CHANNELS = [
+    *(Fused(PIXELS, a) for a in ACTIVATIONS),
+    *(Fused(replace(PIXELS, **SAME(BF16)), a, residual="dense") for a in ACTIVATIONS),
+    *(Fused(Case(s, **SAME(d)), "relu", residual=r) for s in CHANNEL_SHAPES for d in (F32, BF16) for r in (None, "dense")),
+    *(Fused(Case(s), "silu", residual="dense", training=False) for s in CHANNEL_SHAPES),
+    *(Fused(replace(PIXELS, **missing), "gelu", residual="dense") for missing in
+      ({"bias": None}, {"weight": None}, {"weight": None, "bias": None})),
+    *(Fused(replace(PIXELS, layout=layout), "relu", residual=other)
+      for layout in ("channels_last", "row_strided", "column_strided", "transposed", "expanded")
+      for other in ("dense", layout)),
+    *(Fused(replace(PIXELS, layout="channels_last", **SAME(BF16)), "relu", residual="channels_last", training=t)
+      for t in (True, False)),
+    Fused(Case((3, 20, 9), layout="mT"), "elu", residual="mT"),
+    *(Fused(Case((3, 4, 5, 5), dtype=x, weight=w, bias=b), "leaky_relu", residual="dense")
+      for x, w, b in [(BF16, F32, F32), (F16, F32, F32), (F32, BF16, F16), (F64, F32, F32)]),
+    Fused(Case((64, 4, 8, 8), offset=1e4), "relu", residual="dense"),
+    Fused(Case((64, 4, 8, 8), layout="channels_last", offset=1e4), "silu"),
+]  # fmt: skip
+
+
+def row_statistics(fused, h):
+    """What the contract's mean and rstd are, computed in float64."""
+    N = torch.Size(fused.case.normalized_shape).numel()
+    wide = h.double().reshape(-1, N)
+    mean = wide.mean(1) if fused.centre else torch.zeros_like(wide[:, 0])
+    rstd = torch.rsqrt((wide - mean[:, None]).square().mean(1) + fused.case.eps)
+    acc = accumulate(h.dtype)
+    return reference.split(mean, acc), rstd.to(acc)
+
+
+@pytest.mark.parametrize("fused", ROWS, ids=str)
+def test_rows(fused, backend, device):
+    x, dy, weight, bias, addend, residual, dh = inputs = fused.inputs(device, 0, True)
+    truth = differentiated("rows", fused, F64, *inputs)
+    if addend is not None:  # what follows is of h as it is stored
+        stored = (x.to(accumulate(x.dtype)) + addend.to(accumulate(x.dtype))).to(x.dtype)
+        exact = differentiated("rows", replace(fused, addend=False), F64, stored, dy, weight, bias, None, residual, None)
+        truth = {**exact, "h": truth["h"], "dx": exact["dx"] + dh.double()}
+    case, N = fused.case, torch.Size(fused.case.normalized_shape).numel()
+    y, h, mean, rstd = backend.row_fused_fwd(
+        x, addend, weight, bias, residual, fused.activation, fused.alpha, case.eps, N, fused.centre
+    )
+    assert (h is None) == (addend is None)
+    expected_mean, expected_rstd = row_statistics(fused, x if h is None else h)
+    assert mean.shape == (2, rstd.numel())
+    torch.testing.assert_close(mean.double().sum(0), expected_mean.double().sum(0), rtol=1e-6, atol=1e-6 * case.scale)
+    torch.testing.assert_close(rstd, expected_rstd, rtol=2e-6, atol=0)
+    results = {"y": y} if h is None else {"y": y, "h": h}
+    need = (True, *dtypes(weight, bias), residual is not None)
+    saved = x if h is None else h
+    gradients = backend.row_fused_bwd(
+        dy, dh, saved, residual, weight, bias, fused.activation, fused.alpha, expected_mean, expected_rstd, need, fused.centre
+    )
+    names = ("dx", "dweight", "dbias", "dresidual")
+    results |= {name: g for name, g in zip(names, gradients, strict=True) if g is not None}
+    assert [name for name in names if name in results] == [n for n, w in zip(names, need, strict=True) if w]
+    for name in ("dweight", "dbias"):
+        if name in results:
+            results[name] = results[name].view(case.normalized_shape)
+    assert all(t.is_contiguous() and t.dtype == x.dtype for name, t in results.items() if name not in ("dweight", "dbias"))
+    check("rows", fused, results, truth, device)
+
+
+@pytest.mark.parametrize("fused", CHANNELS, ids=str)
+def test_channels(fused, backend, device):
+    x, dy, weight, bias, _, residual, _ = inputs = fused.inputs(device, 0, False)
+    truth = differentiated("channels", fused, F64, *inputs)
+    running, tracked = fused.case.running(device, F32), torch.zeros((), dtype=torch.int64, device=device)
+    expected = [t.clone() for t in running]
+    options = (fused.training, 0.1, fused.case.eps)
+    y, mean, rstd = backend.channel_fused_fwd(
+        x, weight, bias, residual, fused.activation, fused.alpha, *running, *options, tracked
+    )
+    _, exact_mean, exact_rstd = reference.channel_fwd(x.double(), None, None, *expected, *options)
+    assert tracked == int(fused.training)
+    for ours, theirs in zip(running, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    acc = accumulate(x.dtype)
+    exact_mean, exact_rstd = reference.split(exact_mean.sum(0), acc), exact_rstd.to(acc)
+    torch.testing.assert_close(mean.double().sum(0), exact_mean.double().sum(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rstd, exact_rstd, rtol=2e-6, atol=0)
+    need = (True, *dtypes(weight, bias), residual is not None)
+    gradients = backend.channel_fused_bwd(
+        dy, x, residual, weight, bias, fused.activation, fused.alpha, exact_mean, exact_rstd, fused.training, need
+    )
+    names = ("dx", "dweight", "dbias", "dresidual")
+    results = {"y": y} | {name: g for name, g in zip(names, gradients, strict=True) if g is not None}
+    assert [name for name in names if name in results] == [n for n, w in zip(names, need, strict=True) if w]
+    formatted = torch.empty_like(x, memory_format=suggest_memory_format(x)).stride()
+    for name in ("y", "dx", "dresidual"):
+        if name in results:
+            assert results[name].stride() == formatted
+            assert results[name].dtype == x.dtype
+    check("channels", fused, results, truth, device)
+
+
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("wanted", range(16))
+def test_gradients_that_are_not_wanted(rows, wanted, backend, device):
+    """Each alone and all combinations: what is not wanted is None, what is wanted is as it is among all."""
+    fused = Fused(Case((6, 20)), "gelu", residual="dense")
+    x, dy, weight, bias, _, residual, _ = fused.inputs(device, 0, rows)
+    if rows:
+        _, _, *s = reference.row_fused_fwd(x, None, weight, bias, residual, "gelu", 0.0, 1e-5, 20)
+        run = lambda need: backend.row_fused_bwd(dy, None, x, residual, weight, bias, "gelu", 0.0, *s, need)
+    else:
+        _, *s = reference.channel_fused_fwd(x, weight, bias, residual, "gelu", 0.0, None, None, True, 0.1, 1e-5)
+        run = lambda need: backend.channel_fused_bwd(dy, x, residual, weight, bias, "gelu", 0.0, *s, True, need)
+    bits = [bool(wanted >> i & 1) for i in range(4)]
+    every = run((True, F32, F32, True))
+    some = run((bits[0], F32 if bits[1] else None, F32 if bits[2] else None, bits[3]))
+    for bit, one, full in zip(bits, some, every, strict=True):
+        assert (one is not None) == bit
+        if bit:
+            torch.testing.assert_close(one, full, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("rows", [True, False])
+def test_what_is_not_finite_goes_on_as_in_torch(activation, rows, backend, device):
+    """NaN stays NaN, and only where torch has it; residuals of any size."""
+    x = torch.randn(4, 16, device=device)
+    residual = torch.tensor([0.0, 1e4, -1e4, 90.0, -90.0, 12.0, -12.0, float("nan")], device=device).repeat(4, 2)
+    alpha = ACTIVATIONS[activation].alpha
+    if rows:
+        y = backend.row_fused_fwd(x, None, None, None, residual, activation, alpha, 1e-5, 16)[0]
+        z = F.layer_norm(x, (16,)) + residual
+    else:
+        y = backend.channel_fused_fwd(x, None, None, residual, activation, alpha, None, None, True, 0.1, 1e-5)[0]
+        z = F.batch_norm(x, None, None, training=True) + residual
+    torch.testing.assert_close(y, ACTIVATIONS[activation].value(z, alpha), equal_nan=True, rtol=2e-6, atol=2e-6)
