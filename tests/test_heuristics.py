@@ -147,6 +147,47 @@ def test_long_rows_fit_shared_memory(itemsize):
     assert H.COLUMN_PROGRAMS_PER_SM * (H.COLUMN_STAGES - 1) * 2 * rows * block * itemsize <= SHARED
 
 
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+def test_every_fused_row_has_its_kernels(itemsize):
+    """In registers, and with what is prefetched in shared memory; the same in every batch."""
+    for N in itertools.chain(range(1, 20000, 7), (2**k for k in range(21))):
+        c = H.row_fused_forward(N, itemsize)
+        most = H.FUSED_FORWARD[itemsize]
+        assert c.chunked == (N > most)
+        assert c.chunked or c.block >= N
+        most = H.FUSED_BACKWARD[itemsize]
+        for tensors in (2, 3, 4):
+            kinds = {H.row_fused_backward(M, N, itemsize, sms, tensors) for M in (1, 33, 10**6) for sms in (8, 132)}
+            (c,) = {dataclasses.replace(c, partial_rows=0) for c in kinds}
+            assert isinstance(c, H.RowBackwardSplit) or N <= most
+            assert isinstance(c, H.RowBackward) or N > most or N * itemsize % 16
+            if isinstance(c, H.RowBackward):
+                assert c.block >= N
+                assert (c.stages - 1) * tensors * c.rows * c.block * itemsize <= H.PREFETCHED
+
+
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+def test_long_fused_rows_fit_shared_memory(itemsize):
+    """x, dy, residual and two parameters; x, addend; those with a residual and two parameters, a stage less; x, dz and dh."""
+    parameter = max(4, itemsize)
+    sums = H.row_fused_backward(100, 10**5, itemsize, 132, 4)
+    assert (sums.sums_stages - 1) * sums.sums_block * (3 * itemsize + 2 * parameter) <= SHARED
+    chunk = H.row_fused_forward(10**5, itemsize)
+    assert (chunk.stages - 1) * chunk.block * 2 * itemsize <= SHARED
+    assert (chunk.stages - 2) * chunk.block * (3 * itemsize + 2 * parameter) <= SHARED
+    rows, block = H.COLUMN_TILE[itemsize]
+    assert H.COLUMN_PROGRAMS_PER_SM * (H.COLUMN_STAGES - 1) * 3 * rows * block * itemsize <= SHARED
+
+
+@pytest.mark.parametrize("reading", ["sums", "y", "dx"])
+def test_fused_channels_differ_in_registers_alone(reading):
+    for itemsize, channels_fastest, width in itertools.product((2, 4), (False, True), (4, 16)):
+        given = (8, 64, 3136, itemsize, 132, reading)
+        plain, fused = (H.channel(*given, folded=False, channels_fastest=channels_fastest, width=width, fused=fused)
+                        for fused in (False, True))  # fmt: skip
+        assert fused == dataclasses.replace(plain, registers=plain.registers and H.registers(plain.warps))
+
+
 SHAPES = [(32, 64, 3136), (8, 3, 50176), (256, 2048, 49), (1, 1, 1), (2, 5, 3), (5, 65, 49), (1, 64, 10**7), (10**6, 16, 1)]
 
 
@@ -272,13 +313,15 @@ LAYERS = [(64, 3136, False, False), (512, 49, False, False), (3, 5, False, False
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("vector", [1, 8])
-def test_a_slab_holds_all_positions_and_a_layer_has_few(layer, itemsize, backward, vector):
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_slab_holds_all_positions_and_a_layer_has_few(layer, itemsize, backward, vector, fused):
     C, S, folded, channels_fastest = layer
     width = vector * itemsize
     found = []
     for B in range(1, 20_000, 7):
         sizes = (1, C, B * S) if folded else (B, C, S)
-        c = H.slab(*sizes, itemsize, folded=folded, channels_fastest=channels_fastest, width=width, backward=backward)
+        options = dict(channels_fastest=channels_fastest, width=width, backward=backward, fused=fused)
+        c = H.slab(*sizes, itemsize, folded=folded, **options)
         found.append(c)
         if c is not None:
             assert c.block_b >= sizes[0]
