@@ -153,7 +153,7 @@ def test_every_fused_row_has_its_kernels(itemsize):
     for N in itertools.chain(range(1, 20000, 7), (2**k for k in range(21))):
         c = H.row_fused_forward(N, itemsize)
         most = H.FUSED_FORWARD[itemsize]
-        assert c.chunked == (N > most)
+        assert (N > most) == c.chunked
         assert c.chunked or c.block >= N
         most = H.FUSED_BACKWARD[itemsize]
         for tensors in (2, 3, 4):
