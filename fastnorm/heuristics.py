@@ -386,7 +386,7 @@ def channel(
 ) -> Channel:  # fmt: skip
     """`reading`: "stats", "sums", "y" or "dx". `folded`: the batch is part of S (B = 1), so S is a batch-like number that no
     block may depend on. `width`: bytes of the narrowest load. `turned`: the tensors of the launch lie in different ways.
-    `fused`: with an activation or a residual, which take more registers than a plain norm is told to do with."""
+    `fused`: with an activation or a residual, which take more registers than a plain norm does with or is told to."""
     sums = reading in SUMS
     name = reading + (", channels fastest" if channels_fastest else ", skewed" if skewed else "")
     if channels_fastest and turned and reading == "dx":
@@ -407,7 +407,7 @@ def channel(
     positions = elements // block_c
     block_s = positions if folded else _positions(S, positions, itemsize) if skewed else min(positions, power_of_two(S))
     block_b = positions // block_s
-    if most and (fused or (block_c > 1 and not channels_fastest)):
+    if fused or (most and block_c > 1 and not channels_fastest):
         most = registers(warps)  # what is of a channel takes as many more
     elif most and block_b > 1 and reading == "stats" and not channels_fastest and not skewed:
         stages -= 1  # with two prefetched tiles of several samples 128 registers are too few
