@@ -25,6 +25,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("running_var"), py::arg("training"), py::arg("momentum"), py::arg("eps"),
         py::arg("num_batches_tracked") = py::none());
   m.def("channel_bwd", &channel_bwd, no_gil);
+  m.def("row_fused_fwd", &row_fused_fwd, no_gil, py::arg("x"), py::arg("addend"), py::arg("weight"), py::arg("bias"),
+        py::arg("residual"), py::arg("activation"), py::arg("alpha"), py::arg("eps"), py::arg("N"), py::arg("centre") = true);
+  m.def("row_fused_bwd", &row_fused_bwd, no_gil, py::arg("dy"), py::arg("dh"), py::arg("x"), py::arg("residual"),
+        py::arg("weight"), py::arg("bias"), py::arg("activation"), py::arg("alpha"), py::arg("mean"), py::arg("rstd"),
+        py::arg("need"), py::arg("centre") = true);
+  m.def("channel_fused_fwd", &channel_fused_fwd, no_gil, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("residual"),
+        py::arg("activation"), py::arg("alpha"), py::arg("running_mean"), py::arg("running_var"), py::arg("training"),
+        py::arg("momentum"), py::arg("eps"), py::arg("num_batches_tracked") = py::none());
+  m.def("channel_fused_bwd", &channel_fused_bwd, no_gil);
   if (PyModule_AddFunctions(m.ptr(), eager_functions) != 0) throw py::error_already_set();
   m.def("set_config", [](const py::object& config) { set_config(config.ptr()); });
   m.def("set_differentiable",
