@@ -112,6 +112,8 @@ class FusedRowsFunction(torch.autograd.Function):
         ctx.options, ctx.plain, ctx.bias_dtype = o, plain, _dtype(bias)
         ctx.parameter_shape = None if weight is None and bias is None else (bias if weight is None else weight).shape
         ctx.set_materialize_grads(False)
+        if h is not None and not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(h)
         return y, h
 
     @staticmethod

@@ -108,7 +108,10 @@ def rows_in_sequence(x, addend, normalized_shape, weight, bias, eps, activation,
 
 
 def channels_in_sequence(x, running_mean, running_var, weight, bias, training, momentum, eps, activation, alpha, residual):
-    """y, by torch's own functions."""
+    """y, by torch's own functions; what the sum refuses it refuses before the running statistics are updated."""
+    alike = isinstance(residual, torch.Tensor) and residual.shape == x.shape and residual.device == x.device
+    if residual is not None and not alike:
+        _ = x + residual
     z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     return _ended(z, residual, activation, alpha)
 

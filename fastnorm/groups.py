@@ -130,6 +130,8 @@ def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
     fits = fits and type(num_groups) is int and num_groups > 0 and input.shape[1] % num_groups == 0
     backend = select(input.device.type) if fits else None
     if backend is None:
+        if weight is None and bias is not None:  # torch does not differentiate a bias alone
+            weight = torch.ones_like(bias)
         return F.group_norm(input, num_groups, weight, bias, eps)
     if needs_grad(input, weight, bias):
         return _group_norm(input, weight, bias, num_groups, eps, backend)

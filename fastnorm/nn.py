@@ -9,7 +9,8 @@ import torch
 from torch.fx import Proxy
 
 from . import activations, functional, groups
-from .tracing import Scriptable, given, leaf
+from .geometry import around
+from .tracing import OPTIONS, Scriptable, extras, given, leaf
 
 
 def _with_options(*names):
@@ -36,13 +37,15 @@ def _with_options(*names):
 
 
 class _Options:
-    """What a norm ends in, and how it is shown."""
+    """Options that torch.nn's classes do not have, and how they are shown."""
 
-    activation = None
-    zero_centred = False
+    activation = OPTIONS["activation"]
+    zero_centred = OPTIONS["zero_centred"]
+    channel_axis = OPTIONS["channel_axis"]
+    frozen = OPTIONS["frozen"]
 
     def extra_repr(self):
-        given = [f"{name}={vars(self)[name]!r}" for name in ("zero_centred", "activation") if vars(self).get(name)]
+        given = [f"{name}={getattr(self, name)!r}" for name in extras(self) if name in vars(self)]
         return ", ".join([super().extra_repr(), *given])
 
 
@@ -187,7 +190,15 @@ class _BatchNorm(_Options, Scriptable):
                 return node
             residual = given(self, residual)
         self._check_input_dim(input)
+        if self.channel_axis == 1:
+            return self._normalize(input, residual)
+        shape = around(input.shape, self.channel_axis)
+        return self._normalize(input.reshape(shape), None if residual is None else residual.reshape(shape)).view(input.shape)
+
+    def _normalize(self, input, residual):
         training, (weight, bias), (mean, var, tracked) = self.training, _affine(self), _statistics(self)
+        if self.frozen:
+            training = False
         if not training:
             tracked = None
         elif not self.track_running_stats:
@@ -204,34 +215,40 @@ class _BatchNorm(_Options, Scriptable):
         return functional.batch_norm(input, mean, var, weight, bias, own_statistics, momentum, self.eps, **extras)
 
 
-@_with_options("activation")
+@_with_options("activation", "channel_axis", "frozen")
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
     """Batch normalization of ``(B, C)`` or ``(B, C, L)`` inputs, on fused kernels.
 
     Equivalent to: ``torch.nn.BatchNorm1d(num_features, eps, momentum, affine, track_running_stats, device, dtype)``
 
     See `fastnorm.functional.batch_norm` for the formula, the activations, the dtypes and the errors, and `LayerNorm` for
-    activation and residual; ``momentum=None`` averages over all batches.
+    activation and residual; ``momentum=None`` averages over all batches. ``channel_axis=-1``: the channels are the last
+    dimension, and nothing is moved for it. ``frozen=True``: in training, too, the running statistics normalise and stay as
+    they are, while weight and bias learn.
     """
 
 
-@_with_options("activation")
+@_with_options("activation", "channel_axis", "frozen")
 class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
     """Batch normalization of ``(B, C, H, W)`` inputs, contiguous or channels_last, on fused kernels.
 
     Equivalent to: ``torch.nn.BatchNorm2d(num_features, eps, momentum, affine, track_running_stats, device, dtype)``
 
     See `fastnorm.functional.batch_norm` for the formula, the activations, the dtypes and the errors, and `LayerNorm` for
-    activation and residual; ``momentum=None`` averages over all batches.
+    activation and residual; ``momentum=None`` averages over all batches. ``channel_axis=-1``: the channels are the last
+    dimension, and nothing is moved for it. ``frozen=True``: in training, too, the running statistics normalise and stay as
+    they are, while weight and bias learn.
     """
 
 
-@_with_options("activation")
+@_with_options("activation", "channel_axis", "frozen")
 class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     """Batch normalization of ``(B, C, D, H, W)`` inputs, contiguous or channels_last_3d, on fused kernels.
 
     Equivalent to: ``torch.nn.BatchNorm3d(num_features, eps, momentum, affine, track_running_stats, device, dtype)``
 
     See `fastnorm.functional.batch_norm` for the formula, the activations, the dtypes and the errors, and `LayerNorm` for
-    activation and residual; ``momentum=None`` averages over all batches.
+    activation and residual; ``momentum=None`` averages over all batches. ``channel_axis=-1``: the channels are the last
+    dimension, and nothing is moved for it. ``frozen=True``: in training, too, the running statistics normalise and stay as
+    they are, while weight and bias learn.
     """

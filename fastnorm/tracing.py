@@ -20,9 +20,12 @@ def counterpart(cls):
     return vars(cls).get("_stands_for", cls)
 
 
+OPTIONS = {"activation": None, "zero_centred": False, "addend": False, "channel_axis": 1, "frozen": False}
+
+
 def extras(module):
     """The options in force that torch.nn's class does not have."""
-    return [name for name in ("activation", "zero_centred", "addend") if getattr(module, name, None)]
+    return [name for name, default in OPTIONS.items() if getattr(module, name, default) != default]
 
 
 def twin(module):
