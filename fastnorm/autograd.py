@@ -126,7 +126,6 @@ class FusedRowsFunction(torch.autograd.Function):
         need = (dx or daddend, *_parameter_dtypes(ctx, weight, ctx.needs_input_grad[2:4]), activated)
         if is_differentiable(dy) or (dh is not None and is_differentiable(dh)):
             formula = composite.fused_rows_backward
-            bias = _zeros(ctx, x, bias, need[2])
             grads = formula(dy, dh, x, weight, bias, residual, o.activation, o.alpha, o.eps, o.N, o.centre, need)
         else:
             run = o.backend.row_fused_bwd
@@ -154,7 +153,6 @@ class FusedBatchNormFunction(torch.autograd.Function):
         need = (dx, *_parameter_dtypes(ctx, weight, parameters), dresidual and not ctx.plain)
         if is_differentiable(dy):
             formula = composite.fused_batch_norm_backward
-            bias = _zeros(ctx, x, bias, need[2])
             grads = formula(dy, x, weight, bias, residual, activation, alpha, mean, rstd, training, eps, need)
         else:
             run = backend.channel_fused_bwd
@@ -167,14 +165,6 @@ def _parameter_dtypes(ctx, weight, needed):
     return weight.dtype if needed[0] else None, ctx.bias_dtype if needed[1] else None
 
 
-def _zeros(ctx, x, bias, dtype):
-    """A bias to differentiate by, where its values were not saved, because nothing depends on them."""
-    if bias is not None or dtype is None:
-        return bias
-    size = ctx.options.N if isinstance(ctx.options, Rows) else x.shape[1]
-    return x.new_zeros(size, dtype=dtype)
-
-
 def apply_of(function):
     """Function.apply as C has it: without the wrapper that looks after functorch transforms, which never come here."""
     return super(torch.autograd.Function, function).apply
@@ -182,4 +172,9 @@ def apply_of(function):
 
 layer_norm, batch_norm = apply_of(LayerNormFunction), apply_of(BatchNormFunction)
 fused_rows, fused_batch_norm = apply_of(FusedRowsFunction), apply_of(FusedBatchNormFunction)
-extension.differentiate_with(composite.layer_norm_backward, composite.batch_norm_backward)
+extension.differentiate_with(
+    composite.layer_norm_backward,
+    composite.batch_norm_backward,
+    composite.fused_rows_backward,
+    composite.fused_batch_norm_backward,
+)

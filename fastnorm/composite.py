@@ -127,7 +127,7 @@ def _derivatives(outputs, gradients, inputs, need):
 def fused_rows_backward(dy, dh, x, weight, bias, residual, activation, alpha, eps, N, centre, need):
     """dx, dweight, dbias, dresidual of row_fused_fwd(x, None, ...), dh added to dx; they can be differentiated again."""
     with torch.enable_grad():
-        own = _own_graph((x, weight, bias, residual))
+        own = _own_graph((x, weight, _or_zeros(bias, x, N, need), residual))
         y = reference.row_fused_fwd(own[0], None, *own[1:], activation, alpha, eps, N, centre)[0]
         dx, *others = _derivatives((y,), (dy,), own, need)
     return (dx if dh is None or dx is None else dx + dh, *others)
@@ -136,7 +136,7 @@ def fused_rows_backward(dy, dh, x, weight, bias, residual, activation, alpha, ep
 def fused_batch_norm_backward(dy, x, weight, bias, residual, activation, alpha, mean, rstd, training, eps, need):
     """dx, dweight, dbias, dresidual of channel_fused_fwd; they can be differentiated again."""
     with torch.enable_grad():
-        own = _own_graph((x, weight, bias, residual))
+        own = _own_graph((x, weight, _or_zeros(bias, x, x.shape[1], need), residual))
         if training:
             y = reference.channel_fused_fwd(*own, activation, alpha, None, None, True, 0.0, eps)[0]
         else:
@@ -144,6 +144,11 @@ def fused_batch_norm_backward(dy, x, weight, bias, residual, activation, alpha, 
             z = reference.channel_apply(wide, mean, rstd, *own[1:3])
             y = _ended(z, None if residual is None else own[3].to(z.dtype), activation, alpha).to(x.dtype)
         return _derivatives((y,), (dy,), own, need)
+
+
+def _or_zeros(bias, x, size, need):
+    """A bias to differentiate by, where its values were not saved, because without an activation nothing depends on them."""
+    return x.new_zeros(size, dtype=need[2]) if bias is None and need[2] is not None else bias
 
 
 def _own_graph(inputs):

@@ -11,7 +11,7 @@ from torch.overrides import has_torch_function_variadic
 
 from . import activations, composite
 from .autograd import Rows, fused_batch_norm, fused_rows, traced
-from .dispatch import select
+from .dispatch import direct, select
 from .gate import autocasts, channels_fit, covers, needs_grad, rows_fit
 
 _is_compiling = torch.compiler.is_compiling
@@ -19,7 +19,7 @@ _is_compiling = torch.compiler.is_compiling
 
 def _backend(x, like_x, others):
     """The backend that serves x with tensors of its shape and dtype, and with others; None where torch has to."""
-    if has_torch_function_variadic(x, *like_x, *others) or traced() or not covers(x, *like_x, *others) or autocasts(x):
+    if has_torch_function_variadic(x, *like_x, *others) or traced() or not covers(x, *like_x, *others):
         return None
     if any(t is not None and (t.shape != x.shape or t.dtype != x.dtype) for t in like_x):
         return None
@@ -34,8 +34,11 @@ def rows(x, addend, normalized_shape, weight, bias, eps, activation, residual, c
     activation, alpha = activations.parse(activation)
     backend = None
     if not _is_compiling():
+        arguments = (x, addend, normalized_shape, weight, bias, eps, activation, alpha, residual, centre)
+        if (results := direct.fused_rows(*arguments)) is not None:
+            return results
         backend = _backend(x, (addend, residual), (weight, bias))
-    if backend is None or not rows_fit(x, normalized_shape, weight, bias, eps):
+    if backend is None or autocasts(x) or not rows_fit(x, normalized_shape, weight, bias, eps):
         return composite.rows_in_sequence(x, addend, normalized_shape, weight, bias, eps, activation, alpha, residual, centre)
     options = Rows(torch.Size(normalized_shape).numel(), eps, activation, alpha, centre, backend)
     if needs_grad(x, weight, bias, addend, residual):
@@ -51,6 +54,9 @@ def batch_norm(
     statistics, options = (running_mean, running_var), (training, momentum, eps)
     backend = None
     if not _is_compiling():
+        arguments = (input, *statistics, weight, bias, *options, activation, alpha, residual, num_batches_tracked)
+        if (y := direct.fused_batch_norm(*arguments)) is not None:
+            return y
         backend = _backend(input, (residual,), (*statistics, weight, bias))
     if backend is None or not channels_fit(input, *statistics, weight, bias, *options):
         arguments = (input, *statistics, weight, bias, *options, activation, alpha, residual)
