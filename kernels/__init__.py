@@ -8,19 +8,33 @@ import torch
 
 from .. import extension
 from . import channel_tiles, plans, slab
-from .channel import channel_apply, channel_bwd, channel_fwd, channel_grad, channel_stats, channel_sums
+from .channel import (
+    channel_apply,
+    channel_bwd,
+    channel_fused_bwd,
+    channel_fused_fwd,
+    channel_fwd,
+    channel_grad,
+    channel_stats,
+    channel_sums,
+)
 from .launch import INTERPRETED, check
 from .row import row_bwd, row_fwd
+from .row_fused import row_fused_bwd, row_fused_fwd
 
 __all__ = [
     "channel_apply",
     "channel_bwd",
+    "channel_fused_bwd",
+    "channel_fused_fwd",
     "channel_fwd",
     "channel_grad",
     "channel_stats",
     "channel_sums",
     "forget",
     "row_bwd",
+    "row_fused_bwd",
+    "row_fused_fwd",
     "row_fwd",
     "unavailable",
     "whole_calls",
