@@ -37,7 +37,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   if (PyModule_AddFunctions(m.ptr(), eager_functions) != 0) throw py::error_already_set();
   m.def("set_config", [](const py::object& config) { set_config(config.ptr()); });
   m.def("set_differentiable",
-        [](py::object layer_norm, py::object batch_norm) { set_differentiable(layer_norm.ptr(), batch_norm.ptr()); });
+        [](py::object layer_norm, py::object batch_norm, py::object fused_rows, py::object fused_batch_norm) {
+          set_differentiable(layer_norm.ptr(), batch_norm.ptr(), fused_rows.ptr(), fused_batch_norm.ptr());
+        });
   const auto type = [](const std::string& device) { return c10::Device(device).type(); };
   m.def("serve_natively", [type](const std::string& device, bool on) { serve_natively(type(device), on); });
   m.def("set_kernels", [type](const std::string& device, uintptr_t kernels, uintptr_t stream) {

@@ -7,7 +7,7 @@ y and dx of a row never depend on the batch around it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SMALLEST_BLOCK = 16
 REGISTERS = 65536  # of one SM
@@ -182,6 +182,10 @@ LONG = {
 # Where the assembler takes registers in pairs, these spill. None: split.
 LONG_IN_PAIRS = {(2, 16384): (4096, 16, 2, True), (4, 16384): None}
 
+# Bytes of shared memory that a program of a fused backward prefetches into at the most: with three or four tensors where a plain
+# one has two, fewer stages are as many bytes on the way.
+PREFETCHED = 64 << 10
+
 # Split rows: block, warps and stages of the row sums. x, dy and a weight of 4 bytes take 96 KB at the most.
 ROW_SUMS = {2: (4096, 8, 3), 4: (4096, 8, 3), 8: (2048, 8, 2)}
 # Rows and columns of a tile, one row a warp: 16 KB of x and dy, 2 of them prefetched by each of 2 programs. The widest that
@@ -320,6 +324,15 @@ def row_backward(
     if told and N * itemsize % 16 == 0:  # narrow loads need what they take: a pointer each
         limit = told[0]
     return RowBackward(rows, block, warps, stages, limit, partial_rows)
+
+
+def row_fused_backward(M: int, N: int, itemsize: int, sm_count: int, tensors: int) -> RowBackward | RowBackwardSplit:
+    """`tensors`: how many are read."""
+    config = row_backward(M, N, itemsize, sm_count, easy=False)
+    if isinstance(config, RowBackward):
+        tile = tensors * config.rows * config.block * itemsize
+        config = replace(config, stages=max(1, min(config.stages, 1 + PREFETCHED // tile)))
+    return config
 
 
 def _row_backward_split(M: int, N: int, itemsize: int, sm_count: int) -> RowBackwardSplit:

@@ -8,19 +8,33 @@ import torch
 
 from .. import extension
 from . import channel_tiles, plans, slab
-from .channel import channel_apply, channel_bwd, channel_fwd, channel_grad, channel_stats, channel_sums
+from .channel import (
+    channel_apply,
+    channel_bwd,
+    channel_fused_bwd,
+    channel_fused_fwd,
+    channel_fwd,
+    channel_grad,
+    channel_stats,
+    channel_sums,
+)
 from .launch import INTERPRETED, check
 from .row import row_bwd, row_fwd
+from .row_fused import row_fused_bwd, row_fused_fwd
 
 __all__ = [
     "channel_apply",
     "channel_bwd",
+    "channel_fused_bwd",
+    "channel_fused_fwd",
     "channel_fwd",
     "channel_grad",
     "channel_stats",
     "channel_sums",
     "forget",
     "row_bwd",
+    "row_fused_bwd",
+    "row_fused_fwd",
     "row_fwd",
     "unavailable",
     "whole_calls",
@@ -58,11 +72,11 @@ def forget() -> None:
 
 
 def whole_calls(device_type: str):
-    """layer_norm and batch_norm, see `dispatch.direct`; None where the compiled extension is missing or gives other results."""
+    """See `dispatch.direct`; None where the compiled extension is missing or gives other results."""
     module = extension.load()
     reason = module if isinstance(module, str) else _open(module, device_type)
     if reason is None:
-        return module.layer_norm, module.batch_norm
+        return module.layer_norm, module.batch_norm, module.fused_rows, module.fused_batch_norm
     warnings.warn(f"norms of {device_type} tensors cost the host several times what torch.nn's do: {reason}", RuntimeWarning,
                   stacklevel=6)  # fmt: skip
     return None

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .. import heuristics
 from ..geometry import Channels
+from .activations import number
 from .chain import let_next_start, wait_for_previous
 from .channel_parts import apply_tiles, grad_tiles, load_backwards, merged, store_statistics, store_sums, store_training
 from .channel_tiles import SIZES, like, load_statistics, planned, program_block, tile_inside
@@ -60,11 +61,12 @@ def _channel_merge_kernel(partial_ptr, mean_ptr, std_ptr, rstd_ptr, running_mean
 
 
 @triton.jit(do_not_specialize=[*SIZES, "rows", "count", "eps", "eps_low", "momentum", "momentum_low"])
-def _channel_apply_kernel(x_ptr, partial_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, weight_ptr,
-                          bias_ptr, y_ptr, x_strides, y_strides, rows, count, eps, eps_low, momentum, momentum_low, P, B, S_v,
-                          C_v, X_FASTEST: tl.constexpr, Y_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr,
-                          BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-                          INDEX: tl.constexpr, HELD: tl.constexpr, FOLLOWS: tl.constexpr):  # fmt: skip
+def _channel_apply_kernel(x_ptr, residual_ptr, partial_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, tracked_ptr,
+                          weight_ptr, bias_ptr, y_ptr, x_strides, residual_strides, y_strides, alpha, rows, count, eps, eps_low,
+                          momentum, momentum_low, P, B, S_v, C_v, X_FASTEST: tl.constexpr, R_FASTEST: tl.constexpr,
+                          Y_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr, BLOCK_B: tl.constexpr,
+                          BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, INDEX: tl.constexpr,
+                          HELD: tl.constexpr, FOLLOWS: tl.constexpr, ACTIVATION: tl.constexpr):  # fmt: skip
     """y. Mean pair and rstd come from the partial rows of training, else from the running statistics where they are given:
     each program makes them of its channels, and one stores them. Else they are loaded."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
@@ -98,34 +100,39 @@ def _channel_apply_kernel(x_ptr, partial_ptr, mean_ptr, rstd_ptr, running_mean_p
                               cols, end, C, pair_of(eps, eps_low, ACC), 0.0)  # fmt: skip
     else:
         high, low, rstd = load_statistics(mean_ptr, rstd_ptr, cols, C)
-    slope = rstd[None, :]
+    factor = rstd[None, :]
     if weight is not None:  # once per channel, which also saves a rounding per element
-        slope = slope * weight.to(ACC)
-    apply_tiles(first, x_ptr, y_ptr, x_strides, y_strides, c0, inside, high[None, :], low[None, :], slope, bias, p, P, B, S, C,
-                X_FASTEST, Y_FASTEST, VEC_S, VEC_C, BLOCK_B, BLOCK_S)  # fmt: skip
+        factor = factor * weight.to(ACC)
+    apply_tiles(first, x_ptr, residual_ptr, y_ptr, x_strides, residual_strides, y_strides, c0, inside, high[None, :],
+                low[None, :], factor, bias, alpha, p, P, B, S, C, X_FASTEST, R_FASTEST, Y_FASTEST, VEC_S, VEC_C, BLOCK_B,
+                BLOCK_S, ACTIVATION)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _channel_sums_kernel(dy_ptr, x_ptr, mean_ptr, rstd_ptr, partial_ptr, dy_strides, x_strides, P, B, S_v, C_v,
-                         DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr,
-                         BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr,
-                         STAGES: tl.constexpr, LEADS: tl.constexpr):  # fmt: skip
+def _channel_sums_kernel(dy_ptr, x_ptr, residual_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, dz_ptr, partial_ptr, dy_strides,
+                         x_strides, residual_strides, dz_strides, alpha, P, B, S_v, C_v, DY_FASTEST: tl.constexpr,
+                         X_FASTEST: tl.constexpr, R_FASTEST: tl.constexpr, DZ_FASTEST: tl.constexpr, VEC_S: tl.constexpr,
+                         VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+                         INDEX: tl.constexpr, STAGES: tl.constexpr, LEADS: tl.constexpr,
+                         ACTIVATION: tl.constexpr):  # fmt: skip
     """partial (2, P, C), see store_sums."""
     let_next_start(LEADS)
     S = S_v * VEC_S
     C = C_v * VEC_C
     p, c0 = program_block(C, BLOCK_C)
-    store_sums(partial_ptr, p, P, dy_ptr, x_ptr, dy_strides, x_strides, c0, tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX),
-               mean_ptr, rstd_ptr, B, S, C, DY_FASTEST, X_FASTEST, VEC_S, VEC_C, BLOCK_B, BLOCK_S, BLOCK_C,
-               STAGES)  # fmt: skip
+    store_sums(partial_ptr, p, P, dy_ptr, x_ptr, residual_ptr, dz_ptr, dy_strides, x_strides, residual_strides, dz_strides, c0,
+               tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX), mean_ptr, rstd_ptr, weight_ptr, bias_ptr, alpha, B, S, C,
+               DY_FASTEST, X_FASTEST, R_FASTEST, DZ_FASTEST, VEC_S, VEC_C, BLOCK_B, BLOCK_S, BLOCK_C, STAGES,
+               ACTIVATION)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*SIZES, "rows", "count"])
-def _channel_grad_kernel(dy_ptr, x_ptr, partial_ptr, mean_ptr, rstd_ptr, weight_ptr, c1_ptr, c2_ptr, dx_ptr, dw_ptr, db_ptr,
-                         dy_strides, x_strides, dx_strides, rows, count, P, B, S_v, C_v, DY_FASTEST: tl.constexpr,
-                         X_FASTEST: tl.constexpr, DX_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr,
-                         BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-                         INDEX: tl.constexpr, STAGES: tl.constexpr, FOLLOWS: tl.constexpr):  # fmt: skip
+def _channel_grad_kernel(dy_ptr, x_ptr, residual_ptr, partial_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c1_ptr, c2_ptr,
+                         dx_ptr, dz_ptr, dw_ptr, db_ptr, dy_strides, x_strides, residual_strides, dx_strides, alpha, rows, count,
+                         P, B, S_v, C_v, DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr, R_FASTEST: tl.constexpr,
+                         DX_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr, BLOCK_B: tl.constexpr,
+                         BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, INDEX: tl.constexpr,
+                         STAGES: tl.constexpr, FOLLOWS: tl.constexpr, ACTIVATION: tl.constexpr):  # fmt: skip
     """dx. With the partial rows of training each program adds up those of its channels, and one stores dw and db. Else the
     means are loaded; evaluation has none."""
     S = S_v * VEC_S
@@ -135,6 +142,7 @@ def _channel_grad_kernel(dy_ptr, x_ptr, partial_ptr, mean_ptr, rstd_ptr, weight_
     inside = tile_inside(BLOCK_B, BLOCK_S, BLOCK_C, INDEX)
     c = c0 + inside[2]
     weight = load_wanted(weight_ptr, c, c < C)
+    bias = load_wanted(bias_ptr, c, c < C)
     high, low, rstd = load_statistics(mean_ptr, rstd_ptr, c, C)
     wait_for_previous(FOLLOWS)
     means = None
@@ -146,8 +154,9 @@ def _channel_grad_kernel(dy_ptr, x_ptr, partial_ptr, mean_ptr, rstd_ptr, weight_
         means = (mean_of(dw[None, :], weight, count), mean_of(db[None, :], weight, count))
     elif c1_ptr is not None:
         means = (tl.load(c1_ptr + c, mask=c < C, other=0.0), tl.load(c2_ptr + c, mask=c < C, other=0.0))
-    grad_tiles(dy_ptr, x_ptr, dx_ptr, dy_strides, x_strides, dx_strides, c0, inside, high, low, rstd, weight, means, p, P, B,
-               S, C, DY_FASTEST, X_FASTEST, DX_FASTEST, VEC_S, VEC_C, BLOCK_B, BLOCK_S, STAGES)  # fmt: skip
+    grad_tiles(dy_ptr, x_ptr, residual_ptr, dx_ptr, dz_ptr, dy_strides, x_strides, residual_strides, dx_strides, c0, inside,
+               high, low, rstd, weight, bias, alpha, means, p, P, B, S, C, DY_FASTEST, X_FASTEST, R_FASTEST, DX_FASTEST, VEC_S,
+               VEC_C, BLOCK_B, BLOCK_S, STAGES, ACTIVATION)  # fmt: skip
 
 
 # ---------------------------------------------------------------- launchers
@@ -180,30 +189,37 @@ def _merge(partial, mean, count, std=None, rstd=None, running=(None, None, None)
            LEADS=follows and rstd is not None, FOLLOWS=follows, warps=config.warps)  # fmt: skip
 
 
-def _apply(x, mean, rstd, weight, bias, y, partial=None, running=(None, None, None), eps=0.0, momentum=0.0, follows=False):
-    plan, (view, out) = planned(x, y, reading="y")
-    plan.launch(_channel_apply_kernel, view, partial, mean, rstd, *running, weight, bias, out, *plan.strides,
-                1 if partial is None else partial.shape[1], _count(x), *float_pair(eps), *float_pair(momentum),
-                X_FASTEST=plan.fastest[0], Y_FASTEST=plan.fastest[1], FOLLOWS=follows and overlaps(x.device))  # fmt: skip
+def _apply(x, mean, rstd, weight, bias, y, partial=None, running=(None, None, None), eps=0.0, momentum=0.0, follows=False,
+           residual=None, activation="identity", alpha=None):  # fmt: skip
+    plan, (view, out, residual) = planned(x, y, residual, reading="y")
+    (x_strides, y_strides, residual_strides), (x_fastest, y_fastest, residual_fastest) = plan.strides, plan.fastest
+    plan.launch(_channel_apply_kernel, view, residual, partial, mean, rstd, *running, weight, bias, out, x_strides,
+                residual_strides, y_strides, alpha, 1 if partial is None else partial.shape[1], _count(x), *float_pair(eps),
+                *float_pair(momentum), X_FASTEST=x_fastest, R_FASTEST=residual_fastest, Y_FASTEST=y_fastest,
+                FOLLOWS=follows and overlaps(x.device), ACTIVATION=activation)  # fmt: skip
     return y
 
 
-def _sums(dy, x, mean, rstd):
-    """As _stats, partial rows (2, P, C)."""
-    plan, (x, dy) = planned(x, dy, reading="sums")
-    (x_strides, dy_strides), (x_fastest, dy_fastest) = plan.strides, plan.fastest
+def _sums(dy, x, mean, rstd, weight=None, bias=None, residual=None, dz=None, activation="identity", alpha=None):
+    """As _stats, partial rows (2, P, C); dz is filled where there is one."""
+    plan, (x, dy, residual, dz) = planned(x, dy, residual, dz, reading="sums")
+    (x_strides, *strides), (x_fastest, dy_fastest, residual_fastest, dz_fastest) = plan.strides, plan.fastest
     partial = rstd.new_empty((2, plan.P, rstd.numel()))
-    plan.launch(_channel_sums_kernel, dy, x, mean, rstd, partial, dy_strides, x_strides, DY_FASTEST=dy_fastest,
-                X_FASTEST=x_fastest, LEADS=leads(x.device, x.nbytes))  # fmt: skip
+    plan.launch(_channel_sums_kernel, dy, x, residual, mean, rstd, weight, bias, dz, partial, strides[0], x_strides,
+                *strides[1:], alpha, DY_FASTEST=dy_fastest, X_FASTEST=x_fastest, R_FASTEST=residual_fastest,
+                DZ_FASTEST=dz_fastest, LEADS=leads(x.device, x.nbytes), ACTIVATION=activation)  # fmt: skip
     return partial, plan.few
 
 
-def _grad(dy, x, mean, rstd, weight, dx, partial=None, dw=None, db=None, c1=None, c2=None, follows=False):
-    plan, (view, dy, out) = planned(x, dy, dx, reading="dx")
-    (x_strides, dy_strides, dx_strides), (x_fastest, dy_fastest, dx_fastest) = plan.strides, plan.fastest
-    plan.launch(_channel_grad_kernel, dy, view, partial, mean, rstd, weight, c1, c2, out, dw, db, dy_strides, x_strides,
-                dx_strides, 1 if partial is None else partial.shape[1], _count(x), DY_FASTEST=dy_fastest, X_FASTEST=x_fastest,
-                DX_FASTEST=dx_fastest, FOLLOWS=follows and overlaps(x.device))  # fmt: skip
+def _grad(dy, x, mean, rstd, weight, dx, partial=None, dw=None, db=None, c1=None, c2=None, follows=False, bias=None,
+          residual=None, dz=None, activation="identity", alpha=None):  # fmt: skip
+    plan, (view, dy, out, residual) = planned(x, dy, dx, residual, reading="dx")
+    x_strides, dy_strides, dx_strides, residual_strides = plan.strides
+    x_fastest, dy_fastest, dx_fastest, residual_fastest = plan.fastest
+    plan.launch(_channel_grad_kernel, dy, view, residual, partial, mean, rstd, weight, bias, c1, c2, out, dz, dw, db, dy_strides,
+                x_strides, residual_strides, dx_strides, alpha, 1 if partial is None else partial.shape[1], _count(x),
+                DY_FASTEST=dy_fastest, X_FASTEST=x_fastest, R_FASTEST=residual_fastest, DX_FASTEST=dx_fastest,
+                FOLLOWS=follows and overlaps(x.device), ACTIVATION=activation)  # fmt: skip
     return dx
 
 
@@ -228,36 +244,57 @@ def channel_grad(dy, x, mean, rstd, weight, c1, c2):
 
 
 def channel_fwd(x, weight, bias, running_mean, running_var, training, momentum, eps, num_batches_tracked=None):
+    return channel_fused_fwd(x, weight, bias, None, "identity", 0.0, running_mean, running_var, training, momentum, eps,
+                             num_batches_tracked)  # fmt: skip
+
+
+def channel_bwd(dy, x, weight, mean, rstd, training, need):
+    return channel_fused_bwd(dy, x, None, weight, None, "identity", 0.0, mean, rstd, training, (*need, False))[:3]
+
+
+def channel_fused_fwd(
+    x, weight, bias, residual, activation, alpha, running_mean, running_var, training, momentum, eps, num_batches_tracked=None
+):
     y, (mean, rstd), weight, bias = like(x), _statistics(x), dense(weight), dense(bias)
     running = [dense(running_mean), dense(running_var), num_batches_tracked if training else None]
+    end = {"residual": residual, "activation": activation, "alpha": number(activation, alpha)}
     if not training:
-        return _apply(x, mean, rstd, weight, bias, y, None, running, eps), mean, rstd
-    if not slab_fwd(x, weight, bias, running, y, mean, rstd, momentum, eps):
+        return _apply(x, mean, rstd, weight, bias, y, None, running, eps, **end), mean, rstd
+    if not slab_fwd(x, weight, bias, running, y, mean, rstd, momentum, eps, **end):
         partial, few = _stats(x, mean)
         if few:
-            _apply(x, mean, rstd, weight, bias, y, partial, running, eps, momentum, True)
+            _apply(x, mean, rstd, weight, bias, y, partial, running, eps, momentum, True, **end)
         else:
             _merge(partial, mean, _count(x), None, rstd, running, eps, momentum)
-            _apply(x, mean, rstd, weight, bias, y, follows=True)
+            _apply(x, mean, rstd, weight, bias, y, follows=True, **end)
     for new, old in zip(running[:2], (running_mean, running_var), strict=True):
         if new is not old:  # the buffer is strided: dense made a copy
             old.data.copy_(new)
     return y, mean, rstd
 
 
-def channel_bwd(dy, x, weight, mean, rstd, training, need):
-    weight, mean, rstd = dense(weight), dense(mean), dense(rstd)
-    dx = like(x) if need[0] else None
-    dw, db = (None if dtype is None else torch.empty(rstd.shape, dtype=dtype, device=x.device) for dtype in need[1:])
+def channel_fused_bwd(dy, x, residual, weight, bias, activation, alpha, mean, rstd, training, need):
+    weight, bias, mean, rstd = dense(weight), dense(bias), dense(mean), dense(rstd)
+    dx, dresidual = like(x) if need[0] else None, like(x) if need[3] else None
+    dw, db = (None if dtype is None else torch.empty(rstd.shape, dtype=dtype, device=x.device) for dtype in need[1:3])
+    if activation == "identity":
+        bias = residual = None  # z is not asked for
+    end = {"bias": bias, "residual": residual, "dz": dresidual, "activation": activation, "alpha": number(activation, alpha)}
     sums, means = dw is not None or db is not None, training and dx is not None
-    if training and (sums or means) and slab_bwd(dy, x, weight, mean, rstd, dx, dw, db):
-        return dx, dw, db
-    partial, few = _sums(dy, x, mean, rstd) if sums or means else (None, False)
+    if training and (sums or means) and slab_bwd(dy, x, weight, mean, rstd, dx, dw, db, **end):
+        return dx, dw, db, dresidual
+    partial, few = None, False
+    if sums or means or (dx is None and dresidual is not None):
+        if dx is not None and residual is not None and dresidual is None:
+            end["dz"] = like(x)
+        partial, few = _sums(dy, x, mean, rstd, None if activation == "identity" else weight, **end)
+        if end["dz"] is not None:  # instead of dy and residual, of which it is made
+            dy, end = end["dz"], {}
     if means and few:
-        return _grad(dy, x, mean, rstd, weight, dx, partial, dw, db, follows=True), dw, db
+        return _grad(dy, x, mean, rstd, weight, dx, partial, dw, db, follows=True, **end), dw, db, dresidual
     c1, c2 = (torch.empty_like(rstd), torch.empty_like(rstd)) if means else (None, None)
-    if partial is not None:
+    if sums or means:
         finalise(partial, dw, db, weight=weight, c1=c1, c2=c2, count=_count(x), leads=dx is not None)
     if dx is not None:
-        _grad(dy, x, mean, rstd, weight, dx, c1=c1, c2=c2, follows=partial is not None)
-    return dx, dw, db
+        _grad(dy, x, mean, rstd, weight, dx, c1=c1, c2=c2, follows=partial is not None, **end)
+    return dx, dw, db, dresidual

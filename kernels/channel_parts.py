@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .activations import activate, slope
 from .channel_tiles import (
     existing,
     load_statistics,
@@ -31,6 +32,7 @@ from .math import (
     tile_sum2,
     unscaled,
 )
+from .wanted import load_wanted
 
 
 @triton.jit
@@ -163,10 +165,11 @@ def load_backwards(x_ptr, x_strides, i, c0, inside, B, S, C, X_FASTEST: tl.const
 
 
 @triton.jit
-def apply_tiles(first, x_ptr, y_ptr, x_strides, y_strides, c0, inside, high, low, slope, bias, p, P, B, S, C,
-                X_FASTEST: tl.constexpr, Y_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr,
-                BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
-    """y of every P-th tile; mean pair, slope = rstd * weight, and bias, which may be None, are [1, BLOCK_C].
+def apply_tiles(first, x_ptr, residual_ptr, y_ptr, x_strides, residual_strides, y_strides, c0, inside, high, low, factor, bias,
+                alpha, p, P, B, S, C, X_FASTEST: tl.constexpr, R_FASTEST: tl.constexpr, Y_FASTEST: tl.constexpr,
+                VEC_S: tl.constexpr, VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
+                ACTIVATION: tl.constexpr):  # fmt: skip
+    """y of every P-th tile; mean pair, factor = rstd * weight, and bias, which may be None, are [1, BLOCK_C].
 
     `first` is what load_backwards gave of the first tile; then the next one is always loaded before one is stored. Or None.
 
@@ -180,24 +183,44 @@ def apply_tiles(first, x_ptr, y_ptr, x_strides, y_strides, c0, inside, high, low
         else:
             x = first
             first = load_backwards(x_ptr, x_strides, i + P, c0, inside, B, S, C, X_FASTEST, VEC_S, VEC_C, BLOCK_B, BLOCK_S)
-        y = normalize(x.to(slope.dtype), high, low, slope)
+        y = normalize(x.to(factor.dtype), high, low, factor)
         if bias is not None:
-            y = y + bias.to(slope.dtype)
+            y = y + bias.to(factor.dtype)
         corner = tile_corner(tiles - 1 - i, c0, span, BLOCK_B, BLOCK_S)
         places = tile_places(x_ptr, x_strides, corner, inside, B, S, C, X_FASTEST)
+        if residual_ptr is not None:
+            y += tile_load(residual_ptr, residual_strides, corner, inside, places, R_FASTEST, VEC_S, VEC_C).to(y.dtype)
+        y = activate(y, alpha, ACTIVATION)
         tile_store(y_ptr, y_strides, corner, inside, places, y, Y_FASTEST, VEC_S, VEC_C)
 
 
 @triton.jit
-def store_sums(partial_ptr, p, P, dy_ptr, x_ptr, dy_strides, x_strides, c0, inside, mean_ptr, rstd_ptr, B, S, C,
-               DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr,
-               BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def dz_of(dy, centred, factor, bias, residual_ptr, residual_strides, corner, inside, places, alpha, R_FASTEST: tl.constexpr,
+          VEC_S: tl.constexpr, VEC_C: tl.constexpr, ACTIVATION: tl.constexpr):  # fmt: skip
+    """dz = dy * act'(z + residual), of an activation; centred is x - mean, factor = rstd * weight as in the forward."""
+    z = centred * factor
+    if bias is not None:
+        z = z + bias.to(z.dtype)
+    if residual_ptr is not None:
+        z += tile_load(residual_ptr, residual_strides, corner, inside, places, R_FASTEST, VEC_S, VEC_C).to(z.dtype)
+    return dy * slope(z, alpha, ACTIVATION)
+
+
+@triton.jit
+def store_sums(partial_ptr, p, P, dy_ptr, x_ptr, residual_ptr, dz_ptr, dy_strides, x_strides, residual_strides, dz_strides, c0,
+               inside, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, alpha, B, S, C, DY_FASTEST: tl.constexpr,
+               X_FASTEST: tl.constexpr, R_FASTEST: tl.constexpr, DZ_FASTEST: tl.constexpr, VEC_S: tl.constexpr,
+               VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+               ACTIVATION: tl.constexpr):  # fmt: skip
     """Row p of partial (2, P, C), over every P-th tile: sums of dz * x_hat and of dz; rstd is one factor of a whole channel,
-    multiplied in at the end."""
+    multiplied in at the end. dz is stored where it has a pointer."""
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     VEC_X: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth if X_FASTEST == 3 else VEC_S
     c = c0 + inside[2]
-    high, low, _ = load_statistics(mean_ptr, rstd_ptr, c, C)
+    high, low, factor = load_statistics(mean_ptr, rstd_ptr, c, C)
+    if weight_ptr is not None:
+        factor = factor * tl.load(weight_ptr + c, mask=c < C, other=0.0).to(ACC)
+    bias = load_wanted(bias_ptr, c, c < C)
     dw = tl.zeros((BLOCK_B * BLOCK_S, BLOCK_C), ACC)
     db = tl.zeros((BLOCK_B * BLOCK_S, BLOCK_C), ACC)
     span = tile_span(x_ptr, S, X_FASTEST)
@@ -207,7 +230,14 @@ def store_sums(partial_ptr, p, P, dy_ptr, x_ptr, dy_strides, x_strides, c0, insi
         x = tile_load(x_ptr, x_strides, corner, inside, places, X_FASTEST, VEC_S, VEC_C).to(ACC)
         dz = tile_load(dy_ptr, dy_strides, corner, inside, places, DY_FASTEST, VEC_S, VEC_C).to(ACC)
         x, dz = existing(x, places, X_FASTEST), existing(dz, places, DY_FASTEST)
-        dw += dz * centre(x, high, low)
+        centred = centre(x, high, low)
+        if ACTIVATION != "identity":
+            dz = dz_of(dz, centred, factor, bias, residual_ptr, residual_strides, corner, inside, places, alpha, R_FASTEST, VEC_S,
+                       VEC_C, ACTIVATION)  # fmt: skip
+            dz = existing(dz, places, X_FASTEST)
+        if dz_ptr is not None:
+            tile_store(dz_ptr, dz_strides, corner, inside, places, dz, DZ_FASTEST, VEC_S, VEC_C)
+        dw += dz * centred
         db += dz
     dw, db = tile_sum2(dw, db, X_FASTEST, VEC_X, 2)
     cols = c0 + tl.arange(0, BLOCK_C)
@@ -217,26 +247,36 @@ def store_sums(partial_ptr, p, P, dy_ptr, x_ptr, dy_strides, x_strides, c0, insi
 
 
 @triton.jit
-def grad_tiles(dy_ptr, x_ptr, dx_ptr, dy_strides, x_strides, dx_strides, c0, inside, high, low, rstd, weight, means, p,
-               P, B, S, C, DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr, DX_FASTEST: tl.constexpr,
-               VEC_S: tl.constexpr, VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
-               STAGES: tl.constexpr):  # fmt: skip
-    """dx of every P-th tile, in the order of apply_tiles; what is of a channel is [1, BLOCK_C].
+def grad_tiles(dy_ptr, x_ptr, residual_ptr, dx_ptr, dz_ptr, dy_strides, x_strides, residual_strides, dx_strides, c0, inside,
+               high, low, rstd, weight, bias, alpha, means, p, P, B, S, C, DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr,
+               R_FASTEST: tl.constexpr, DX_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr,
+               BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr, ACTIVATION: tl.constexpr):  # fmt: skip
+    """dx of every P-th tile, in the order of apply_tiles; what is of a channel is [1, BLOCK_C]. dz, in the format of dx, is
+    stored where it has a pointer.
 
-    `means` are those of g * x_hat and of g; None in evaluation, where mean and rstd are constants, and x is not read.
+    `means` are those of g * x_hat and of g; None in evaluation, where mean and rstd are constants, and x is read for z alone.
     """
     if means is not None:
         c1, c2 = means
+    factor = rstd
+    if weight is not None:
+        factor = rstd * weight.to(rstd.dtype)
     span = tile_span(x_ptr, S, X_FASTEST)
     tiles = tile_count(B, span, BLOCK_B, BLOCK_S)
     for i in tl.range(p, tiles, P, num_stages=STAGES):
         corner = tile_corner(tiles - 1 - i, c0, span, BLOCK_B, BLOCK_S)
         places = tile_places(x_ptr, x_strides, corner, inside, B, S, C, X_FASTEST)
         g = tile_load(dy_ptr, dy_strides, corner, inside, places, DY_FASTEST, VEC_S, VEC_C).to(rstd.dtype)
+        if means is not None or ACTIVATION != "identity":
+            x = tile_load(x_ptr, x_strides, corner, inside, places, X_FASTEST, VEC_S, VEC_C).to(rstd.dtype)
+        if ACTIVATION != "identity":
+            g = dz_of(g, centre(x, high, low), factor, bias, residual_ptr, residual_strides, corner, inside, places, alpha,
+                      R_FASTEST, VEC_S, VEC_C, ACTIVATION)  # fmt: skip
+        if dz_ptr is not None:
+            tile_store(dz_ptr, dx_strides, corner, inside, places, g, DX_FASTEST, VEC_S, VEC_C)
         if weight is not None:
             g = g * weight.to(rstd.dtype)
         if means is not None:
-            x = tile_load(x_ptr, x_strides, corner, inside, places, X_FASTEST, VEC_S, VEC_C).to(rstd.dtype)
             dx = grad_input(g, normalize(x, high, low, rstd), rstd, c1, c2)
         else:
             dx = g * rstd

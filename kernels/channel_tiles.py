@@ -23,8 +23,8 @@ POSITIONS, CHANNELS, NEITHER, SKEWED = 0, 1, 2, 3
 # Rows of so many positions are skewed although a few more tiles are needed for it.
 LONG_ROW = 8192
 
-# What a new batch size or another stride must not compile anew.
-SIZES = ["P", "B", "S_v", "C_v", "x_strides", "dy_strides", "y_strides", "dx_strides"]
+# What a new batch size, another stride or number must not compile anew.
+SIZES = ["P", "B", "S_v", "C_v", *(f"{name}_strides" for name in ("x", "dy", "y", "dx", "residual", "dz")), "alpha"]
 
 
 @triton.jit
@@ -252,19 +252,19 @@ def _skewed(strides, fastest, itemsizes, C, S):
 class Plan:
     """The launch of one tile kernel."""
 
-    def __init__(self, layout, device, reading):
-        self.layout, self.device = layout, device
+    def __init__(self, layout, device, reading, there):
+        self.layout, self.device, self.copied = layout, device, spread(layout.copied, there)
         sums, first = reading in heuristics.SUMS, layout.fastest[0]
         config = heuristics.channel(
             layout.B, layout.C, layout.span, layout.itemsize, sm_count(device), reading, folded=layout.folded,
             channels_fastest=first == CHANNELS, skewed=first == SKEWED, turned=len(set(layout.fastest)) > 1,
             width=layout.width)  # fmt: skip
-        self.P, self.fastest, self.strides = config.programs, layout.fastest, layout.divided()
+        self.P, self.fastest, self.strides = config.programs, spread(layout.fastest, there), spread(layout.divided(), there)
         self.programs = config.programs * heuristics.cdiv(layout.C, config.block_c)
         self.few = config.programs * config.block_c <= heuristics.MERGED_WITH_READING
         self.sizes = (self.P, layout.B, layout.S // layout.vec_s, layout.C // layout.vec_c)
         index = layout.index((config.block_b, config.block_c, config.block_s))
-        if self.fastest[0] == SKEWED and not sums and config.block_s >= 32 * config.warps:
+        if first == SKEWED and not sums and config.block_s >= 32 * config.warps:
             index = tl.int64  # a thread's places, a pass of the warps apart, are then numbers in its instructions
         self.constants = dict(VEC_S=layout.vec_s, VEC_C=layout.vec_c, BLOCK_B=config.block_b, BLOCK_S=config.block_s,
                               BLOCK_C=config.block_c, INDEX=index, warps=config.warps,
@@ -279,24 +279,35 @@ class Plan:
 
 
 @lru_cache(maxsize=1024)
-def _plan(shape, strides, itemsizes, device, reading):
-    return Plan(Layout.of(shape, strides, itemsizes), device, reading)
+def _plan(shape, strides, itemsizes, device, reading, there):
+    return Plan(Layout.of(shape, strides, itemsizes), device, reading, there)
 
 
 def described(tensors):
-    """What a plan depends on."""
-    return tensors[0].shape, tuple(t.stride() for t in tensors), tuple(t.element_size() for t in tensors)
+    """What a plan depends on; tensors that are not there are None."""
+    present = [t for t in tensors if t is not None]
+    return tensors[0].shape, tuple(t.stride() for t in present), tuple(t.element_size() for t in present)
+
+
+def presence(tensors):
+    return tuple(t is not None for t in tensors)
+
+
+def spread(values, there):
+    """The values of the tensors that are there, and None for those that are not."""
+    values = iter(values)
+    return tuple(next(values) if is_there else None for is_there in there)
 
 
 def planned(*tensors, reading):
     """The plan of the launch, and the tensors as it takes them; the first of them decides the shape of the tile."""
-    plan = _plan(*described(tensors), tensors[0].device, reading)
-    return plan, as_planned(plan.layout, tensors)
+    plan = _plan(*described(tensors), tensors[0].device, reading, presence(tensors))
+    return plan, as_planned(plan, tensors)
 
 
-def as_planned(layout, tensors):
+def as_planned(plan, tensors):
     c = Channels.of(tensors[0].shape)
-    return [c.view(t) if copied else t for t, copied in zip(tensors, layout.copied, strict=True)]
+    return [c.view(t) if copied else t for t, copied in zip(tensors, plan.copied, strict=True)]
 
 
 def like(x):

@@ -24,6 +24,17 @@ def normalize(x, high, low, rstd):
 
 
 @triton.jit
+def affine(x_hat, weight, bias):
+    """z; weight and bias may be None."""
+    z = x_hat
+    if weight is not None:
+        z = z * weight.to(z.dtype)
+    if bias is not None:
+        z = z + bias.to(z.dtype)
+    return z
+
+
+@triton.jit
 def grad_input(g, x_hat, rstd, c1, c2):
     """The derivative of a norm by its input; c1 = mean(g * x_hat), c2 = mean(g). Derived in reference.py."""
     return (g - (c2 + x_hat * c1)) * rstd
@@ -172,6 +183,19 @@ def centred_moments(x, mask, n, axis: tl.constexpr = 1):
         m2 = tl.where(overflow, tl.sum(scaled * scaled, axis=axis) - (s1 * BIG_SCALE) * (low * BIG_SCALE), m2)
         scale = tl.where(overflow, BIG_SCALE, 1.0).to(m2.dtype)
     return d, high, low, tl.where(m2 < 0, 0.0, m2), scale
+
+
+@triton.jit
+def squares(x):
+    """m2 and scale about zero, of rows whose places outside are 0."""
+    m2 = tl.sum(x * x, axis=1)
+    scale = tl.full(m2.shape, 1.0, m2.dtype)
+    if any_inf(m2):
+        overflow = m2 == float("inf")
+        scaled = x * BIG_SCALE
+        m2 = tl.where(overflow, tl.sum(scaled * scaled, axis=1), m2)
+        scale = tl.where(overflow, BIG_SCALE, 1.0).to(m2.dtype)
+    return m2, scale
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from .chain import let_next_start
 from .launch import Count, accumulate_dtype, assembles, dense, float_pair, launch, leads, registers_in_pairs, sm_count, vector
 from .math import (
     BIG_SCALE,
-    add_shifted,
+    affine,
     any_inf,
     centred_moments,
     grad_input,
@@ -29,18 +29,7 @@ from .math import (
 from .partial import finalise
 from .prefetch import prefetch_row
 from .row_long import long_bwd, split_bwd
-from .row_parts import load_parameter, load_statistics, store_statistics, store_sums
-
-
-@triton.jit
-def _store_y(y_ptr, x_hat, weight, bias, cols, mask):
-    """weight and bias may be None."""
-    y = x_hat
-    if weight is not None:
-        y = y * weight.to(y.dtype)
-    if bias is not None:
-        y = y + bias.to(y.dtype)
-    tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+from .row_parts import chunked_sums, in_place, load_parameter, load_statistics, store_statistics, store_sums
 
 
 @triton.jit
@@ -73,7 +62,8 @@ def _normalize_rows(group, x_ptr, weight_ptr, bias_ptr, kept_weight, kept_bias, 
     if not EARLY and not KEPT:
         weight = load_parameter(weight_ptr, parameter_cols, inside, LONGEST)
         bias = load_parameter(bias_ptr, parameter_cols, inside, LONGEST)
-    _store_y(y_ptr + rows[:, None] * N, x_hat, weight, bias, cols, mask)
+    y = affine(x_hat, weight, bias)
+    tl.store(y_ptr + rows[:, None] * N + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "N_v", "x_stride_v", "eps", "eps_low", "ahead"])
@@ -97,19 +87,6 @@ def _row_fwd_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, M, N
                         eps, ahead, ROWS, BLOCK, VEC, WHOLE, EARLY, False, AHEAD)  # fmt: skip
 
 
-@triton.jit
-def _chunked_sums(x_ptr, shift, scale, N, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """The sums of add_shifted over one row, each [1]."""
-    cols = tl.arange(0, BLOCK)[None, :]
-    s1 = tl.zeros((1, BLOCK), shift.dtype)
-    s2 = tl.zeros((1, BLOCK), shift.dtype)
-    for start in tl.range(0, N, BLOCK, num_stages=STAGES):
-        mask = cols < N - start
-        x = tl.load(x_ptr + start + cols, mask=mask, other=0.0).to(shift.dtype)
-        s1, s2 = add_shifted(s1, s2, x, shift, scale, mask)
-    return sum2(s1, s2, 1)
-
-
 @triton.jit(do_not_specialize=["M", "N_v", "x_stride_v", "eps", "eps_low"])
 def _row_fwd_chunked_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, M, N_v, x_stride_v, eps, eps_low,
                             BLOCK: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
@@ -128,10 +105,10 @@ def _row_fwd_chunked_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_p
     first = tl.load(x_ptr + cols, mask=cols < N, other=0.0).to(ACC)
     shift = quotient(tl.sum(first, axis=1), tl.minimum(N, BLOCK).to(ACC))
     scale = tl.full((1,), 1.0, ACC)
-    s1, s2 = _chunked_sums(x_ptr, shift[:, None], None, N, BLOCK, STAGES)
+    s1, s2 = chunked_sums(x_ptr, None, shift[:, None], None, N, BLOCK, STAGES)
     if any_inf(s2):
         scale = tl.full((1,), BIG_SCALE, ACC)
-        s1, s2 = _chunked_sums(x_ptr, shift[:, None], scale[:, None], N, BLOCK, STAGES)
+        s1, s2 = chunked_sums(x_ptr, None, shift[:, None], scale[:, None], N, BLOCK, STAGES)
     high, low, m2 = shifted_moments(shift, s1, s2, n, scale)
     rstd = rstd_of(m2, n, scale, pair_of(eps, eps_low, ACC))
     store_statistics(mean_ptr, rstd_ptr, rows, M, high, low, rstd)
@@ -141,7 +118,8 @@ def _row_fwd_chunked_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_p
         x_hat = normalize(x, high[:, None], low[:, None], rstd[:, None])
         weight = load_parameter(weight_ptr, start + cols, mask, LONGEST)
         bias = load_parameter(bias_ptr, start + cols, mask, LONGEST)
-        _store_y(y_ptr, x_hat, weight, bias, start + cols, mask)
+        y = affine(x_hat, weight, bias)
+        tl.store(y_ptr + start + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["P", "M", "N_v", "dy_stride_v", "x_stride_v"])
@@ -190,21 +168,13 @@ def _row_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, parti
 # ---------------------------------------------------------------- launchers
 
 
-def _in_place(rows, x):
-    """x as (M, N) with column stride 1, and its row stride; copies only where no such view exists."""
-    x = rows.view(x)
-    if rows.N > 1 and x.stride(1) != 1:
-        x = x.contiguous()
-    return x, x.stride(0) if rows.M > 1 else rows.N
-
-
 def row_fwd(x, weight, bias, eps, N, dtype=None):
     rows = Rows.of(x.shape, N)
     y = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     acc = accumulate_dtype(x.dtype)
     mean = torch.empty((2, rows.M), dtype=acc, device=x.device)
     rstd = torch.empty(rows.M, dtype=acc, device=x.device)
-    source, stride = _in_place(rows, x)
+    source, stride = in_place(rows, x)
     vec = vector(x.element_size(), N, stride)
     config = heuristics.row_forward(N, x.element_size(), sm_count(x.device))
     M = Count(rows.M)
@@ -227,8 +197,8 @@ def row_bwd(dy, x, weight, mean, rstd, need):
     if not any(need):
         return None, None, None
     dw, db = (None if dtype is None else torch.empty(rows.N, dtype=dtype, device=x.device) for dtype in need[1:])
-    dy, dy_stride = _in_place(rows, dy)
-    x, x_stride = _in_place(rows, x)
+    dy, dy_stride = in_place(rows, dy)
+    x, x_stride = in_place(rows, x)
     vec = vector(min(x.element_size(), dy.element_size()), rows.N, dy_stride, x_stride)
     alike = dy.element_size() == x.element_size() >= (0 if weight is None else weight.element_size())
     config = heuristics.row_backward(

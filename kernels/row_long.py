@@ -123,11 +123,12 @@ def _row_bwd_sums_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c_ptr, M
     tl.store(c_ptr + M + rows, quotient(c2, N.to(ACC)))
 
 
-@triton.jit(do_not_specialize=["P", "M", "N_v", "dy_stride_v", "x_stride_v"])
+@triton.jit(do_not_specialize=["P", "M", "N_v", "dy_stride_v", "x_stride_v", "dh_stride_v"])
 def _row_bwd_columns_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c_ptr, dx_ptr, partial_ptr, dw_ptr, db_ptr, P, M,
-                            N_v, dy_stride_v, x_stride_v, ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
-                            STAGES: tl.constexpr, LEADS: tl.constexpr, FOLLOWS: tl.constexpr):  # fmt: skip
-    """BLOCK columns of every P-th tile of rows: dx with the known c1 and c2, and one partial row of dw and db.
+                            N_v, dy_stride_v, x_stride_v, dh_ptr, dh_stride_v, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                            VEC: tl.constexpr, STAGES: tl.constexpr, LEADS: tl.constexpr, FOLLOWS: tl.constexpr):  # fmt: skip
+    """BLOCK columns of every P-th tile of rows: dx with the known c1 and c2, and dh added where it is given, and one partial row
+    of dw and db.
 
     From the last row on: those are in L2, if any are.
     """
@@ -159,6 +160,8 @@ def _row_bwd_columns_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c_ptr
             c1 = tl.load(c_ptr + rows, mask=rows < M, other=0.0)[:, None]
             c2 = tl.load(c_ptr + M + rows, mask=rows < M, other=0.0)[:, None]
             dx = grad_input(g, x_hat, rstd, c1, c2)
+            if dh_ptr is not None:
+                dx += tl.load(dh_ptr + rows[:, None] * dh_stride_v * VEC + cols, mask=mask, other=0.0).to(ACC)
             tl.store(dx_ptr + rows[:, None] * N_v * VEC + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if dw_ptr is not None:
             dw += dz * x_hat
@@ -184,15 +187,20 @@ def long_bwd(config, inputs, results, sizes, vec, early):
 
 def split_bwd(config, inputs, results, sizes, vec, early):
     """As long_bwd."""
-    x, rstd, dx = inputs[1], inputs[4], results[0]
-    M, N = sizes[0], sizes[1] * vec
+    x, rstd, dx, M = inputs[1], inputs[4], results[0], sizes[0]
     c = None
     if dx is not None:
         c = torch.empty((2, heuristics.most_rows(M)), dtype=rstd.dtype, device=x.device)
         launch(_row_bwd_sums_kernel, M, x.device, *inputs, c, *sizes, BLOCK=config.sums_block, VEC=vec, LEADS=early,
                STAGES=config.sums_stages, warps=config.sums_warps, stages=config.sums_stages)  # fmt: skip
+    return columns_bwd(config, inputs, c, results, sizes, vec, early)
+
+
+def columns_bwd(config, inputs, c, results, sizes, vec, early, dh=None, dh_stride_v=None):
+    """The second half of split_bwd; `c` is what a launch just before it fills, None where dx is not wanted."""
+    x, N = inputs[1], sizes[1] * vec
     launch(_row_bwd_columns_kernel, config.partial_rows * heuristics.cdiv(N, config.block), x.device, *inputs, c, *results,
-           *sizes, ROWS=config.rows, BLOCK=config.block, VEC=vec, STAGES=config.stages, LEADS=early,
+           *sizes, dh, dh_stride_v, ROWS=config.rows, BLOCK=config.block, VEC=vec, STAGES=config.stages, LEADS=early,
            FOLLOWS=c is not None and overlaps(x.device), warps=config.warps, stages=config.stages,
            registers=config.registers)  # fmt: skip
     return config.partial_rows

@@ -1,7 +1,32 @@
-"""What the kernels of rows share: statistics and parameters of a tile [rows, columns], and what its sums become."""
+"""What the kernels of rows share: reading rows, statistics and parameters of a tile [rows, columns], and what sums become."""
 
 import triton
 import triton.language as tl
+
+from .math import add_shifted, sum2
+
+
+@triton.jit
+def load_sum(x_ptr, addend_ptr, x_at, addend_at, mask, ACC: tl.constexpr, EVICT: tl.constexpr):
+    """x + addend as it is stored, in the accumulate dtype; there may be no addend."""
+    x = tl.load(x_ptr + x_at, mask=mask, other=0.0, eviction_policy=EVICT).to(ACC)
+    if addend_ptr is not None:
+        addend = tl.load(addend_ptr + addend_at, mask=mask, other=0.0, eviction_policy=EVICT).to(ACC)
+        x = (x + addend).to(x_ptr.dtype.element_ty).to(ACC)
+    return x
+
+
+@triton.jit
+def chunked_sums(x_ptr, addend_ptr, shift, scale, N, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """The sums of add_shifted over one row, each [1]."""
+    cols = tl.arange(0, BLOCK)[None, :]
+    s1 = tl.zeros((1, BLOCK), shift.dtype)
+    s2 = tl.zeros((1, BLOCK), shift.dtype)
+    for start in tl.range(0, N, BLOCK, num_stages=STAGES):
+        mask = cols < N - start
+        x = load_sum(x_ptr + start, addend_ptr, cols, start + cols, mask, shift.dtype, "")
+        s1, s2 = add_shifted(s1, s2, x, shift, scale, mask)
+    return sum2(s1, s2, 1)
 
 
 @triton.jit
@@ -51,3 +76,14 @@ def _store_sum(partial_ptr, result_ptr, parts, P, cols, mask):
         tl.store(result_ptr + cols, total.to(result_ptr.dtype.element_ty), mask=mask)
     else:
         tl.store(partial_ptr + cols, total, mask=mask)
+
+
+# ---------------------------------------------------------------- launchers
+
+
+def in_place(rows, x):
+    """x as (M, N) with column stride 1, and its row stride; copies only where no such view exists."""
+    x = rows.view(x)
+    if rows.N > 1 and x.stride(1) != 1:
+        x = x.contiguous()
+    return x, x.stride(0) if rows.M > 1 else rows.N

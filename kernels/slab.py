@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from .. import heuristics
-from .channel_parts import store_training
+from .activations import activate
+from .channel_parts import dz_of, store_training
 from .channel_tiles import (
     CHANNELS,
     SIZES,
@@ -20,6 +21,8 @@ from .channel_tiles import (
     described,
     existing,
     load_statistics,
+    presence,
+    spread,
     tile_inside,
     tile_load,
     tile_places,
@@ -32,10 +35,11 @@ from .wanted import load_wanted, store_wanted
 
 
 @triton.jit(do_not_specialize=[*SIZES, "eps", "eps_low", "momentum", "momentum_low"])
-def _slab_fwd_kernel(x_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, y_ptr, mean_ptr, rstd_ptr,
-                     x_strides, y_strides, B, S_v, C_v, eps, eps_low, momentum, momentum_low, X_FASTEST: tl.constexpr,
-                     Y_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr, BLOCK_B: tl.constexpr,
-                     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):  # fmt: skip
+def _slab_fwd_kernel(x_ptr, residual_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, y_ptr, mean_ptr,
+                     rstd_ptr, x_strides, residual_strides, y_strides, alpha, B, S_v, C_v, eps, eps_low, momentum, momentum_low,
+                     X_FASTEST: tl.constexpr, R_FASTEST: tl.constexpr, Y_FASTEST: tl.constexpr, VEC_S: tl.constexpr,
+                     VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+                     INDEX: tl.constexpr, ACTIVATION: tl.constexpr):  # fmt: skip
     """y, mean pair, rstd; running statistics and the counter where they are given."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     S = S_v * VEC_S
@@ -56,21 +60,25 @@ def _slab_fwd_kernel(x_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_
     rstd = store_training(high, low, m2, scale, n, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, old_mean,
                           old_var, tracked, cols, C, C, pair_of(eps, eps_low, ACC),
                           pair_of(momentum, momentum_low, ACC))  # fmt: skip
-    slope = rstd
+    factor = rstd
     if weight is not None:
-        slope = rstd * weight.to(ACC)
-    y = (d - low[None, :]) * slope[None, :]
+        factor = rstd * weight.to(ACC)
+    y = (d - low[None, :]) * factor[None, :]
     if bias is not None:
         y = y + bias.to(ACC)[None, :]
+    if residual_ptr is not None:
+        y += tile_load(residual_ptr, residual_strides, corner, inside, places, R_FASTEST, VEC_S, VEC_C).to(ACC)
+    y = activate(y, alpha, ACTIVATION)
     tile_store(y_ptr, y_strides, corner, inside, places, y, Y_FASTEST, VEC_S, VEC_C)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _slab_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_ptr, db_ptr, dy_strides, x_strides, dx_strides,
-                     B, S_v, C_v, DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr, DX_FASTEST: tl.constexpr,
-                     VEC_S: tl.constexpr, VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
-                     BLOCK_C: tl.constexpr, INDEX: tl.constexpr, REPEATS: tl.constexpr):  # fmt: skip
-    """dx, dw and db; what is not wanted has no pointer."""
+def _slab_bwd_kernel(dy_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, dx_ptr, dz_ptr, dw_ptr, db_ptr,
+                     dy_strides, x_strides, residual_strides, dx_strides, alpha, B, S_v, C_v, DY_FASTEST: tl.constexpr,
+                     X_FASTEST: tl.constexpr, R_FASTEST: tl.constexpr, DX_FASTEST: tl.constexpr, VEC_S: tl.constexpr,
+                     VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+                     INDEX: tl.constexpr, REPEATS: tl.constexpr, ACTIVATION: tl.constexpr):  # fmt: skip
+    """dx, dz in its format, dw and db; what is not wanted has no pointer."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     VEC_X: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth if X_FASTEST == 3 else VEC_S
     S = S_v * VEC_S
@@ -83,6 +91,16 @@ def _slab_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_p
     cols = corner[2] + tl.arange(0, BLOCK_C)
     high, low, rstd = load_statistics(mean_ptr, rstd_ptr, cols, C)
     weight = load_wanted(weight_ptr, cols, cols < C)
+    if ACTIVATION != "identity":
+        bias = load_wanted(bias_ptr, cols[None, :], (cols < C)[None, :])
+        factor = rstd
+        if weight is not None:
+            factor = rstd * weight.to(ACC)
+        dz = dz_of(dz, centre(x, high[None, :], low[None, :]), factor[None, :], bias, residual_ptr, residual_strides, corner,
+                   inside, places, alpha, R_FASTEST, VEC_S, VEC_C, ACTIVATION)  # fmt: skip
+        dz = existing(dz, places, X_FASTEST)
+    if dz_ptr is not None:
+        tile_store(dz_ptr, dx_strides, corner, inside, places, dz, DX_FASTEST, VEC_S, VEC_C)
     dw, db = tile_sum2(dz * centre(x, high[None, :], low[None, :]), dz, X_FASTEST, VEC_X, REPEATS)
     dw = dw * rstd
     store_wanted(dw_ptr, cols, dw, cols < C)
@@ -104,8 +122,9 @@ def _slab_bwd_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_p
 class Plan:
     """The launch of one slab kernel."""
 
-    def __init__(self, layout, config):
-        self.layout, self.fastest, self.strides = layout, layout.fastest, layout.divided()
+    def __init__(self, layout, config, there):
+        self.fastest, self.strides = spread(layout.fastest, there), spread(layout.divided(), there)
+        self.copied = spread(layout.copied, there)
         self.programs = heuristics.cdiv(layout.C, config.block_c)
         self.sizes = (layout.B, layout.S // layout.vec_s, layout.C // layout.vec_c)
         # How often the warps pass over the slab's positions, a vector of x a thread each time.
@@ -119,39 +138,43 @@ class Plan:
 
 
 @lru_cache(maxsize=1024)
-def _plan(shape, strides, itemsizes, backward):
+def _plan(shape, strides, itemsizes, there, backward):
     layout = Layout.of(shape, strides, itemsizes)
     config = heuristics.slab(layout.B, layout.C, layout.span, layout.itemsize, folded=layout.folded,
                              channels_fastest=layout.fastest[0] == CHANNELS, width=layout.width,
                              skewed=layout.fastest[0] == SKEWED, backward=backward)  # fmt: skip
-    return None if config is None else Plan(layout, config)
+    return None if config is None else Plan(layout, config, there)
 
 
 def _planned(*tensors, backward):
     """As channel_tiles.planned, but None where the slab does not fit."""
-    plan = _plan(*described(tensors), backward)
-    return plan, None if plan is None else as_planned(plan.layout, tensors)
+    plan = _plan(*described(tensors), presence(tensors), backward)
+    return plan, None if plan is None else as_planned(plan, tensors)
 
 
-def slab_fwd(x, weight, bias, running, y, mean, rstd, momentum, eps):
+def slab_fwd(x, weight, bias, running, y, mean, rstd, momentum, eps, residual, activation, alpha):
     """`running`: running_mean, running_var and num_batches_tracked. One launch, or False where the slab does not fit."""
-    plan, tensors = _planned(x, y, backward=False)
+    plan, tensors = _planned(x, y, residual, backward=False)
     if plan is None:
         return False
-    x, y = tensors
-    plan.launch(_slab_fwd_kernel, x.device, x, weight, bias, *running, y, mean, rstd, *plan.strides,
-                *plan.sizes, *float_pair(eps), *float_pair(momentum),
-                X_FASTEST=plan.fastest[0], Y_FASTEST=plan.fastest[1])  # fmt: skip
+    (x, y, residual), (x_strides, y_strides, residual_strides) = tensors, plan.strides
+    x_fastest, y_fastest, residual_fastest = plan.fastest
+    plan.launch(_slab_fwd_kernel, x.device, x, residual, weight, bias, *running, y, mean, rstd, x_strides, residual_strides,
+                y_strides, alpha, *plan.sizes, *float_pair(eps), *float_pair(momentum), X_FASTEST=x_fastest,
+                R_FASTEST=residual_fastest, Y_FASTEST=y_fastest, ACTIVATION=activation)  # fmt: skip
     return True
 
 
-def slab_bwd(dy, x, weight, mean, rstd, dx, dw, db):
-    """One launch, or False where the slab does not fit; dx, dw and db are None where they are not wanted."""
-    plan, tensors = _planned(x, dy, x if dx is None else dx, backward=True)
+def slab_bwd(dy, x, weight, mean, rstd, dx, dw, db, bias, residual, dz, activation, alpha):
+    """One launch, or False where the slab does not fit; dx, dz, dw and db are None where they are not wanted."""
+    out = x if dx is None and dz is None else dz if dx is None else dx
+    plan, tensors = _planned(x, dy, out, residual, backward=True)
     if plan is None:
         return False
-    (x, dy, out), (x_strides, dy_strides, dx_strides), (x_fastest, dy_fastest, dx_fastest) = tensors, plan.strides, plan.fastest
-    plan.launch(_slab_bwd_kernel, x.device, dy, x, weight, mean, rstd, None if dx is None else out, dw, db, dy_strides,
-                x_strides, dx_strides, *plan.sizes,
-                DY_FASTEST=dy_fastest, X_FASTEST=x_fastest, DX_FASTEST=dx_fastest, REPEATS=plan.repeats)  # fmt: skip
+    x, dy, out, residual = tensors
+    x_strides, dy_strides, out_strides, residual_strides = plan.strides
+    x_fastest, dy_fastest, out_fastest, residual_fastest = plan.fastest
+    plan.launch(_slab_bwd_kernel, x.device, dy, x, residual, weight, bias, mean, rstd, dx, dz, dw, db, dy_strides, x_strides,
+                residual_strides, out_strides, alpha, *plan.sizes, DY_FASTEST=dy_fastest, X_FASTEST=x_fastest,
+                R_FASTEST=residual_fastest, DX_FASTEST=out_fastest, REPEATS=plan.repeats, ACTIVATION=activation)  # fmt: skip
     return True
