@@ -3,7 +3,9 @@
 from . import functional
 from .convert import convert, revert
 from .dispatch import use_backend
+from .fold import fold
 from .functional import batch_norm, layer_norm
+from .lint import lint
 from .nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LayerNorm
 from .settings import config
 from .sync import SyncBatchNorm
@@ -19,8 +21,10 @@ __all__ = [
     "batch_norm",
     "config",
     "convert",
+    "fold",
     "functional",
     "layer_norm",
+    "lint",
     "revert",
     "use_backend",
 ]
