@@ -7,7 +7,6 @@ from collections import Counter
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from .activations import parse
 from .order import activation_of, held, order
@@ -84,25 +83,23 @@ def fold(model):
 
 def _pairs(model):
     """(layer, norm) for all that can be folded."""
-    found = order(model)
-    calls = Counter(call.module for call in found.calls if call.module is not None)
-    if found.unseen:  # where a module is called by its other name may not be seen
-        calls += Counter({m: n - 1 for m, n in Counter(m for _, m in model.named_modules(remove_duplicate=False)).items()})
-    read = {call.name.rpartition(".")[0] for call in found.calls if call.kind == "parameter"}
-    for call in found.calls:
+    found = order(model).calls
+    times = Counter(call.module for call in found)
+    read = {call.name.rpartition(".")[0] for call in found if call.kind == "parameter"}
+    for call in found:
         if not (call.kind == "module" and call.plain and _is_norm(call.module)):
             continue
         (before,) = call.reads
         if len(before.readers) > 1 or not _fits(before.module, call.module):
             continue
-        if calls[before.module] == calls[call.module] == 1 and not {before.name, call.name} & read:
+        if times[before.module] == times[call.module] == 1 and not {before.name, call.name} & read:
             yield before.module, call.module
 
 
 def _is_plain(module) -> bool:
     """Whether a call of it is its class's forward, and nobody watches."""
     watched = any(getattr(module, hooks) for hooks in HOOKS)
-    return not (watched or "forward" in vars(module) or is_parametrized(module) or module._modules)
+    return not (watched or "forward" in vars(module) or module._modules)
 
 
 def _is_norm(module) -> bool:
@@ -116,8 +113,8 @@ def _kind(module):
     cls = next((c for c in type(module).__mro__ if c in NORM_AFTER), None)
     if cls is None or any(getattr(type(module), f, None) is not getattr(cls, f, None) for f in ("forward", "_conv_forward")):
         return None
-    real = {"weight", "bias"} <= set(module._parameters) and module.weight.is_floating_point()
-    return cls if real and _is_plain(module) else None
+    plain = type(module.weight) is nn.Parameter and type(module.bias) in (nn.Parameter, type(None)) and _is_plain(module)
+    return cls if plain else None
 
 
 def _fits(layer, norm) -> bool:

@@ -136,7 +136,7 @@ def _is_leaf(module) -> bool:
 
 
 def _is_sequential(module) -> bool:
-    return type(module).forward is torch.nn.Sequential.forward
+    return isinstance(module, torch.nn.Sequential) and type(module).forward is torch.nn.Sequential.forward
 
 
 # ---------------------------------------------------------------- torch.fx
@@ -176,7 +176,7 @@ def _traced(model, replica) -> Order:
     originals = dict(model.named_modules(remove_duplicate=False))
     graphs, opaque = {}, {}
     for name, module in reversed(list(replica.named_modules())):
-        if type(module).forward is torch.nn.Module.forward or _is_leaf(module):
+        if _is_leaf(module) or type(module).forward is torch.nn.Module.forward:
             continue
         attributes = [(m, dict(vars(m))) for m in module.modules()]
         try:
@@ -220,8 +220,6 @@ def _calls_of(graph, prefix, originals) -> list[Call]:
             kind, module = ("module", originals[name]) if node.op == "call_module" else ("parameter", None)
         elif node.op in ("placeholder", "output"):
             kind = "input" if node.op == "placeholder" else "output"
-        elif name == "getitem" and node.args[0].op == "placeholder":
-            kind = "input"  # an argument of _Whole
         if name == "getattr":  # x.mT
             name = node.args[1]
         plain = len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
@@ -250,7 +248,7 @@ class _Recorder(TorchFunctionMode):
         results, given = list(tensors(result)), list(tensors(inputs))
         if kind != "output" and not results:
             return
-        reads = list(dict.fromkeys(self._maker(t) for t in given if not isinstance(t, torch.nn.Parameter)))
+        reads = list(dict.fromkeys(map(self._maker, given)))
         shape, plain = (given[0].shape if given else None), len(given) == 1
         self.calls.append(Call(kind, name, module, reads, plain=plain, shape=shape))
         for t in results:
@@ -258,7 +256,8 @@ class _Recorder(TorchFunctionMode):
 
     def _maker(self, t):
         if id(t) not in self.made:
-            self.calls.append(Call("input", "input", shape=t.shape))
+            kind = "parameter" if isinstance(t, torch.nn.Parameter) else "input"
+            self.calls.append(Call(kind, kind, shape=t.shape))
             self.made[id(t)] = (t, self.calls[-1])
         return self.made[id(t)][1]
 
@@ -280,7 +279,7 @@ def _run(model, replica, inputs) -> Order:
     for name, module in replica.named_modules():
         if isinstance(module, _NormBase):  # which raises for one value per channel, and waits for other ranks
             module.forward = lambda input, *_, **__: input.clone()
-        if _is_leaf(module) and not isinstance(module, torch.jit.ScriptModule):
+        if _is_leaf(module) and not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
             recorder.watch(name, module, originals[name])
     args, kwargs = inputs
     with recorder:

@@ -152,8 +152,8 @@ def _family(call):
 
 def _source(call, *past):
     """The call whose result this one reads, past those of the given kinds; None where several results come together."""
-    while len(call.reads) == 1:
-        (call,) = call.reads
+    while len(reads := [read for read in call.reads if read.kind != "parameter"]) == 1:
+        (call,) = reads
         if not any(kind(call) for kind in past):
             return call
     return None

@@ -1,6 +1,7 @@
 """fastnorm.fold: whole models compute what they did, and folded weights are what float64 rounds to."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -254,6 +255,15 @@ def overflowing(net):
     net.norm.weight.data.fill_(60000)
 
 
+def no_parameter(name):
+    def change(net):
+        value = getattr(net.layer, name).data.double()
+        delattr(net.layer, name)
+        setattr(net.layer, name, value)
+
+    return change
+
+
 HOOKS = ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
 LEFT = {
     "norm in training mode": changed(lambda net: net.norm.train()),
@@ -272,7 +282,9 @@ LEFT = {
     "old weight norm": changed(lambda net: weight_norm(net.layer)),
     "pruned weight": changed(lambda net: prune.l1_unstructured(net.layer, "weight", 0.5)),
     "pruned bias": changed(lambda net: prune.l1_unstructured(net.layer, "bias", 0.5)),
-    "pruned norm": changed(lambda net: parametrizations.weight_norm(net.norm, "weight", dim=None)),
+    "weight that is no parameter": changed(no_parameter("weight")),
+    "bias that is no parameter": changed(no_parameter("bias")),
+    "parametrized norm": changed(lambda net: parametrizations.weight_norm(net.norm, "weight", dim=None)),
     "norm with a forward": replaced("norm", lambda: OwnForward(4)),
     "norm with a forward of its own": changed(own_forward("norm")),
     "layer with a forward of its own": changed(own_forward("layer")),
@@ -304,6 +316,18 @@ def test_what_is_left_alone_is_folded_without_the_reason():
     assert norms(fastnorm.fold(changed(lambda net: net.half())())) == []
 
 
+def test_a_norm_with_two_arguments_is_left_alone(monkeypatch):
+    class Adding(nn.BatchNorm2d):
+        def forward(self, x, residual):
+            return super().forward(x) + residual
+
+    monkeypatch.setattr(sys.modules["fastnorm.fold"], "FORWARDS", (Adding.forward,))
+    for residual in (lambda x: x, lambda x: 1.0):
+        net = Net(lambda net, x, residual=residual: net.norm(net.layer(x), residual(x)))
+        net.norm = Adding(4)
+        assert_folded(randomised(net).double(), torch.randn(2, 4, 5, 5).double(), left=["norm"])
+
+
 def test_dimensions_that_do_not_fit_raise_as_before():
     net = randomised(nn.Sequential(nn.Conv2d(4, 6, 3), fastnorm.BatchNorm1d(6)))
     assert norms(fastnorm.fold(net)) == ["1"]
@@ -331,6 +355,11 @@ def test_parts_of_a_model():
     x = inputs("Conv2d").abs()
     assert_folded(net, x)
     assert_folded(Flow(net).eval(), x)
+    flow = Flow(randomised(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))).double())
+    twice = nn.Sequential(flow, nn.ReLU(), flow).eval()
+    folded = fastnorm.fold(twice)
+    assert norms(folded) == []
+    torch.testing.assert_close(folded(x), twice(x))
 
 
 def test_a_part_that_stands_in_two_places_is_left_alone_where_not_all_is_seen():

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from test_convert import transformer
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fastnorm
@@ -217,6 +218,7 @@ def test_the_smallest_batches(batch_size):
     """What lint says of one value per channel is what torch does."""
     net = dense(nn.BatchNorm1d(4))
     got = found(net, batch_size=batch_size)
+    assert found(copy.deepcopy(net).eval(), batch_size=batch_size) == got
     assert ("one-value" in got, "small-batch" in got) == (batch_size == 1, batch_size == 15)
     if batch_size == 1:
         with pytest.raises(ValueError, match="more than 1 value per channel"):
@@ -232,6 +234,8 @@ def test_shapes_are_known_of_a_run():
     assert "one-value" in found(pooled, batch_size=1, input=x)
     assert "one-value" in found(steps, batch_size=1)
     assert "one-value" not in found(steps, batch_size=1, input=sequences)
+    made = nn.Sequential(Function(lambda n: torch.ones(n, 3)), nn.BatchNorm1d(3))
+    assert found(made, batch_size=1, input=2) == {"small-batch": ["1"]}
     assert "bias-before-batch-norm" in found(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
     assert "bias-before-batch-norm" not in found(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), input=torch.randn(2, 3, 3))
 
@@ -252,6 +256,62 @@ def test_a_norm_with_an_activation_of_its_own():
     for activation, expected in ((None, False), ("identity", False), ("relu", True), (("elu", 0.5), True)):
         norm.activation = activation
         assert ("norm-before-activation" in found(dense(norm))) is expected
+
+
+def test_parameters_are_no_inputs():
+    """prelu has two arguments, and comes after one result."""
+
+    class Net(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Dropout(), Function(lambda x: F.prelu(x, self.slope)), nn.BatchNorm1d(4))
+            self.slope = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return self[2](F.prelu(self[0](x), self.slope))
+
+    assert found(Net()) == found(Net(), input=torch.ones(2, 4)) == {"dropout-before-batch-norm": ["0", "2"]}
+
+
+def test_a_bias_that_something_else_reads_is_not_in_vain():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = nn.Linear(3, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            y = self.layer(x)
+            return y + self.norm(y)
+
+    assert found(Net()) == found(Net(), input=torch.ones(2, 3)) == {}
+
+
+def test_rules_that_exclude_each_other():
+    assert found(dense(nn.BatchNorm1d(4), nn.LayerNorm(4))) == {"norm-after-norm": ["1", "2"]}
+    without = nn.BatchNorm1d(4, momentum=0.99, track_running_stats=False)
+    assert found(dense(without)) == {"no-running-statistics": ["1"]}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_layers_of_other_kinds():
+    """Parametrized, scripted and lazy ones, and a Sequential with nothing in it."""
+    net = nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.Sequential(), nn.BatchNorm1d(4))
+    assert found(net) == found(net, input=torch.ones(2, 3)) == {"bias-before-batch-norm": ["0"]}
+    scripted = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(3, 4))), *dense(nn.BatchNorm1d(4), nn.ReLU()))
+    scripted[1] = nn.Linear(4, 4)
+    wanted = {"norm-before-activation": ["2"], "bias-before-batch-norm": ["1"]}
+    assert found(scripted) == found(scripted, input=torch.ones(2, 3)) == wanted
+    assert found(scripted[0]) == {}
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.ReLU())
+    kinds = [type(m) for m in lazy]
+    assert found(lazy, input=torch.ones(2, 3)) == {"norm-before-activation": ["1"]}  # how many channels it has is not known yet
+    assert [type(m) for m in lazy] == kinds
+
+
+def test_a_name_alone_makes_no_norm_of_a_block():
+    class PreLayerNorm(nn.Sequential):
+        pass
+
+    assert found(PreLayerNorm(nn.Linear(3, 4), nn.BatchNorm1d(4))) == {"bias-before-batch-norm": ["0"]}
 
 
 @nns
@@ -371,7 +431,7 @@ def test_optional_arguments_are_at_their_defaults():
             super().__init__()
             self.layer, self.norm = nn.Linear(3, 4), nn.BatchNorm1d(4)
 
-        def forward(self, x, mask=None, *, deep, train=False):
+        def forward(self, *, x, mask=None, deep, train=False):
             y = self.layer(x + deep)
             if mask is not None:
                 y = y * mask
@@ -382,6 +442,27 @@ def test_optional_arguments_are_at_their_defaults():
     assert [f.rule for f in report] == ["bias-before-batch-norm"]
     masked = fastnorm.lint(Net(), input={"x": torch.ones(2, 3), "mask": torch.ones(2, 4), "deep": 1})
     assert not masked
+
+
+def test_what_one_trace_leaves_behind_does_not_disturb_the_next():
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.grid = nn.BatchNorm1d(4, momentum=0.9), None
+
+        def forward(self, x):
+            if self.grid is None:
+                self.grid = torch.zeros_like(x)
+            return self.norm(x + self.grid)
+
+    report = fastnorm.lint(nn.Sequential(nn.Sequential(Cached()), nn.ReLU()))
+    assert (report.order, report.unseen) == ("torch.fx", ())
+
+
+def test_a_part_that_has_another_name_first():
+    net = Flow(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    net._modules = {"other": net.inner[0], "inner": net.inner}
+    assert found(net) == {"bias-before-batch-norm": ["inner.0"]}
 
 
 def test_a_model_that_cannot_be_copied_is_seen_by_neighbours():
