@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .activations import parse
-from .order import activation_of, held, order
+from .order import HOOKS, held, option, order
 from .sync import FORWARDS
 
 NORM_AFTER = {
@@ -32,7 +32,6 @@ MODULES = {  # of activations.ACTIVATIONS, each with its alpha
     "tanh": lambda _: nn.Tanh(),
     "elu": nn.ELU,
 }
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def fold(model):
@@ -57,7 +56,8 @@ def fold(model):
     that cannot be traced as a whole, the parts that can are folded; they are taken to be called as wholes.
 
     Args:
-        model: any torch.nn.Module in evaluation mode. A Linear before a BatchNorm1d is taken to read (B, in_features).
+        model: any torch.nn.Module in evaluation mode. A Linear before a BatchNorm1d is taken to read (B, in_features), unless
+            ``channel_axis=-1``.
 
     Returns:
         A deep copy of the model.
@@ -76,7 +76,7 @@ def fold(model):
             weight, bias = _folded(layer, norm)
             if weight.isfinite().all() and bias.isfinite().all():
                 layer.weight, layer.bias = weight, bias
-                name, alpha = parse(activation_of(norm))
+                name, alpha = parse(option(norm, "activation"))
                 _become(norm, MODULES[name](alpha))
     return folded
 
@@ -105,7 +105,8 @@ def _is_plain(module) -> bool:
 def _is_norm(module) -> bool:
     if not (isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module).forward in FORWARDS):
         return False
-    return _is_plain(module) and not module.training and module.running_mean is not None and module.running_var is not None
+    own = (module.training and not option(module, "frozen")) or module.running_mean is None or module.running_var is None
+    return _is_plain(module) and not own
 
 
 def _kind(module):
@@ -121,7 +122,10 @@ def _fits(layer, norm) -> bool:
     kind = _kind(layer)
     if kind is None or not isinstance(norm, (NORM_AFTER[kind], nn.SyncBatchNorm)):
         return False
-    return norm.num_features == (layer.out_features if kind is nn.Linear else layer.out_channels)
+    axis = option(norm, "channel_axis")
+    if kind is nn.Linear:
+        return axis in (1, -1) and norm.num_features == layer.out_features
+    return axis == 1 and norm.num_features == layer.out_channels
 
 
 def _folded(layer, norm):

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.lazy import LazyModuleMixin, is_lazy
 from torch.overrides import TorchFunctionMode
 
-from .tracing import Scriptable
+from .tracing import OPTIONS, Scriptable
 
 PER_SAMPLE = (torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.RMSNorm, torch.nn.modules.instancenorm._InstanceNorm)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(eq=False)
@@ -68,10 +68,9 @@ def is_per_sample(module) -> bool:
     return named or isinstance(module, PER_SAMPLE)
 
 
-def activation_of(norm):
-    """What a norm of ours ends in, for `activations.parse`; in other classes an attribute of that name is not ours."""
-    own = getattr(norm, "activation", None) if isinstance(norm, Scriptable) else None
-    return own if isinstance(own, (str, tuple)) else None
+def option(norm, name):
+    """One of the options that our norms have beyond torch.nn's; in other classes an attribute of that name is another thing."""
+    return getattr(norm, name, OPTIONS[name]) if isinstance(norm, Scriptable) else OPTIONS[name]
 
 
 def order(model, inputs=None) -> Order:
@@ -88,7 +87,7 @@ def order(model, inputs=None) -> Order:
         warnings.simplefilter("ignore")
         try:
             replica, replicated = _replica(model, inputs, "meta")
-        except Exception as error:  # a lock, a generator, a process group: whatever does not pickle
+        except Exception as error:  # a lock, a lazy parameter: whatever copy.deepcopy does not take
             return Order(_neighbours(model), f"neighbours in nn.Sequential: no copy of the model ({type(error).__name__})")
         if inputs is None:
             return _traced(model, replica)
@@ -110,7 +109,7 @@ def tensors(tree):
 def held(module):
     """The tensors that a module holds itself, as parameters, buffers and plain attributes."""
     things = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
-    return [t for t in things if isinstance(t, torch.Tensor) and not is_lazy(t)]
+    return [t for t in things if isinstance(t, torch.Tensor)]
 
 
 def _replica(model, inputs, device):
@@ -121,9 +120,8 @@ def _replica(model, inputs, device):
         memo[id(t)] = torch.nn.Parameter(new, False) if isinstance(t, torch.nn.Parameter) else new
     model, inputs = copy.deepcopy((model, inputs), memo)
     for module in model.modules():
-        if not isinstance(module, LazyModuleMixin):  # whose hook gives them their shapes
-            for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-                getattr(module, name).clear()
+        for name in HOOKS:
+            getattr(module, name).clear()
     return model, inputs
 
 

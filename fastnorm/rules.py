@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from .activations import parse
-from .order import Call, activation_of, is_per_sample
+from .order import Call, is_per_sample, option
 
 # The variance of 16 normal values is off by sqrt(2 / 15) = 37 %, their mean by a quarter of their deviation.
 FEW_ROWS = 16
@@ -152,16 +152,22 @@ def _family(call):
 
 def _source(call, *past):
     """The call whose result this one reads, past those of the given kinds; None where several results come together."""
-    while len(reads := [read for read in call.reads if read.kind != "parameter"]) == 1:
+    while len(reads := _inputs(call)) == 1:
         (call,) = reads
         if not any(kind(call) for kind in past):
             return call
     return None
 
 
+def _inputs(call):
+    """What it reads, but for parameters and what a norm adds after it has normalised."""
+    reads = [read for read in call.reads if read.kind != "parameter"]
+    return reads[:1] if _family(call) and not option(call.module, "addend") else reads
+
+
 def _is_activated(call) -> bool:
     """Whether an activation is part of a norm, or reads its result."""
-    if parse(activation_of(call.module))[0] != "identity":
+    if parse(option(call.module, "activation"))[0] != "identity":
         return True
     return any(_is_activation(reader) or (_is_reshape(reader) and _is_activated(reader)) for reader in call.readers)
 
@@ -171,8 +177,8 @@ def _is_activated(call) -> bool:
 
 def _batch_sizes(seen):
     for call in seen.batch_norms() if seen.batch_size else ():
-        if seen.model.training and not call.module.training:
-            continue  # frozen
+        if option(call.module, "frozen") or (seen.model.training and not call.module.training):
+            continue
         ranks = _ranks(call.module)
         together = seen.batch_size * ranks
         batch = together if isinstance(call.module, nn.SyncBatchNorm) else seen.batch_size
@@ -195,7 +201,7 @@ def _ranks(norm) -> int:
 def _values_per_sample(seen, call):
     """How many values of a channel a sample has; None where that is not known."""
     if seen.example and call.shape is not None and len(call.shape) > 1:
-        return call.shape.numel() / call.shape[1] / seen.example
+        return call.shape.numel() / call.shape[option(call.module, "channel_axis")] / seen.example
     source = _source(call, _is_activation, _is_dropout)
     if not isinstance(call.module, nn.BatchNorm1d) or source is None:
         return None
@@ -257,10 +263,11 @@ def _bias(seen):
 
 def _is_per_channel(layer, call) -> bool:
     """Whether the layer's outputs are the norm's channels. Those of a Linear are the last dimension."""
+    last = option(call.module, "channel_axis") == -1
     if not isinstance(layer, nn.Linear):
-        return True
+        return not last
     rows = isinstance(call.module, (nn.BatchNorm1d, nn.SyncBatchNorm)) and (call.shape is None or len(call.shape) == 2)
-    return rows and layer.out_features == call.module.num_features
+    return (rows or last) and layer.out_features == call.module.num_features
 
 
 def _recurrent(seen):

@@ -251,11 +251,40 @@ def test_padded_sequences():
     assert found(Packed(True), input=(x, lengths))["batch-norm-after-recurrent"] == ["net", "norm"]
 
 
-def test_a_norm_with_an_activation_of_its_own():
-    norm = fastnorm.BatchNorm1d(4)
+def test_options_of_our_norms():
     for activation, expected in ((None, False), ("identity", False), ("relu", True), (("elu", 0.5), True)):
-        norm.activation = activation
+        norm = fastnorm.BatchNorm1d(4, activation=activation)
         assert ("norm-before-activation" in found(dense(norm))) is expected
+    assert "small-batch" not in found(dense(fastnorm.BatchNorm1d(4, frozen=True)), batch_size=2)
+    last = nn.Sequential(nn.Linear(3, 4), fastnorm.BatchNorm1d(4, channel_axis=-1))
+    for x in (None, torch.ones(2, 5, 3)):
+        assert found(last, input=x) == {"bias-before-batch-norm": ["0"]}
+    assert "one-value" not in found(last, batch_size=1, input=torch.ones(2, 5, 3))
+    assert "one-value" in found(last, batch_size=1, input=torch.ones(2, 3))
+    assert found(nn.Sequential(nn.Conv2d(3, 4, 1), fastnorm.BatchNorm2d(4, channel_axis=-1))) == {}
+
+
+def test_what_is_added_in_a_norm():
+    """After it, a batch norm's input is still the layer's output; before it, the sum of two is normalised."""
+
+    class After(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = nn.Conv2d(4, 4, 1), fastnorm.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(self.layer(x), x)
+
+    class Before(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm = fastnorm.LayerNorm(4), fastnorm.AddLayerNorm(4)
+
+        def forward(self, x):
+            return self.norm(self.first(x), x)
+
+    assert found(After()) == found(After(), input=torch.ones(2, 4, 3, 3)) == {"bias-before-batch-norm": ["layer"]}
+    assert found(Before()) == found(Before(), input=torch.ones(2, 4)) == {}
 
 
 def test_parameters_are_no_inputs():
@@ -293,7 +322,7 @@ def test_rules_that_exclude_each_other():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_layers_of_other_kinds():
-    """Parametrized, scripted and lazy ones, and a Sequential with nothing in it."""
+    """Parametrized and scripted ones, lazy ones, which cannot be copied, and a Sequential with nothing in it."""
     net = nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.Sequential(), nn.BatchNorm1d(4))
     assert found(net) == found(net, input=torch.ones(2, 3)) == {"bias-before-batch-norm": ["0"]}
     scripted = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(3, 4))), *dense(nn.BatchNorm1d(4), nn.ReLU()))
@@ -303,7 +332,9 @@ def test_layers_of_other_kinds():
     assert found(scripted[0]) == {}
     lazy = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.ReLU())
     kinds = [type(m) for m in lazy]
-    assert found(lazy, input=torch.ones(2, 3)) == {"norm-before-activation": ["1"]}  # how many channels it has is not known yet
+    for input in (None, torch.ones(2, 3)):
+        assert fastnorm.lint(lazy, input=input).order.startswith("neighbours")
+        assert found(lazy, input=input) == {"norm-before-activation": ["1"]}  # how many channels it has is not known yet
     assert [type(m) for m in lazy] == kinds
 
 

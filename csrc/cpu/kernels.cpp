@@ -20,7 +20,8 @@ struct Anywhere<function> {
 const Kernels KERNELS = {
     Anywhere<row_fwd>::call,      Anywhere<row_bwd>::call,     Anywhere<channel_stats>::call,
     Anywhere<channel_apply>::call, Anywhere<channel_sums>::call, Anywhere<channel_grad>::call,
-    Anywhere<channel_fwd>::call,  Anywhere<channel_bwd>::call, false,
+    Anywhere<channel_fwd>::call,  Anywhere<channel_bwd>::call, nullptr,
+    nullptr,                       nullptr,                     nullptr,                     false,
 };
 
 }  // namespace fastnorm::cpu

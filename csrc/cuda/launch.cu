@@ -7,7 +7,8 @@
 namespace fastnorm::cuda {
 
 const Kernels KERNELS = {row_fwd,      row_bwd,     channel_stats, channel_apply, channel_sums,
-                         channel_grad, channel_fwd, channel_bwd,   true};
+                         channel_grad, channel_fwd, channel_bwd,   nullptr,
+                         nullptr,      nullptr,     nullptr,       true};
 
 }  // namespace fastnorm::cuda
 
