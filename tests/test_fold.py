@@ -180,6 +180,8 @@ def test_the_channel_axis_of_a_norm():
     """Of a Linear the last dimension is folded whatever stands before it; of a convolution it is another one."""
     linear = nn.Sequential(nn.Linear(4, 6), fastnorm.BatchNorm1d(6, channel_axis=-1))
     assert_folded(randomised(linear).double(), torch.randn(3, 5, 4).double())
+    middle = nn.Sequential(nn.Linear(4, 6), fastnorm.BatchNorm1d(6, channel_axis=-2))
+    assert_folded(randomised(middle).double(), torch.randn(3, 6, 4).double(), left=["1"])
     convolution = nn.Sequential(nn.Conv2d(4, 6, 2), fastnorm.BatchNorm2d(6, channel_axis=-1))
     assert_folded(randomised(convolution).double(), torch.randn(3, 4, 5, 7).double(), left=["1"])
 

@@ -260,7 +260,8 @@ def test_options_of_our_norms():
     for x in (None, torch.ones(2, 5, 3)):
         assert found(last, input=x) == {"bias-before-batch-norm": ["0"]}
     assert "one-value" not in found(last, batch_size=1, input=torch.ones(2, 5, 3))
-    assert "one-value" in found(last, batch_size=1, input=torch.ones(2, 3))
+    for shape in ((2, 3), (2, 1, 3)):
+        assert "one-value" in found(last, batch_size=1, input=torch.ones(shape))
     assert found(nn.Sequential(nn.Conv2d(3, 4, 1), fastnorm.BatchNorm2d(4, channel_axis=-1))) == {}
 
 
