@@ -3,8 +3,10 @@
 from . import functional
 from .convert import convert, revert
 from .dispatch import use_backend
+from .fold import fold
 from .functional import add_layer_norm, add_rms_norm, batch_norm, layer_norm, rms_norm
 from .groups import group_norm, instance_norm
+from .lint import lint
 from .nn import (
     AddLayerNorm,
     AddRMSNorm,
@@ -41,10 +43,12 @@ __all__ = [
     "batch_norm",
     "config",
     "convert",
+    "fold",
     "functional",
     "group_norm",
     "instance_norm",
     "layer_norm",
+    "lint",
     "revert",
     "rms_norm",
     "use_backend",
