@@ -6,6 +6,7 @@ from .dispatch import use_backend
 from .fold import fold
 from .functional import add_layer_norm, add_rms_norm, batch_norm, layer_norm, rms_norm
 from .groups import group_norm, instance_norm
+from .keras import from_keras
 from .lint import lint
 from .nn import (
     AddLayerNorm,
@@ -44,6 +45,7 @@ __all__ = [
     "config",
     "convert",
     "fold",
+    "from_keras",
     "functional",
     "group_norm",
     "instance_norm",
