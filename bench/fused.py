@@ -116,12 +116,6 @@ def _channels(shape, layout="dense"):
 
 def _reshaped(shape):
     yield Fused(
-        "GN",
-        shape,
-        lambda x, w, b: fastnorm.group_norm(x, 32, w, b, EPS),
-        lambda x, w, b: F.group_norm(x, 32, w, b, EPS),
-    )
-    yield Fused(
         "IN",
         shape,
         lambda x, w, b: fastnorm.instance_norm(x, None, None, w, b, True, 0.1, EPS),
@@ -145,7 +139,7 @@ def make(row: Fused, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
     tensors = [torch.randn(row.shape, device=device).to(dtype) for _ in range(1 + row.beside)]
     if row.layout == "channels_last":
         tensors = [t.contiguous(memory_format=torch.channels_last) for t in tensors]
-    if row.name in ("GN", "IN"):
+    if row.name == "IN":
         parameter = dtype
     return [t.requires_grad_() for t in (*tensors, *(torch.randn(size, device=device).to(parameter) for _ in range(2)))]
 

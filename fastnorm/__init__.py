@@ -5,7 +5,7 @@ from .convert import convert, revert
 from .dispatch import use_backend
 from .fold import fold
 from .functional import add_layer_norm, add_rms_norm, batch_norm, layer_norm, rms_norm
-from .groups import group_norm, instance_norm
+from .instance import instance_norm
 from .keras import from_keras
 from .lint import lint
 from .nn import (
@@ -14,7 +14,6 @@ from .nn import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
-    GroupNorm,
     InstanceNorm1d,
     InstanceNorm2d,
     InstanceNorm3d,
@@ -31,7 +30,6 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
-    "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
@@ -47,7 +45,6 @@ __all__ = [
     "fold",
     "from_keras",
     "functional",
-    "group_norm",
     "instance_norm",
     "layer_norm",
     "lint",

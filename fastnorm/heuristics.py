@@ -182,10 +182,6 @@ LONG = {
 # Where the assembler takes registers in pairs, these spill. None: split.
 LONG_IN_PAIRS = {(2, 16384): (4096, 16, 2, True), (4, 16384): None}
 
-# Bytes of shared memory that a program of a fused backward prefetches into at the most: with three or four tensors where a plain
-# one has two, fewer stages are as many bytes on the way.
-PREFETCHED = 64 << 10
-
 # Split rows: block, warps and stages of the row sums. x, dy and a weight of 4 bytes take 96 KB at the most.
 ROW_SUMS = {2: (4096, 8, 3), 4: (4096, 8, 3), 8: (2048, 8, 2)}
 # Rows and columns of a tile, one row a warp: 16 KB of x and dy, 2 of them prefetched by each of 2 programs. The widest that
@@ -197,6 +193,14 @@ COLUMN_WARPS, COLUMN_STAGES, COLUMN_PROGRAMS_PER_SM = 4, 3, 2
 # may cost as much as 1/PARTIAL_SHARE of the ideal traffic of a backward, 3 * itemsize bytes per element: they stay in L2, and
 # fewer programs leave an SM waiting.
 PARTIAL_SHARE = 2
+
+# Fused rows read up to four tensors and two parameters where plain ones read one or two and a parameter: fewer stages are as
+# many bytes on the way, and 99 KB of shared memory hold no more.
+# itemsize -> the longest rows whose kernels have the registers; longer ones are chunked, and split.
+FUSED_FORWARD, FUSED_BACKWARD = {2: 16384, 4: 16384, 8: 4096}, {2: 8192, 4: 4096, 8: 1024}
+FUSED_CHUNK_STAGES, FUSED_SUMS_STAGES = 3, 2
+# Bytes that a program of a backward prefetches into at the most.
+PREFETCHED = 64 << 10
 
 # Partial rows times channels of a block, up to which every program of the second reading merges those of its block itself, and
 # how many at a time.
@@ -326,13 +330,22 @@ def row_backward(
     return RowBackward(rows, block, warps, stages, limit, partial_rows)
 
 
+def row_fused_forward(N: int, itemsize: int) -> RowForward:
+    config = row_forward(N, itemsize, 0)
+    if config.chunked or config.block > FUSED_FORWARD[itemsize]:
+        block, warps, stages = CHUNK[itemsize]
+        return RowForward(1, block, warps, registers(warps), chunked=True, stages=min(stages, FUSED_CHUNK_STAGES))
+    return replace(config, registers=None, stages=1, ahead=0, programs=0)
+
+
 def row_fused_backward(M: int, N: int, itemsize: int, sm_count: int, tensors: int) -> RowBackward | RowBackwardSplit:
     """`tensors`: how many are read."""
     config = row_backward(M, N, itemsize, sm_count, easy=False)
-    if isinstance(config, RowBackward):
-        tile = tensors * config.rows * config.block * itemsize
-        config = replace(config, stages=max(1, min(config.stages, 1 + PREFETCHED // tile)))
-    return config
+    if isinstance(config, RowBackwardSplit) or config.block > FUSED_BACKWARD[itemsize]:
+        return replace(_row_backward_split(M, N, itemsize, sm_count), sums_stages=FUSED_SUMS_STAGES)
+    tile = tensors * config.rows * config.block * itemsize
+    stages = max(1, min(config.stages, 1 + PREFETCHED // tile))
+    return replace(config, stages=stages, registers=registers(config.warps) if config.registers else None)
 
 
 def _row_backward_split(M: int, N: int, itemsize: int, sm_count: int) -> RowBackwardSplit:
@@ -369,10 +382,11 @@ def _positions(S: int, most: int, itemsize: int) -> int:
 
 def channel(
     B: int, C: int, S: int, itemsize: int, sm_count: int, reading: str, *, folded: bool, channels_fastest: bool, width: int,
-    skewed: bool = False, turned: bool = False
+    skewed: bool = False, turned: bool = False, fused: bool = False
 ) -> Channel:  # fmt: skip
     """`reading`: "stats", "sums", "y" or "dx". `folded`: the batch is part of S (B = 1), so S is a batch-like number that no
-    block may depend on. `width`: bytes of the narrowest load. `turned`: the tensors of the launch lie in different ways."""
+    block may depend on. `width`: bytes of the narrowest load. `turned`: the tensors of the launch lie in different ways.
+    `fused`: with an activation or a residual, which take more registers than a plain norm is told to do with."""
     sums = reading in SUMS
     name = reading + (", channels fastest" if channels_fastest else ", skewed" if skewed else "")
     if channels_fastest and turned and reading == "dx":
@@ -393,7 +407,7 @@ def channel(
     positions = elements // block_c
     block_s = positions if folded else _positions(S, positions, itemsize) if skewed else min(positions, power_of_two(S))
     block_b = positions // block_s
-    if most and block_c > 1 and not channels_fastest:
+    if most and (fused or (block_c > 1 and not channels_fastest)):
         most = registers(warps)  # what is of a channel takes as many more
     elif most and block_b > 1 and reading == "stats" and not channels_fastest and not skewed:
         stages -= 1  # with two prefetched tiles of several samples 128 registers are too few
@@ -413,10 +427,10 @@ def channel(
 
 def slab(
     B: int, C: int, S: int, itemsize: int, *, folded: bool, channels_fastest: bool, width: int, backward: bool,
-    skewed: bool = False
+    skewed: bool = False, fused: bool = False
 ) -> Slab | None:  # fmt: skip
     """None where the slab of one segment of channels does not fit. A layer has few variants, whatever its batch sizes.
-    `width`: bytes of the narrowest load."""
+    `width`: bytes of the narrowest load; `fused`: see `channel`."""
     row = 1 if folded else power_of_two(S)  # positions that lie together whatever the batch is
     block_c = min(power_of_two(C), max(1, SEGMENT // (itemsize * (1 if channels_fastest else row))))
     if channels_fastest:
@@ -429,7 +443,7 @@ def slab(
         positions = elements // block_c
         block_s = positions if folded else row
         if block_s >= S and B * block_s <= positions:
-            return Slab(positions // block_s, block_s, block_c, warps, most[0] if most else registers(warps))
+            return Slab(positions // block_s, block_s, block_c, warps, most[0] if most and not fused else registers(warps))
     return None
 
 

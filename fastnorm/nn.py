@@ -8,7 +8,7 @@ import inspect
 import torch
 from torch.fx import Proxy
 
-from . import activations, functional, groups
+from . import activations, functional, instance
 from .geometry import around
 from .tracing import OPTIONS, Scriptable, extras, given, leaf
 
@@ -144,19 +144,6 @@ class AddRMSNorm(RMSNorm):
         return functional.add_rms_norm(input, residual, self.normalized_shape, self._factor(), self.eps, **extras)
 
 
-class GroupNorm(Scriptable, torch.nn.GroupNorm):
-    """Group normalization of ``(B, C, *)`` inputs, on fused kernels.
-
-    Equivalent to: ``torch.nn.GroupNorm(num_groups, num_channels, eps, affine, device, dtype)``. See
-    `fastnorm.functional.group_norm` for the formula, the dtypes and the errors.
-    """
-
-    def forward(self, input):
-        if isinstance(input, Proxy) and (node := leaf(self, input)) is not None:
-            return node
-        return groups.group_norm(input, self.num_groups, *_affine(self), self.eps)
-
-
 class _InstanceNorm(Scriptable):
     def forward(self, input):
         if isinstance(input, Proxy) and (node := leaf(self, input)) is not None:
@@ -166,7 +153,7 @@ class _InstanceNorm(Scriptable):
     def _apply_instance_norm(self, input):
         own_statistics = self.training or not self.track_running_stats
         options = (own_statistics, self.momentum if self.momentum is not None else 0.0, self.eps)
-        return groups.instance_norm(input, self.running_mean, self.running_var, *_affine(self), *options)
+        return instance.instance_norm(input, self.running_mean, self.running_var, *_affine(self), *options)
 
 
 class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):

@@ -1,7 +1,7 @@
-"""What a norm can end in, on tiles in registers; the names are those of fastnorm/activations.py, the formulas csrc/activations.h's.
+"""What a norm can end in, on tiles in registers. Same names as fastnorm/activations.py; formulas as in csrc/activations.h.
 
-`alpha` is a pair of kernel arguments, see math.pair_of, or None where the activation has none. None is of libdevice, which the
-interpreter does not have, and none divides: a quotient rounded to nearest is many instructions and a branch.
+`alpha` is a pair of kernel arguments, see math.pair_of, or None where the activation has none. Nothing here is of libdevice,
+which the interpreter does not have, and nothing divides: a quotient rounded to nearest is many instructions and a branch.
 """
 
 import triton

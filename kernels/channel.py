@@ -15,7 +15,7 @@ from ..geometry import Channels
 from .activations import number
 from .chain import let_next_start, wait_for_previous
 from .channel_parts import apply_tiles, grad_tiles, load_backwards, merged, store_statistics, store_sums, store_training
-from .channel_tiles import SIZES, like, load_statistics, planned, program_block, tile_inside
+from .channel_tiles import SIZES, is_fused, like, load_statistics, planned, program_block, tile_inside
 from .launch import accumulate_dtype, dense, float_pair, launch, leads, overlaps
 from .math import pair_of, quotient, root, unscaled
 from .partial import finalise, mean_of, total
@@ -115,7 +115,7 @@ def _channel_sums_kernel(dy_ptr, x_ptr, residual_ptr, mean_ptr, rstd_ptr, weight
                          VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
                          INDEX: tl.constexpr, STAGES: tl.constexpr, LEADS: tl.constexpr,
                          ACTIVATION: tl.constexpr):  # fmt: skip
-    """partial (2, P, C), see store_sums."""
+    """partial (2, P, C), and dz where it has a pointer, see store_sums."""
     let_next_start(LEADS)
     S = S_v * VEC_S
     C = C_v * VEC_C
@@ -128,13 +128,13 @@ def _channel_sums_kernel(dy_ptr, x_ptr, residual_ptr, mean_ptr, rstd_ptr, weight
 
 @triton.jit(do_not_specialize=[*SIZES, "rows", "count"])
 def _channel_grad_kernel(dy_ptr, x_ptr, residual_ptr, partial_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c1_ptr, c2_ptr,
-                         dx_ptr, dz_ptr, dw_ptr, db_ptr, dy_strides, x_strides, residual_strides, dx_strides, alpha, rows, count,
-                         P, B, S_v, C_v, DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr, R_FASTEST: tl.constexpr,
+                         dx_ptr, dz_ptr, dw_ptr, db_ptr, dy_strides, x_strides, residual_strides, dx_strides, alpha, rows,
+                         count, P, B, S_v, C_v, DY_FASTEST: tl.constexpr, X_FASTEST: tl.constexpr, R_FASTEST: tl.constexpr,
                          DX_FASTEST: tl.constexpr, VEC_S: tl.constexpr, VEC_C: tl.constexpr, BLOCK_B: tl.constexpr,
                          BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, INDEX: tl.constexpr,
                          STAGES: tl.constexpr, FOLLOWS: tl.constexpr, ACTIVATION: tl.constexpr):  # fmt: skip
-    """dx. With the partial rows of training each program adds up those of its channels, and one stores dw and db. Else the
-    means are loaded; evaluation has none."""
+    """dx, and dz where it has a pointer. With the partial rows of training each program adds up those of its channels, and one
+    stores dw and db. Else the means are loaded; evaluation has none."""
     S = S_v * VEC_S
     C = C_v * VEC_C
     p, c0 = program_block(C, BLOCK_C)
@@ -191,7 +191,7 @@ def _merge(partial, mean, count, std=None, rstd=None, running=(None, None, None)
 
 def _apply(x, mean, rstd, weight, bias, y, partial=None, running=(None, None, None), eps=0.0, momentum=0.0, follows=False,
            residual=None, activation="identity", alpha=None):  # fmt: skip
-    plan, (view, out, residual) = planned(x, y, residual, reading="y")
+    plan, (view, out, residual) = planned(x, y, residual, reading="y", fused=is_fused(residual, activation))
     (x_strides, y_strides, residual_strides), (x_fastest, y_fastest, residual_fastest) = plan.strides, plan.fastest
     plan.launch(_channel_apply_kernel, view, residual, partial, mean, rstd, *running, weight, bias, out, x_strides,
                 residual_strides, y_strides, alpha, 1 if partial is None else partial.shape[1], _count(x), *float_pair(eps),
@@ -202,7 +202,7 @@ def _apply(x, mean, rstd, weight, bias, y, partial=None, running=(None, None, No
 
 def _sums(dy, x, mean, rstd, weight=None, bias=None, residual=None, dz=None, activation="identity", alpha=None):
     """As _stats, partial rows (2, P, C); dz is filled where there is one."""
-    plan, (x, dy, residual, dz) = planned(x, dy, residual, dz, reading="sums")
+    plan, (x, dy, residual, dz) = planned(x, dy, residual, dz, reading="sums", fused=is_fused(residual, activation))
     (x_strides, *strides), (x_fastest, dy_fastest, residual_fastest, dz_fastest) = plan.strides, plan.fastest
     partial = rstd.new_empty((2, plan.P, rstd.numel()))
     plan.launch(_channel_sums_kernel, dy, x, residual, mean, rstd, weight, bias, dz, partial, strides[0], x_strides,
@@ -213,12 +213,12 @@ def _sums(dy, x, mean, rstd, weight=None, bias=None, residual=None, dz=None, act
 
 def _grad(dy, x, mean, rstd, weight, dx, partial=None, dw=None, db=None, c1=None, c2=None, follows=False, bias=None,
           residual=None, dz=None, activation="identity", alpha=None):  # fmt: skip
-    plan, (view, dy, out, residual) = planned(x, dy, dx, residual, reading="dx")
+    plan, (view, dy, out, residual) = planned(x, dy, dx, residual, reading="dx", fused=is_fused(residual, activation))
     x_strides, dy_strides, dx_strides, residual_strides = plan.strides
     x_fastest, dy_fastest, dx_fastest, residual_fastest = plan.fastest
-    plan.launch(_channel_grad_kernel, dy, view, residual, partial, mean, rstd, weight, bias, c1, c2, out, dz, dw, db, dy_strides,
-                x_strides, residual_strides, dx_strides, alpha, 1 if partial is None else partial.shape[1], _count(x),
-                DY_FASTEST=dy_fastest, X_FASTEST=x_fastest, R_FASTEST=residual_fastest, DX_FASTEST=dx_fastest,
+    plan.launch(_channel_grad_kernel, dy, view, residual, partial, mean, rstd, weight, bias, c1, c2, out, dz, dw, db,
+                dy_strides, x_strides, residual_strides, dx_strides, alpha, 1 if partial is None else partial.shape[1],
+                _count(x), DY_FASTEST=dy_fastest, X_FASTEST=x_fastest, R_FASTEST=residual_fastest, DX_FASTEST=dx_fastest,
                 FOLLOWS=follows and overlaps(x.device), ACTIVATION=activation)  # fmt: skip
     return dx
 

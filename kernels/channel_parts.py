@@ -232,8 +232,8 @@ def store_sums(partial_ptr, p, P, dy_ptr, x_ptr, residual_ptr, dz_ptr, dy_stride
         x, dz = existing(x, places, X_FASTEST), existing(dz, places, DY_FASTEST)
         centred = centre(x, high, low)
         if ACTIVATION != "identity":
-            dz = dz_of(dz, centred, factor, bias, residual_ptr, residual_strides, corner, inside, places, alpha, R_FASTEST, VEC_S,
-                       VEC_C, ACTIVATION)  # fmt: skip
+            dz = dz_of(dz, centred, factor, bias, residual_ptr, residual_strides, corner, inside, places, alpha, R_FASTEST,
+                       VEC_S, VEC_C, ACTIVATION)  # fmt: skip
             dz = existing(dz, places, X_FASTEST)
         if dz_ptr is not None:
             tile_store(dz_ptr, dz_strides, corner, inside, places, dz, DZ_FASTEST, VEC_S, VEC_C)

@@ -252,13 +252,13 @@ def _skewed(strides, fastest, itemsizes, C, S):
 class Plan:
     """The launch of one tile kernel."""
 
-    def __init__(self, layout, device, reading, there):
+    def __init__(self, layout, device, reading, there, fused):
         self.layout, self.device, self.copied = layout, device, spread(layout.copied, there)
         sums, first = reading in heuristics.SUMS, layout.fastest[0]
         config = heuristics.channel(
             layout.B, layout.C, layout.span, layout.itemsize, sm_count(device), reading, folded=layout.folded,
             channels_fastest=first == CHANNELS, skewed=first == SKEWED, turned=len(set(layout.fastest)) > 1,
-            width=layout.width)  # fmt: skip
+            width=layout.width, fused=fused)  # fmt: skip
         self.P, self.fastest, self.strides = config.programs, spread(layout.fastest, there), spread(layout.divided(), there)
         self.programs = config.programs * heuristics.cdiv(layout.C, config.block_c)
         self.few = config.programs * config.block_c <= heuristics.MERGED_WITH_READING
@@ -279,8 +279,8 @@ class Plan:
 
 
 @lru_cache(maxsize=1024)
-def _plan(shape, strides, itemsizes, device, reading, there):
-    return Plan(Layout.of(shape, strides, itemsizes), device, reading, there)
+def _plan(shape, strides, itemsizes, device, reading, there, fused):
+    return Plan(Layout.of(shape, strides, itemsizes), device, reading, there, fused)
 
 
 def described(tensors):
@@ -299,15 +299,19 @@ def spread(values, there):
     return tuple(next(values) if is_there else None for is_there in there)
 
 
-def planned(*tensors, reading):
+def planned(*tensors, reading, fused=False):
     """The plan of the launch, and the tensors as it takes them; the first of them decides the shape of the tile."""
-    plan = _plan(*described(tensors), tensors[0].device, reading, presence(tensors))
+    plan = _plan(*described(tensors), tensors[0].device, reading, presence(tensors), fused)
     return plan, as_planned(plan, tensors)
 
 
 def as_planned(plan, tensors):
     c = Channels.of(tensors[0].shape)
     return [c.view(t) if copied else t for t, copied in zip(tensors, plan.copied, strict=True)]
+
+
+def is_fused(residual, activation):
+    return residual is not None or activation != "identity"
 
 
 def like(x):

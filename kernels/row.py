@@ -119,7 +119,7 @@ def _row_fwd_chunked_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_p
         weight = load_parameter(weight_ptr, start + cols, mask, LONGEST)
         bias = load_parameter(bias_ptr, start + cols, mask, LONGEST)
         y = affine(x_hat, weight, bias)
-        tl.store(y_ptr + start + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + (start + cols), y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["P", "M", "N_v", "dy_stride_v", "x_stride_v"])

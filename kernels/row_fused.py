@@ -151,7 +151,7 @@ def _row_fused_bwd_kernel(dy_ptr, dh_ptr, x_ptr, residual_ptr, weight_ptr, bias_
                           partial_ptr, dw_ptr, db_ptr, P, M, N_v, dy_stride_v, dh_stride_v, x_stride_v, residual_stride_v,
                           alpha, ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr,
                           CENTRE: tl.constexpr, ACTIVATION: tl.constexpr, LEADS: tl.constexpr):  # fmt: skip
-    """Persistent single sweep, as _row_bwd_kernel."""
+    """Persistent single sweep, as _row_bwd_kernel; dz goes into the sums at once, so that g alone is kept beside x_hat."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     let_next_start(LEADS)
     N = N_v * VEC
@@ -176,6 +176,10 @@ def _row_fused_bwd_kernel(dy_ptr, dh_ptr, x_ptr, residual_ptr, weight_ptr, bias_
                       ACTIVATION)  # fmt: skip
         out = rows[:, None] * N_v * VEC + cols
         store_wanted(dresidual_ptr, out, dz, mask)
+        if dw_ptr is not None:
+            dw += dz * x_hat
+        if db_ptr is not None:
+            db += dz
         if dx_ptr is not None:
             g = affine(dz, weight, None)
             if CENTRE:
@@ -186,10 +190,6 @@ def _row_fused_bwd_kernel(dy_ptr, dh_ptr, x_ptr, residual_ptr, weight_ptr, bias_
             if dh_ptr is not None:
                 dx += tl.load(dh_ptr + rows[:, None] * dh_stride_v * VEC + cols, mask=mask, other=0.0).to(ACC)
             tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if dw_ptr is not None:
-            dw += dz * x_hat
-        if db_ptr is not None:
-            db += dz
     at = tl.arange(0, BLOCK)
     store_sums(partial_ptr, dw_ptr, db_ptr, dw, db, pid, P, at, at < N, N)
 
@@ -243,10 +243,11 @@ def row_fused_fwd(x, addend, weight, bias, residual, activation, alpha, eps, N, 
     rstd = torch.empty(rows.M, dtype=acc, device=x.device)
     inputs, strides = _views(rows, x, addend, residual)
     vec = vector(x.element_size(), N, *strides)
-    config = heuristics.row_forward(N, x.element_size(), sm_count(x.device))
+    config = heuristics.row_fused_forward(N, x.element_size())
     args = (*inputs, dense(weight), dense(bias), h, y, mean, rstd, rows.M, N // vec, *(s // vec for s in strides),
             *float_pair(eps), number(activation, alpha))  # fmt: skip
-    options = dict(BLOCK=config.block, VEC=vec, CENTRE=centre, ACTIVATION=activation, warps=config.warps, stages=config.stages)
+    options = dict(BLOCK=config.block, VEC=vec, CENTRE=centre, ACTIVATION=activation, warps=config.warps, stages=config.stages,
+                   registers=config.registers)  # fmt: skip
     if config.chunked:
         launch(_row_fused_fwd_chunked_kernel, rows.M, x.device, *args, STAGES=config.stages, **options)
     else:
@@ -265,7 +266,7 @@ def _split_bwd(config, given, dresidual, results, sizes, alpha, options):
         c = torch.empty((2, M), dtype=rstd.dtype, device=x.device)
         launch(_row_fused_bwd_sums_kernel, M, x.device, dy, x, residual, weight, bias, mean, rstd, dz, c, M, N_v, dy_stride_v,
                *strides_v, alpha, BLOCK=config.sums_block, STAGES=config.sums_stages, **options, warps=config.sums_warps,
-               stages=config.sums_stages)  # fmt: skip
+               stages=config.sums_stages, registers=heuristics.registers(config.sums_warps))  # fmt: skip
     if results[0] is None and results[1] is None:
         return 0
     dy, dy_stride_v = (dy, dy_stride_v) if identity else (dz, N_v)

@@ -127,8 +127,8 @@ def _row_bwd_sums_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c_ptr, M
 def _row_bwd_columns_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c_ptr, dx_ptr, partial_ptr, dw_ptr, db_ptr, P, M,
                             N_v, dy_stride_v, x_stride_v, dh_ptr, dh_stride_v, ROWS: tl.constexpr, BLOCK: tl.constexpr,
                             VEC: tl.constexpr, STAGES: tl.constexpr, LEADS: tl.constexpr, FOLLOWS: tl.constexpr):  # fmt: skip
-    """BLOCK columns of every P-th tile of rows: dx with the known c1 and c2, and dh added where it is given, and one partial row
-    of dw and db.
+    """BLOCK columns of every P-th tile of rows: dx with the known c1 and c2, plus dh where it is given, and one partial row of
+    dw and db.
 
     From the last row on: those are in L2, if any are.
     """

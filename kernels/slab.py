@@ -20,6 +20,7 @@ from .channel_tiles import (
     as_planned,
     described,
     existing,
+    is_fused,
     load_statistics,
     presence,
     spread,
@@ -138,23 +139,23 @@ class Plan:
 
 
 @lru_cache(maxsize=1024)
-def _plan(shape, strides, itemsizes, there, backward):
+def _plan(shape, strides, itemsizes, there, fused, backward):
     layout = Layout.of(shape, strides, itemsizes)
     config = heuristics.slab(layout.B, layout.C, layout.span, layout.itemsize, folded=layout.folded,
                              channels_fastest=layout.fastest[0] == CHANNELS, width=layout.width,
-                             skewed=layout.fastest[0] == SKEWED, backward=backward)  # fmt: skip
+                             skewed=layout.fastest[0] == SKEWED, backward=backward, fused=fused)  # fmt: skip
     return None if config is None else Plan(layout, config, there)
 
 
-def _planned(*tensors, backward):
+def _planned(*tensors, fused, backward):
     """As channel_tiles.planned, but None where the slab does not fit."""
-    plan = _plan(*described(tensors), presence(tensors), backward)
+    plan = _plan(*described(tensors), presence(tensors), fused, backward)
     return plan, None if plan is None else as_planned(plan, tensors)
 
 
 def slab_fwd(x, weight, bias, running, y, mean, rstd, momentum, eps, residual, activation, alpha):
     """`running`: running_mean, running_var and num_batches_tracked. One launch, or False where the slab does not fit."""
-    plan, tensors = _planned(x, y, residual, backward=False)
+    plan, tensors = _planned(x, y, residual, fused=is_fused(residual, activation), backward=False)
     if plan is None:
         return False
     (x, y, residual), (x_strides, y_strides, residual_strides) = tensors, plan.strides
@@ -168,7 +169,7 @@ def slab_fwd(x, weight, bias, running, y, mean, rstd, momentum, eps, residual, a
 def slab_bwd(dy, x, weight, mean, rstd, dx, dw, db, bias, residual, dz, activation, alpha):
     """One launch, or False where the slab does not fit; dx, dz, dw and db are None where they are not wanted."""
     out = x if dx is None and dz is None else dz if dx is None else dx
-    plan, tensors = _planned(x, dy, out, residual, backward=True)
+    plan, tensors = _planned(x, dy, out, residual, fused=is_fused(residual, activation), backward=True)
     if plan is None:
         return False
     x, dy, out, residual = tensors

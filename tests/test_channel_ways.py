@@ -4,12 +4,13 @@ import itertools
 
 import pytest
 import torch
-from cases import BF16, F32, WAYS, Case
+from cases import BF16, F16, F32, F64, WAYS, Case
 from compare import Training, assert_no_worse, parameter_dtypes
 from conftest import SERVED
 from oracle import batch_norm, error, ulp, wide
+from test_fused import Fused, check, differentiated, dtypes
 
-from fastnorm import heuristics
+from fastnorm import heuristics, reference
 
 SLAB = (["_slab_fwd_kernel"], ["_slab_bwd_kernel"])
 TWO = (["_channel_stats_kernel", "_channel_apply_kernel"], ["_channel_sums_kernel", "_channel_grad_kernel"])
@@ -39,6 +40,11 @@ class Way:
             self.patch(heuristics, "MERGED_WITH_READING", 2048 if name == "two" else 0)
             self.patch(heuristics, "LEADING", heuristics.LEADING if name == "two" else 0)
 
+    @property
+    def launches(self):
+        """Of forward and backward."""
+        return {"slab": SLAB, "two": TWO, "three": THREE}[self.name]
+
     def _recording(self, launch):
         def run(kernel, *args, **options):
             self.launched.append(kernel.fn.__name__)
@@ -49,7 +55,7 @@ class Way:
     def train(self, x, dy, weight=None, bias=None, running=(None, None), momentum=0.1, eps=1e-5, counter=None):
         """y, dx, dweight and dbias by name, and a function of `need` that runs the backward again."""
         self.kernels.forget()  # plans are kept by what the kernels are given, not by what the heuristics say
-        forward, backward = {"slab": SLAB, "two": TWO, "three": THREE}[self.name]
+        forward, backward = self.launches
         y, mean, rstd = self.kernels.channel_fwd(x, weight, bias, *running, True, momentum, eps, counter)
         assert self.launched == forward
         again = lambda need: self.kernels.channel_bwd(dy, x, weight, mean, rstd, True, need)
@@ -141,3 +147,51 @@ def test_constant_channels_are_zero(way):
         assert torch.equal(ours["y"], torch.zeros_like(x))
         assert torch.equal(ours["dx"], torch.zeros_like(x))
         way.launched.clear()
+
+
+FUSED = [
+    *(Fused(Case((4, 5, 5, 7), layout=layout), "gelu", residual=residual)
+      for layout in ("dense", "channels_last") for residual in (None, "dense", "channels_last")),
+    *(Fused(Case((3, 8, 7, 7), layout=layout, dtype=BF16, weight=BF16, bias=F32), "silu", residual="dense")
+      for layout in ("dense", "every_second", "expanded")),
+    *(Fused(Case((2, 8, 5, 27), dtype=F16), activation, residual=residual)
+      for activation, residual in (("identity", "dense"), ("leaky_relu", None), ("relu", "row_strided"))),
+    *(Fused(Case((40, 9), weight=weight, bias=bias), "elu", residual="mT") for weight, bias in ((None, F32), (F32, None))),
+    Fused(Case((3, 5, 8, 3), layout="channels_last", dtype=BF16, weight=None, bias=None), "relu", residual="channels_last"),
+    Fused(Case((5, 3, 16), dtype=F64, weight=F64, bias=F64), "tanh", residual="dense"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fused", FUSED, ids=str)
+def test_every_way_is_as_right_with_what_surrounds_a_norm(fused, way):
+    x, dy, weight, bias, _, residual, _ = inputs = fused.inputs(way.device, 0, False)
+    truth = differentiated("channels", fused, F64, *inputs)
+    around, (forward, backward) = (residual, fused.activation, fused.alpha), way.launches
+    way.kernels.forget()
+    y, mean, rstd = way.kernels.channel_fused_fwd(x, weight, bias, *around, None, None, True, 0.1, fused.case.eps)
+    assert way.launched == forward
+    need = (True, *dtypes(weight, bias), residual is not None)
+    end = (residual, weight, bias, *around[1:])
+    gradients = way.kernels.channel_fused_bwd(dy, x, *end, mean, rstd, True, need)
+    assert way.launched == forward + backward
+    found = dict(zip(("y", "dx", "dweight", "dbias", "dresidual"), (y, *gradients), strict=True))
+    check("channels", fused, {name: t for name, t in found.items() if t is not None}, truth, way.device)
+
+
+@pytest.mark.parametrize("activation", ["identity", "gelu"])
+@pytest.mark.parametrize("residual", [None, "dense"])
+@pytest.mark.parametrize("training", [True, False])
+def test_only_what_is_needed_with_what_surrounds_a_norm(activation, residual, training, way):
+    """Whatever is wanted together, and whichever launch makes it."""
+    x, dy, weight, bias, _, residual, _ = Fused(Case((4, 2, 5, 7)), residual=residual).inputs(way.device, 0, False)
+    way.kernels.forget()
+    _, mean, rstd = reference.channel_fwd(x, None, None, None, None, True, 0.1, 1e-5)
+    run = lambda backend, need: backend.channel_fused_bwd(
+        dy, x, residual, weight, bias, activation, 0.0, mean, rstd, training, need
+    )
+    dtypes = ((True, False), (F32, None), (BF16, None), (True, False) if residual is not None else (False,))
+    for need in itertools.product(*dtypes):
+        for got, expected, wanted in zip(run(way.kernels, need), run(reference, need), need, strict=True):
+            assert (got is not None) == bool(wanted)
+            if wanted:
+                torch.testing.assert_close(got, expected, rtol=2e-6 if got.dtype == F32 else 1e-2, atol=1e-5)

@@ -19,7 +19,7 @@ from .dryrun import DEVICES, Compiled
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 # The tensors whose every access must be 16 bytes wide where sizes, strides and alignment allow it.
-WHOLE = ("x_ptr", "dy_ptr", "y_ptr", "dx_ptr")
+WHOLE = tuple(f"{name}_ptr" for name in ("x", "dy", "y", "dx", "addend", "residual", "h", "dh", "dresidual", "dz"))
 
 _ACCESS = re.compile(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[a-z](\d+)\s[^\[]*\[\s*(%rd\d+)")
 _ASYNC = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S*\s*\[[^\]]*\]\s*,\s*\[\s*(%rd\d+)[^\]]*\]\s*,\s*(0x[0-9a-f]+|\d+)")
@@ -28,9 +28,10 @@ _PARAMETER = re.compile(r"\bld\.param\.\w+\s+(%rd\d+),\s*\[\w+_param_(\d+)\]")
 _ROUGH = re.compile(r"\b(?:div\.(?:full|approx)|sqrt\.approx)(?:\.ftz)?\.f32\b")
 # Of a launch that may start before the one before has ended: what waits for it, see kernels/chain.py.
 WAIT = "griddepcontrol.wait"
-# What that one may write; the statistics of a forward, and a backward is given those as they are.
+# What that one may write; and of these kernels, statistics, which a backward is given as they are, and dz in the place of dy.
 EARLIER = ("partial_ptr", "c_ptr", "c1_ptr", "c2_ptr")
-STATISTICS = {"_channel_apply_kernel": ("mean_ptr", "rstd_ptr")}
+EARLIER_OF = {"_channel_apply_kernel": ("mean_ptr", "rstd_ptr"), "_channel_grad_kernel": ("dy_ptr",),
+              "_row_bwd_columns_kernel": ("dy_ptr",)}  # fmt: skip
 _STEP = re.compile(r"\b[a-z][\w.]*\s+(%rd\d+)\s*,\s*([^;]*);")
 
 
@@ -61,7 +62,7 @@ def _read_nvidia(variant):
     names = [name for name, _ in variant.parameters]
     loads, stores = _widths(ptx, names)
     return Code(usage["REG"], spill, fp64, len(_ROUGH.findall(ptx)), loads, stores,
-                _early(ptx, names, (*EARLIER, *STATISTICS.get(variant.kernel, ()))))  # fmt: skip
+                _early(ptx, names, (*EARLIER, *EARLIER_OF.get(variant.kernel, ()))))  # fmt: skip
 
 
 def _early(ptx, names, earlier):

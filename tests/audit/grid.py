@@ -93,6 +93,31 @@ def modules():
 
 
 @dataclass(frozen=True)
+class Surroundings:
+    """Of a fused norm: what surrounds it."""
+
+    activation: str
+    residual: bool
+    addend: bool = False  # of rows
+    centre: bool = True
+
+    def tensors(self, x):
+        """addend and residual, or None"""
+        return x.clone() if self.addend else None, x.clone() if self.residual else None
+
+
+# The most registers, by an error function and by a long series; and what a transformer is made of.
+FUSED_ROWS = (
+    Surroundings("gelu", residual=True, addend=True),
+    Surroundings("tanh", residual=True, addend=True, centre=False),
+    Surroundings("identity", residual=False, addend=True, centre=False),
+)
+FUSED_CHANNELS = Surroundings("gelu", residual=True), Surroundings("relu", residual=True), Surroundings("tanh", residual=False)
+FUSED_DTYPES = ((bfloat16, bfloat16), (bfloat16, float32), (float32, float32), (float64, float64))
+FEW_FUSED_DTYPES = ((bfloat16, float32), (float32, float32))
+
+
+@dataclass(frozen=True)
 class Call:
     """`wide`: "loads" and "stores", where sizes, strides and alignment allow 16-byte ones of x and dy, of y and dx."""
 
@@ -126,6 +151,33 @@ def channels(shape, layout, dtype, parameter, pieces=False):
         K.channel_apply(x, mean, rstd, p, p)
         K.channel_sums(x, x, mean, rstd)
         K.channel_grad(x, x, mean, rstd, p, rstd, rstd)
+
+
+def fused_rows(M, N, dtype, parameter, around, alone=False):
+    """Forward and backward, and with `alone` the gradient of the residual and those of the parameters by themselves."""
+    x, p = torch.empty(M, N, dtype=dtype), torch.empty(N, dtype=parameter)
+    addend, residual = around.tensors(x)
+    y, h, mean, rstd = K.row_fused_fwd(x, addend, p, p, residual, around.activation, 0.0, 1e-5, N, around.centre)
+    needs = [(True, parameter, parameter, around.residual)]
+    needs += [(False, None, None, True), (False, parameter, parameter, False)] if alone else []
+    for need in needs:
+        K.row_fused_bwd(y, h, x, residual, p, p, around.activation, 0.0, mean, rstd, need, around.centre)
+
+
+def fused_channels(shape, layout, dtype, parameter, around, pieces=False):
+    """Training; with `pieces` evaluation, a residual that takes no gradient, and gradients that are wanted alone."""
+    x, p = _laid_out(shape, layout, dtype), torch.empty(shape[1], dtype=parameter)
+    residual = _laid_out(shape, layout, dtype) if around.residual else None
+    forward = lambda training: K.channel_fused_fwd(x, p, p, residual, around.activation, 0.0, p, p, training, 0.1, 1e-5)
+    _, mean, rstd = forward(True)
+    backward = lambda *how: K.channel_fused_bwd(x, x, residual, p, p, around.activation, 0.0, mean, rstd, how[0], how[1:])
+    backward(True, True, parameter, parameter, around.residual)
+    if pieces:
+        forward(False)
+        backward(True, True, parameter, parameter, False)
+        backward(True, False, None, None, True)
+        backward(False, True, parameter, parameter, around.residual)
+        backward(False, True, None, None, around.residual)
 
 
 def _laid_out(shape, layout, dtype):
@@ -163,6 +215,22 @@ def _channel_calls(few: bool) -> Iterator[Call]:
         yield Call(f"channels {shape} {layout} {dtype} {parameter}", _wide(shape, layout, dtype), call)
 
 
+def _fused_calls(few: bool) -> Iterator[Call]:
+    dtypes = FEW_FUSED_DTYPES if few else FUSED_DTYPES
+    ladders = (*heuristics.FORWARD.values(), *heuristics.BACKWARD.values())
+    lengths = FEW_LENGTHS if few else sorted({*LENGTHS, *itertools.chain(*ladders)})
+    for N, (dtype, parameter), around in itertools.product(lengths, dtypes, FUSED_ROWS[:1] if few else FUSED_ROWS):
+        wide = ALL if N % (16 // dtype.itemsize) == 0 else ()
+        alone = around.residual and N in FEW_LENGTHS and not few
+        call = lambda args=(512, N, dtype, parameter, around, alone): fused_rows(*args)
+        yield Call(f"fused rows {N} {dtype} {parameter} {around}", wide, call)
+    shapes = FEW_CHANNEL_SHAPES if few else CHANNEL_SHAPES
+    for (shape, layout), (dtype, parameter), around in itertools.product(shapes, dtypes, FUSED_CHANNELS[: 1 if few else 3]):
+        pieces = dtype == float32 if few else parameter in (dtype, float32) and around.activation != "relu"
+        call = lambda args=(shape, layout, dtype, parameter, around, pieces): fused_channels(*args)
+        yield Call(f"fused channels {shape} {layout} {dtype} {parameter} {around}", _wide(shape, layout, dtype), call)
+
+
 def _wide(shape, layout, dtype):
     vector, (C, *positions) = 16 // dtype.itemsize, shape[1:]
     S = prod(positions)
@@ -175,4 +243,4 @@ def _wide(shape, layout, dtype):
 
 def calls(few: bool = False) -> list[Call]:
     """A variant is judged by the first call that reaches it: those that allow wide accesses come first."""
-    return sorted(itertools.chain(_row_calls(few), _channel_calls(few)), key=lambda call: -len(call.wide))
+    return sorted(itertools.chain(_row_calls(few), _channel_calls(few), _fused_calls(few)), key=lambda call: -len(call.wide))
