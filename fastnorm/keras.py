@@ -70,8 +70,8 @@ class KerasBatchNorm(torch.nn.Module):
         n = counts.sum(dims, keepdim=True).clamp(min=1)
         mean = torch.where(counts, xf, 0).sum(dims, keepdim=True) / n
         var = torch.where(counts, xf - mean, 0).square().sum(dims, keepdim=True) / n
-        weight, bias = (None if p is None else p.to(xf.dtype).view(mean.shape) for p in (self.weight, self.bias))
-        self._update(mean.detach().flatten(), var.detach().flatten())
+        weight, bias = (None if p is None else p.view(mean.shape) for p in (self.weight, self.bias))
+        self._update(mean.flatten(), var.flatten())
         return affine((xf - mean) * torch.rsqrt(var + self.eps), weight, bias).to(x.dtype)
 
     def _update(self, mean, var):

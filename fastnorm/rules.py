@@ -202,7 +202,7 @@ def _values_per_sample(seen, call):
     """How many values of a channel a sample has; None where that is not known."""
     if seen.example and call.shape is not None and len(call.shape) > 1:
         return call.shape.numel() / call.shape[option(call.module, "channel_axis")] / seen.example
-    source = _source(call, _is_activation, _is_dropout)
+    source = _source(call, _is_activation, _is_dropout, _family)
     if not isinstance(call.module, nn.BatchNorm1d) or source is None:
         return None
     flat = _is(source, {"flatten"}, nn.Flatten)

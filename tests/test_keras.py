@@ -200,21 +200,24 @@ def test_rms_scaling(shape, axis, scale):
     assert norm.weight is not None  # Keras has one whatever `scale` says
 
 
+@pytest.mark.filterwarnings("ignore:You passed `rms_scaling=True`")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_types_are_no_worse_than_keras(dtype, backend):
+@pytest.mark.parametrize("what", ["batch", "masked", "layer", "rms"])
+def test_half_types_are_no_worse_than_keras(what, dtype, backend):
     """Statistics in float32, and the result in the input's dtype."""
+    cls = BatchNormalization if what in ("batch", "masked") else LayerNormalization
+    x = inputs(8, 50, 6).to(dtype)
+    options = {"rms_scaling": True} if what == "rms" else {}
     policy = {torch.bfloat16: "mixed_bfloat16", torch.float16: "mixed_float16"}[dtype]
-    x = inputs(40, 6).to(dtype)
-    for cls in (BatchNormalization, LayerNormalization):
-        layer, exact = built(cls(dtype=policy), (40, 6)), built(cls(**EXACT), (40, 6))
-        for ours, theirs in zip(exact.weights, layer.weights, strict=True):
-            ours.assign(theirs.numpy().astype("float64"))
-        norm = fastnorm.from_keras(layer)
-        options = {"training": True} if cls is BatchNormalization else {}
-        truth = exact(x.double(), **options)
-        y, expected = norm(x), layer(x, **options)
-        assert y.dtype == expected.dtype == dtype
-        assert (y - truth).abs().max() <= (expected - truth).abs().max() * (1 + torch.finfo(dtype).eps)
+    layer, exact = (built(cls(dtype=d, **options), x.shape) for d in (policy, "float64"))
+    mask = (torch.arange(400).view(8, 50) % 3 == 0,) if what == "masked" else ()
+    norm, wide = fastnorm.from_keras(layer), fastnorm.from_keras(exact)
+    truth = wide(x.double(), *mask)
+    y = norm(x, *mask)
+    calls = {"training": True, "mask": mask[0] if mask else None} if cls is BatchNormalization else {}
+    expected = layer(x, **calls)
+    assert y.dtype == expected.dtype == dtype
+    assert (y - truth).abs().max() <= (expected - truth).abs().max() * (1 + torch.finfo(dtype).eps)
 
 
 def test_the_tensors_are_copies_and_the_module_one_of_torchs(tmp_path):

@@ -100,7 +100,13 @@ CASES = [
         lambda p: nn.Sequential(nn.Conv1d(3, 4, 1), p.BatchNorm1d(4)),
         {"batch_size": 15},
     ),
-    ("small-batch", ["1"], lambda p: dense(p.BatchNorm1d(4)), lambda p: dense(p.BatchNorm1d(4).eval()), {"batch_size": 2}),
+    (
+        "small-batch",
+        ["1", "4"],
+        lambda p: dense(p.BatchNorm1d(4), nn.ReLU(), nn.Dropout(), p.BatchNorm1d(4)),
+        lambda p: dense(p.BatchNorm1d(4).eval()),
+        {"batch_size": 15},
+    ),
     ("momentum", ["1"], lambda p: dense(p.BatchNorm1d(4, momentum=0.99)), lambda p: dense(p.BatchNorm1d(4, momentum=None)), {}),
     ("momentum", ["1"], lambda p: dense(p.BatchNorm1d(4, momentum=0.0)), lambda p: dense(p.BatchNorm1d(4, momentum=0.01)), {}),
     (
