@@ -155,6 +155,8 @@ def _served(module, cls):
         return None
     if isinstance(module, CLASSES):
         return cls
+    if options := extras(module):
+        return f"has an attribute that fastnorm's norms would take for an option: {', '.join(options)}"
     return _reason_against(module) or OURS.get(cls) or known.refusal(module) or _subclass(cls)
 
 
