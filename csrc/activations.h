@@ -18,14 +18,18 @@ struct Epilogue {
 template <class V>
 struct Elementary;
 
-// tanh's form of gelu: 0.5 * (1 + tanh(u / 2)) = sigmoid(u), with u = 2 sqrt(2 / pi) * (z + 0.044715 z^3).
+// tanh's form of gelu: 0.5 * (1 + tanh(u / 2)) = sigmoid(u), with u = 2 sqrt(2 / pi) * (z + 0.044715 z^3), and its derivative.
 template <class V>
 struct GeluTanh {
-  V sigmoid, du;
+  V sigmoid, slope;
   explicit FN_HD GeluTanh(V z) {
-    constexpr double k = 1.5957691216057308, cubic = 0.044715;
-    sigmoid = Elementary<V>::sigmoid(V(k) * (z + V(cubic) * (z * z * z)));
-    du = V(k) * (V(1) + V(3 * cubic) * (z * z));
+    using E = Elementary<V>;
+    constexpr double k = 1.5957691216057308, cubic = 0.044715, most = 1e4;
+    // A larger square changes nothing but what is infinite: its product with a slope of zero.
+    const V square = E::at_most_zero(z * z - V(most), z * z, V(most)), u = V(k) * (z + V(cubic) * (z * square));
+    sigmoid = E::sigmoid(u);
+    // sigmoid(-u) and not 1 - sigmoid: z * du would enlarge the rounding of that.
+    slope = sigmoid * E::sigmoid(-u) * (V(k) * (V(1) + V(3 * cubic) * square));
   }
 };
 
@@ -72,7 +76,7 @@ FN_HD V slope(Activation activation, V z, V alpha) {
       return E::cdf(z) + z * E::pdf(z);
     case Activation::gelu_tanh: {
       const GeluTanh<V> g(z);
-      return g.sigmoid * (one + z * (one - g.sigmoid) * g.du);
+      return g.sigmoid + z * g.slope;
     }
     case Activation::sigmoid: {
       const V s = E::sigmoid(z);

@@ -25,10 +25,21 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("running_var"), py::arg("training"), py::arg("momentum"), py::arg("eps"),
         py::arg("num_batches_tracked") = py::none());
   m.def("channel_bwd", &channel_bwd, no_gil);
+  m.def("row_fused_fwd", &row_fused_fwd, no_gil, py::arg("x"), py::arg("addend"), py::arg("weight"), py::arg("bias"),
+        py::arg("residual"), py::arg("activation"), py::arg("alpha"), py::arg("eps"), py::arg("N"), py::arg("centre") = true);
+  m.def("row_fused_bwd", &row_fused_bwd, no_gil, py::arg("dy"), py::arg("dh"), py::arg("x"), py::arg("residual"),
+        py::arg("weight"), py::arg("bias"), py::arg("activation"), py::arg("alpha"), py::arg("mean"), py::arg("rstd"),
+        py::arg("need"), py::arg("centre") = true);
+  m.def("channel_fused_fwd", &channel_fused_fwd, no_gil, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("residual"),
+        py::arg("activation"), py::arg("alpha"), py::arg("running_mean"), py::arg("running_var"), py::arg("training"),
+        py::arg("momentum"), py::arg("eps"), py::arg("num_batches_tracked") = py::none());
+  m.def("channel_fused_bwd", &channel_fused_bwd, no_gil);
   if (PyModule_AddFunctions(m.ptr(), eager_functions) != 0) throw py::error_already_set();
   m.def("set_config", [](const py::object& config) { set_config(config.ptr()); });
   m.def("set_differentiable",
-        [](py::object layer_norm, py::object batch_norm) { set_differentiable(layer_norm.ptr(), batch_norm.ptr()); });
+        [](py::object layer_norm, py::object batch_norm, py::object fused_rows, py::object fused_batch_norm) {
+          set_differentiable(layer_norm.ptr(), batch_norm.ptr(), fused_rows.ptr(), fused_batch_norm.ptr());
+        });
   const auto type = [](const std::string& device) { return c10::Device(device).type(); };
   m.def("serve_natively", [type](const std::string& device, bool on) { serve_natively(type(device), on); });
   m.def("set_kernels", [type](const std::string& device, uintptr_t kernels, uintptr_t stream) {

@@ -5,6 +5,7 @@
 #include <c10/util/FunctionRef.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "kernels.h"
@@ -40,6 +41,24 @@ std::tuple<Tensor, Tensor, Tensor> channel_fwd(const Tensor& x, const Maybe& wei
                                                double momentum, double eps, const Maybe& num_batches_tracked);
 Grads channel_bwd(const Tensor& dy, const Tensor& x, const Maybe& weight, const Tensor& mean, const Tensor& rstd, bool training,
                   const Need& need);
+
+// A norm with what surrounds it; `activation` is a name of activations.py. The fourth of FusedNeed: dresidual wanted or not.
+using FusedNeed = std::tuple<bool, MaybeType, MaybeType, bool>;
+using FusedGrads = std::tuple<Maybe, Maybe, Maybe, Maybe>;
+std::tuple<Tensor, Maybe, Tensor, Tensor> row_fused_fwd(const Tensor& x, const Maybe& addend, const Maybe& weight,
+                                                        const Maybe& bias, const Maybe& residual,
+                                                        const std::string& activation, double alpha, double eps, int64_t N,
+                                                        bool centre);
+FusedGrads row_fused_bwd(const Tensor& dy, const Maybe& dh, const Tensor& x, const Maybe& residual, const Maybe& weight,
+                         const Maybe& bias, const std::string& activation, double alpha, const Tensor& mean,
+                         const Tensor& rstd, const FusedNeed& need, bool centre);
+std::tuple<Tensor, Tensor, Tensor> channel_fused_fwd(const Tensor& x, const Maybe& weight, const Maybe& bias,
+                                                     const Maybe& residual, const std::string& activation, double alpha,
+                                                     const Maybe& running_mean, const Maybe& running_var, bool training,
+                                                     double momentum, double eps, const Maybe& num_batches_tracked);
+FusedGrads channel_fused_bwd(const Tensor& dy, const Tensor& x, const Maybe& residual, const Maybe& weight, const Maybe& bias,
+                             const std::string& activation, double alpha, const Tensor& mean, const Tensor& rstd,
+                             bool training, const FusedNeed& need);
 
 // The forward passes with statistics in the caller's memory, for a tensor costs a quarter of a microsecond: mean, 2 n elements,
 // and rstd, n, of x's accumulate dtype, where n is the number of rows or of channels. They are asked for once y is there: small

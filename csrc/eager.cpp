@@ -3,102 +3,18 @@
 // Raw CPython entries and a C++ autograd node: an 8 x 64 call is a few microseconds, so each crossing counts.
 #include "eager.h"
 
-#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include "checks.h"
-#include "contract.h"
 #include "replay.h"
+#include "whole_call.h"
 
 namespace fastnorm {
 namespace {
 
-namespace py = pybind11;
-using c10::DispatchKey;
-using c10::DispatchKeySet;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
 PyObject *layer_norm_formula = nullptr, *batch_norm_formula = nullptr;
 PyObject* config = nullptr;  // fastnorm.config
 std::atomic<bool> native_serves[2] = {};  // on the CPU, on CUDA
-
-// ---------------------------------------------------------------- the gate
-
-// Subtracting key sets would leave the bits of the devices in.
-bool within(DispatchKeySet keys, DispatchKeySet usual) { return (keys.raw_repr() & ~usual.raw_repr()) == 0; }
-
-// Nobody looks at the operators of this thread: no functorch transform, dispatch mode, tracer or torch function mode.
-bool unwatched() {
-  static const DispatchKeySet usual({DispatchKey::ADInplaceOrView, DispatchKey::BackendSelect});
-  return within(c10::impl::tls_local_dispatch_key_set().included_, usual) && !at::impl::torch_function_mode_enabled();
-}
-
-// A dense tensor with its own memory: no wrapper, no batching, no lazy conjugation or negation, no tangent.
-bool plain(const Tensor& t) {
-  static const DispatchKeySet cpu(
-      {DispatchKey::CPU, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU});
-  static const DispatchKeySet cuda(
-      {DispatchKey::CUDA, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA});
-  return within(t.key_set(), t.is_cuda() ? cuda : cpu) && !t._fw_grad(/*level=*/0).defined();
-}
-
-bool readable(const Tensor& t) {
-  const auto dtype = t.scalar_type();
-  return plain(t) && (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble);
-}
-
-// An argument as a tensor that the kernels read, beside x and of the shape given; none for None. False where it is anything
-// else.
-bool parse(PyObject* object, Maybe& t, const Tensor& x, at::IntArrayRef sizes) {
-  if (object == Py_None) return true;
-  if (!THPVariable_CheckExact(object)) return false;
-  t = THPVariable_Unpack(object);
-  return readable(*t) && t->device() == x.device() && t->sizes() == sizes;
-}
-
-// A counter of batches beside x; none for None.
-bool parse_counter(PyObject* object, Maybe& t, const Tensor& x) {
-  if (object == Py_None) return true;
-  if (!THPVariable_CheckExact(object)) return false;
-  t = THPVariable_Unpack(object);
-  return plain(*t) && t->scalar_type() == at::kLong && t->dim() == 0 && t->device() == x.device() && !t->is_inference();
-}
-
-bool parse(PyObject* object, Tensor& x) {
-  if (!THPVariable_CheckExact(object)) return false;
-  x = THPVariable_Unpack(object);
-  return readable(x) && x.numel() > 0;
-}
-
-bool parse(PyObject* object, double& value) {
-  if (PyFloat_CheckExact(object)) {
-    value = PyFloat_AS_DOUBLE(object);
-    return true;
-  }
-  if (!PyLong_CheckExact(object)) return false;
-  value = PyLong_AsDouble(object);
-  if (value == -1.0 && PyErr_Occurred()) PyErr_Clear();  // too large for a double: torch says so
-  return value == value && value != -1.0;
-}
-
-bool parse(PyObject* object, c10::SmallVector<int64_t, 4>& shape) {
-  const bool tuple = PyTuple_Check(object);
-  if (!tuple && !PyList_Check(object)) return false;
-  const Py_ssize_t n = tuple ? PyTuple_GET_SIZE(object) : PyList_GET_SIZE(object);
-  for (Py_ssize_t i = 0; i < n; ++i) {
-    PyObject* size = tuple ? PyTuple_GET_ITEM(object, i) : PyList_GET_ITEM(object, i);
-    if (!PyLong_CheckExact(size)) return false;
-    int overflow = 0;
-    shape.push_back(PyLong_AsLongLongAndOverflow(size, &overflow));
-    if (overflow != 0) return false;
-  }
-  return n > 0;
-}
 
 // Inference tensors cannot be saved for backward: torch says so before anything has happened.
 bool savable(const Tensor& x, const Maybe& weight) { return !x.is_inference() && !(weight && weight->is_inference()); }
@@ -109,9 +25,6 @@ bool wants_grad(const Tensor& x, const Maybe& weight, const Maybe& bias) {
 }
 
 // ---------------------------------------------------------------- autograd
-
-Maybe given(const Tensor& t) { return t.defined() ? Maybe(t) : std::nullopt; }
-
 // Statistics of a call without a graph: forgotten at its end.
 class ScratchStatistics {
  public:
@@ -175,53 +88,18 @@ Need needed(AutogradContext* ctx, const Tensor& x, const Tensor& weight) {
   return need;
 }
 
-// Backward has to be made of torch's operators: it is itself differentiated, watched, or given no plain tensor.
-bool differentiable(const Tensor& dy) { return at::GradMode::is_enabled() || !unwatched() || !plain(dy); }
-
-// Some versions of torch count the owners of a node in it, others beside it.
-template <class T>
-auto make_node() {
-  if constexpr (std::is_same_v<decltype(torch::autograd::Edge::function), std::shared_ptr<torch::autograd::Node>>)
-    return std::shared_ptr<T>(new T, [](auto* node) { deleteNode(node); });
-  else
-    return c10::make_intrusive<T>();
-}
-
-template <typename... Args>
-Grads call_formula(PyObject* formula, Args&&... args) {
-  const py::gil_scoped_acquire gil;
-  try {
-    return py::handle(formula)(std::forward<Args>(args)...).template cast<Grads>();
-  } catch (py::error_already_set& e) {
-    e.restore();
-    python_error error;  // the engine hands this one on as the Python exception that it is
-    error.persist();
-    throw error;
-  }
-}
-
-// T::apply(x, weight, bias, args...), for functions of one fresh result: without wrapping, views, dirty inputs and metadata of
-// the inputs: 0.6 us less.
 template <class T, class... Args>
 Tensor apply(const Tensor& x, const Maybe& weight, const Maybe& bias, const Args&... args) {
-  namespace autograd = torch::autograd;
-  const auto edge = [](const Maybe& t) { return t ? autograd::impl::gradient_edge(*t) : autograd::Edge(); };
-  const auto node = make_node<autograd::CppNode<T>>();
-  node->set_next_edges({edge(x), edge(weight), edge(bias)});
-  node->is_variable_input_.assign(3, true);
-  node->set_ctx_grad_fn(node);
+  const auto node = node_of<T>({&x, there(weight), there(bias)});
   Tensor y;
   {
     const at::AutoGradMode no_grad(false);
     y = T::forward(&node->ctx_, x, weight, bias, args...);
   }
-  autograd::impl::set_gradient_edge(y, {node, node->add_input_metadata(y)});
-  node->output_info_.emplace_back(y);
+  comes_from(node, y);
   node->save_variables_to_ctx();
   return y;
 }
-
-Tensor shaped(const Maybe& d, at::IntArrayRef shape) { return !d ? Tensor() : shape.size() == 1 ? *d : d->view(shape); }
 
 template <class Backend>
 struct FastnormLayerNorm : torch::autograd::Function<FastnormLayerNorm<Backend>> {
@@ -241,7 +119,7 @@ struct FastnormLayerNorm : torch::autograd::Function<FastnormLayerNorm<Backend>>
     const Tensor &x = saved[0], &weight = saved[1], &rstd = saved[3];
     const Need need = needed(ctx, x, weight);
     const int64_t N = ctx->saved_data["N"].toInt();
-    const auto [dx, dweight, dbias] = differentiable(dy[0]) ? call_formula(layer_norm_formula, dy[0], x, given(weight), N,
+    const auto [dx, dweight, dbias] = differentiable(dy[0]) ? call_formula<Grads>(layer_norm_formula, dy[0], x, given(weight), N,
                                                                            ctx->saved_data["eps"].toDouble(), need)
                                                             : Backend::row_bwd(dy[0], x, given(weight), saved[2], rstd, need);
     const auto shape = ctx->saved_data.find("shape");
@@ -266,7 +144,7 @@ struct FastnormBatchNorm : torch::autograd::Function<FastnormBatchNorm<Backend>>
     const Need need = needed(ctx, x, weight);
     const bool training = ctx->saved_data["training"].toBool();
     const auto [dx, dweight, dbias] = differentiable(dy[0])
-                                          ? call_formula(batch_norm_formula, dy[0], x, given(weight), mean, rstd, training,
+                                          ? call_formula<Grads>(batch_norm_formula, dy[0], x, given(weight), mean, rstd, training,
                                                          ctx->saved_data["eps"].toDouble(), need)
                                           : Backend::channel_bwd(dy[0], x, given(weight), mean, rstd, training, need);
     return {dx.value_or(Tensor()), dweight.value_or(Tensor()), dbias.value_or(Tensor())};
@@ -278,15 +156,8 @@ struct FastnormBatchNorm : torch::autograd::Function<FastnormBatchNorm<Backend>>
 // Which of the two serves x's device, if one does.
 enum class Serving { nobody, native, replayed };
 Serving serving(const Tensor& x) {
-  if (native_serves[x.is_cpu() ? 0 : 1]) return Serving::native;
+  if (natively(x)) return Serving::native;
   return replay::serves(x.device().type()) ? Serving::replayed : Serving::nobody;
-}
-
-// CUDA's autocast computes layer_norm in float32. The kernels do so anyway, so all it changes is y's dtype.
-MaybeType autocast_dtype(const Tensor& x) {
-  if (!x.is_cuda() || !at::isReducedFloatingType(x.scalar_type()) || !at::autocast::is_autocast_enabled(at::kCUDA))
-    return std::nullopt;
-  return py::handle(config).attr("autocast_keeps_dtype").cast<bool>() ? std::nullopt : MaybeType(at::kFloat);
 }
 
 template <class Backend>
@@ -325,11 +196,6 @@ PyObject* layer_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-bool buffers_fit(const Maybe& mean, const Maybe& var, bool training) {
-  if (!mean || !var) return !mean && !var && training;
-  return !mean->requires_grad() && !var->requires_grad();
-}
-
 PyObject* batch_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   Tensor x;
@@ -355,23 +221,31 @@ PyObject* batch_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-PyCFunction method(PyObject* (*f)(PyObject*, PyObject* const*, Py_ssize_t)) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(f));
-}
-
 }  // namespace
+
+bool natively(const Tensor& x) { return native_serves[x.is_cpu() ? 0 : 1]; }
+
+MaybeType autocast_dtype(const Tensor& x) {
+  if (!x.is_cuda() || !at::isReducedFloatingType(x.scalar_type()) || !at::autocast::is_autocast_enabled(at::kCUDA))
+    return std::nullopt;
+  return py::handle(config).attr("autocast_keeps_dtype").cast<bool>() ? std::nullopt : MaybeType(at::kFloat);
+}
 
 PyMethodDef eager_functions[] = {
     {"layer_norm", method(layer_norm), METH_FASTCALL, nullptr},
     {"batch_norm", method(batch_norm), METH_FASTCALL, nullptr},
+    {"fused_rows", method(fused_rows), METH_FASTCALL, nullptr},
+    {"fused_batch_norm", method(fused_batch_norm), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 
 void set_config(PyObject* choices) { Py_XSETREF(config, Py_NewRef(choices)); }
 
-void set_differentiable(PyObject* layer_norm_backward, PyObject* batch_norm_backward) {
+void set_differentiable(PyObject* layer_norm_backward, PyObject* batch_norm_backward, PyObject* fused_rows_backward,
+                        PyObject* fused_batch_norm_backward) {
   Py_XSETREF(layer_norm_formula, Py_NewRef(layer_norm_backward));
   Py_XSETREF(batch_norm_formula, Py_NewRef(batch_norm_backward));
+  set_fused_differentiable(fused_rows_backward, fused_batch_norm_backward);
 }
 
 void serve_natively(c10::DeviceType device, bool on) { native_serves[device == c10::DeviceType::CPU ? 0 : 1] = on; }

@@ -3,24 +3,52 @@
 from . import functional
 from .convert import convert, revert
 from .dispatch import use_backend
-from .functional import batch_norm, layer_norm
-from .nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LayerNorm
+from .fold import fold
+from .functional import add_layer_norm, add_rms_norm, batch_norm, layer_norm, rms_norm
+from .instance import instance_norm
+from .keras import from_keras
+from .lint import lint
+from .nn import (
+    AddLayerNorm,
+    AddRMSNorm,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LayerNorm,
+    RMSNorm,
+)
 from .settings import config
 from .sync import SyncBatchNorm
 from .version import __version__
 
 __all__ = [
+    "AddLayerNorm",
+    "AddRMSNorm",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
     "LayerNorm",
+    "RMSNorm",
     "SyncBatchNorm",
     "__version__",
+    "add_layer_norm",
+    "add_rms_norm",
     "batch_norm",
     "config",
     "convert",
+    "fold",
+    "from_keras",
     "functional",
+    "instance_norm",
     "layer_norm",
+    "lint",
     "revert",
+    "rms_norm",
     "use_backend",
 ]

@@ -11,14 +11,17 @@ from math import pi, sqrt
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 
 @dataclass(frozen=True)
 class Activation:
-    """value(z, alpha) is torch's own function, and slope(z, alpha) its derivative, which is torch's at a kink as well."""
+    """value(z, alpha) is torch's own function, slope(z, alpha) its derivative, which is torch's at a kink as well, and
+    module(alpha) torch's module."""
 
     value: Callable
     slope: Callable
+    module: Callable
     alpha: float = 0.0  # the default
 
 
@@ -38,15 +41,19 @@ def _silu_slope(z, _):
 
 
 ACTIVATIONS = {
-    "identity": Activation(lambda z, _: z, lambda z, _: torch.ones_like(z)),
-    "relu": Activation(lambda z, _: F.relu(z), lambda z, _: torch.ones_like(z).masked_fill(z <= 0, 0.0)),
-    "leaky_relu": Activation(F.leaky_relu, lambda z, alpha: torch.full_like(z, alpha).masked_fill(z > 0, 1.0), alpha=0.01),
-    "silu": Activation(lambda z, _: F.silu(z), _silu_slope),
-    "gelu": Activation(lambda z, _: F.gelu(z), _gelu_slope),
-    "gelu_tanh": Activation(lambda z, _: F.gelu(z, approximate="tanh"), _gelu_tanh_slope),
-    "sigmoid": Activation(lambda z, _: torch.sigmoid(z), lambda z, _: torch.sigmoid(z) * (1 - torch.sigmoid(z))),
-    "tanh": Activation(lambda z, _: torch.tanh(z), lambda z, _: 1 - torch.tanh(z).square()),
-    "elu": Activation(F.elu, lambda z, alpha: torch.where(z > 0, 1.0, alpha * torch.exp(z)), alpha=1.0),
+    "identity": Activation(lambda z, _: z, lambda z, _: torch.ones_like(z), lambda _: nn.Identity()),
+    "relu": Activation(lambda z, _: F.relu(z), lambda z, _: torch.ones_like(z).masked_fill(z <= 0, 0.0), lambda _: nn.ReLU()),
+    "leaky_relu": Activation(
+        F.leaky_relu, lambda z, alpha: torch.full_like(z, alpha).masked_fill(z > 0, 1.0), nn.LeakyReLU, alpha=0.01
+    ),
+    "silu": Activation(lambda z, _: F.silu(z), _silu_slope, lambda _: nn.SiLU()),
+    "gelu": Activation(lambda z, _: F.gelu(z), _gelu_slope, lambda _: nn.GELU()),
+    "gelu_tanh": Activation(lambda z, _: F.gelu(z, approximate="tanh"), _gelu_tanh_slope, lambda _: nn.GELU("tanh")),
+    "sigmoid": Activation(
+        lambda z, _: torch.sigmoid(z), lambda z, _: torch.sigmoid(z) * (1 - torch.sigmoid(z)), lambda _: nn.Sigmoid()
+    ),
+    "tanh": Activation(lambda z, _: torch.tanh(z), lambda z, _: 1 - torch.tanh(z).square(), lambda _: nn.Tanh()),
+    "elu": Activation(F.elu, lambda z, alpha: torch.where(z > 0, 1.0, alpha * torch.exp(z)), nn.ELU, alpha=1.0),
 }
 
 

@@ -6,6 +6,8 @@ tensor (batched gradients, subclasses), the formula of `composite`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
@@ -29,7 +31,7 @@ def elsewhere(t) -> bool:
     return t.is_neg() or t._is_zerotensor() or t.is_nested
 
 
-def _differentiable(dy) -> bool:
+def is_differentiable(dy) -> bool:
     """Whether backward has to be made of torch's operators; `is_grads_batched` hides what dy is from all but that test."""
     if _is_compiling():  # compiled autograd traces this backward
         return True
@@ -53,7 +55,7 @@ class LayerNormFunction(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, mean, rstd = ctx.saved_tensors
         need = _need(ctx, weight)
-        if _differentiable(dy):
+        if is_differentiable(dy):
             dx, dweight, dbias = composite.layer_norm_backward(dy, x, weight, ctx.N, ctx.eps, need)
         else:
             dx, dweight, dbias = ctx.backend.row_bwd(dy, x, weight, mean, rstd, need)
@@ -74,7 +76,7 @@ class BatchNormFunction(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, mean, rstd = ctx.saved_tensors
         need = _need(ctx, weight)
-        if _differentiable(dy):
+        if is_differentiable(dy):
             grads = composite.batch_norm_backward(dy, x, weight, mean, rstd, ctx.training, ctx.eps, need)
         else:
             grads = ctx.backend.channel_bwd(dy, x, weight, mean, rstd, ctx.training, need)
@@ -86,10 +88,93 @@ def _need(ctx, weight):
     return dx, weight.dtype if dweight else None, ctx.bias_dtype if dbias else None
 
 
-def _apply_of(function):
+class Rows(NamedTuple):
+    """The options of a fused norm of rows."""
+
+    N: int
+    eps: float
+    activation: str
+    alpha: float
+    centre: bool
+    backend: object
+
+
+class FusedRowsFunction(torch.autograd.Function):
+    """y and h = x + addend; without an addend y and None. With the identity, residual and bias do not come back in backward."""
+
+    @staticmethod
+    def forward(ctx, x, addend, weight, bias, residual, o):
+        y, h, mean, rstd = o.backend.row_fused_fwd(
+            x, addend, weight, bias, residual, o.activation, o.alpha, o.eps, o.N, o.centre
+        )
+        plain = o.activation == "identity"
+        ctx.save_for_backward(x if h is None else h, weight, None if plain else bias, None if plain else residual, mean, rstd)
+        ctx.options, ctx.plain, ctx.bias_dtype = o, plain, _dtype(bias)
+        ctx.parameter_shape = None if weight is None and bias is None else (bias if weight is None else weight).shape
+        ctx.set_materialize_grads(False)
+        if h is not None and not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(h)
+        return y, h
+
+    @staticmethod
+    def backward(ctx, dy, dh):
+        if dy is None:  # only h is used
+            return dh, dh, None, None, None, None
+        x, weight, bias, residual, mean, rstd = ctx.saved_tensors
+        o, (dx, daddend, _, _, dresidual, _) = ctx.options, ctx.needs_input_grad
+        activated = dresidual and not ctx.plain
+        need = (dx or daddend, *_parameter_dtypes(ctx, weight, ctx.needs_input_grad[2:4]), activated)
+        if is_differentiable(dy) or (dh is not None and is_differentiable(dh)):
+            formula = composite.fused_rows_backward
+            grads = formula(dy, dh, x, weight, bias, residual, o.activation, o.alpha, o.eps, o.N, o.centre, need)
+        else:
+            run = o.backend.row_fused_bwd
+            grads = run(dy, dh, x, residual, weight, bias, o.activation, o.alpha, mean, rstd, need, o.centre)
+        shaped = lambda d: d if d is None else d.view(ctx.parameter_shape)
+        dx, dweight, dbias, dz = grads
+        return dx, dx if daddend else None, shaped(dweight), shaped(dbias), dy if dresidual and ctx.plain else dz, None
+
+
+class FusedBatchNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, activation, alpha, mean, var, training, momentum, eps, tracked, backend):
+        options = (residual, activation, alpha, mean, var, training, momentum, eps, tracked)
+        y, mean, rstd = backend.channel_fused_fwd(x, weight, bias, *options)
+        plain = activation == "identity"
+        ctx.save_for_backward(x, weight, None if plain else bias, None if plain else residual, mean, rstd)
+        ctx.options, ctx.plain, ctx.bias_dtype = (activation, alpha, training, eps, backend), plain, _dtype(bias)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, bias, residual, mean, rstd = ctx.saved_tensors
+        activation, alpha, training, eps, backend = ctx.options
+        dx, *parameters, dresidual = ctx.needs_input_grad[:4]
+        need = (dx, *_parameter_dtypes(ctx, weight, parameters), dresidual and not ctx.plain)
+        if is_differentiable(dy):
+            formula = composite.fused_batch_norm_backward
+            grads = formula(dy, x, weight, bias, residual, activation, alpha, mean, rstd, training, eps, need)
+        else:
+            run = backend.channel_fused_bwd
+            grads = run(dy, x, residual, weight, bias, activation, alpha, mean, rstd, training, need)
+        dx, dweight, dbias, dz = grads
+        return dx, dweight, dbias, dy if dresidual and ctx.plain else dz, *[None] * 9
+
+
+def _parameter_dtypes(ctx, weight, needed):
+    return weight.dtype if needed[0] else None, ctx.bias_dtype if needed[1] else None
+
+
+def apply_of(function):
     """Function.apply as C has it: without the wrapper that looks after functorch transforms, which never come here."""
     return super(torch.autograd.Function, function).apply
 
 
-layer_norm, batch_norm = _apply_of(LayerNormFunction), _apply_of(BatchNormFunction)
-extension.differentiate_with(composite.layer_norm_backward, composite.batch_norm_backward)
+layer_norm, batch_norm = apply_of(LayerNormFunction), apply_of(BatchNormFunction)
+fused_rows, fused_batch_norm = apply_of(FusedRowsFunction), apply_of(FusedBatchNormFunction)
+extension.differentiate_with(
+    composite.layer_norm_backward,
+    composite.batch_norm_backward,
+    composite.fused_rows_backward,
+    composite.fused_batch_norm_backward,
+)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from . import composite, reference
-from .autograd import PLAIN, _apply_of, _dtype, _need, traced
+from .autograd import PLAIN, _dtype, _need, apply_of, traced
 from .reference import accumulate_dtype, needed, split, update_running
 
 _is_compiling = torch.compiler.is_compiling
@@ -130,7 +130,7 @@ def fused(*tensors) -> bool:
     return not _is_compiling() and not traced() and all(t is None or type(t) in PLAIN for t in tensors)
 
 
-_apply = _apply_of(SyncBatchNormFunction)
+_apply = apply_of(SyncBatchNormFunction)
 
 
 def sync_batch_norm(*args):

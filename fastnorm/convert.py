@@ -16,17 +16,28 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from . import known
-from .nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LayerNorm
+from .nn import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LayerNorm,
+    RMSNorm,
+)
 from .sync import SyncBatchNorm
-from .tracing import counterpart
+from .tracing import counterpart, extras
 
-CLASSES = (LayerNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
+BATCH_NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
+CLASSES = (LayerNorm, RMSNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, *BATCH_NORMS)
 OURS = {counterpart(cls): cls for cls in CLASSES}
-NORMS = (torch.nn.LayerNorm, _BatchNorm)
+NORMS = (torch.nn.LayerNorm, torch.nn.RMSNorm, _BatchNorm, _InstanceNorm)
 
 
 @dataclass(frozen=True)
@@ -74,8 +85,8 @@ class Report:
 
 
 def convert(model) -> Report:
-    """Make every norm of `model` fastnorm's, in place: torch.nn's LayerNorm, BatchNorm1d/2d/3d and SyncBatchNorm, and
-    subclasses of them.
+    """Make every norm of `model` fastnorm's, in place: torch.nn's LayerNorm, RMSNorm, InstanceNorm1d/2d/3d,
+    BatchNorm1d/2d/3d and SyncBatchNorm, and subclasses of them.
 
     A subclass is changed when it has torch.nn's forward, or one that fastnorm knows (`fastnorm.known`: torchvision's, timm's
     and transformers'); otherwise it is left alone and named in the report. So is a module whose forward was replaced on the
@@ -144,6 +155,8 @@ def _served(module, cls):
         return None
     if isinstance(module, CLASSES):
         return cls
+    if options := extras(module):
+        return f"has an attribute that fastnorm's norms would take for an option: {', '.join(options)}"
     return _reason_against(module) or OURS.get(cls) or known.refusal(module) or _subclass(cls)
 
 
@@ -155,6 +168,8 @@ def _original(module, cls):
         return cls
     if counterpart(cls) is cls and not _wrapped(module):
         return "is a subclass of fastnorm's class"
+    if options := extras(module):
+        return f"has an option that torch.nn's has not: {', '.join(options)}"
     return _reason_against(module) or counterpart(cls)
 
 

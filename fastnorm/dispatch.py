@@ -56,17 +56,18 @@ def _not_covered(*args):
 
 
 class _Direct:
-    """Whole calls, at torch's own overhead: layer_norm and batch_norm with all their arguments in torch's order.
+    """Whole calls, at torch's own overhead: layer_norm and batch_norm with all their arguments in torch's order, and those of
+    fused norms.
 
-    One pair of C++ functions serves every device whose backend has opened it (checks, autograd and kernel in one). They
+    One set of C++ functions serves every device whose backend has opened it (checks, autograd and kernel in one). They
     return None for every call that they do not cover, so the general path follows. Until a backend is chosen nothing is.
     """
 
-    layer_norm = batch_norm = staticmethod(_not_covered)
+    layer_norm = batch_norm = fused_rows = fused_batch_norm = staticmethod(_not_covered)
 
     def install(self, module, device_type):
         if hasattr(module, "whole_calls") and (calls := module.whole_calls(device_type)):
-            self.layer_norm, self.batch_norm = calls
+            self.layer_norm, self.batch_norm, self.fused_rows, self.fused_batch_norm = calls
 
     def clear(self):
         vars(self).clear()

@@ -13,10 +13,10 @@ from .settings import config
 _differentiable = ()
 
 
-def differentiate_with(layer_norm_backward, batch_norm_backward) -> None:
+def differentiate_with(*formulas) -> None:
     """The formulas of `composite`, which the C++ node calls when backward is itself differentiated; given before first use."""
     global _differentiable
-    _differentiable = (layer_norm_backward, batch_norm_backward)
+    _differentiable = formulas
 
 
 @cache

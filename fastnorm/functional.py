@@ -16,42 +16,18 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import autograd, ops
-from .autograd import PLAIN, elsewhere, traced
+from . import autograd, fused, ops
+from .autograd import PLAIN, traced
+from .composite import counted
 from .dispatch import DEVICES, DTYPES, direct, select
+from .gate import HALVES, autocasts, channels_fit, covers, needs_grad, rows_fit, savable
 from .reference import accumulate_dtype, update_running
 from .settings import config
 
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_active = torch._C._are_functorch_transforms_active
-HALVES = (torch.bfloat16, torch.float16)
 _TRACED = (FakeTensor, FunctionalTensor)
-
-
-def _covers(x, *parameters) -> bool:
-    """Plain strided tensors of one device, in dtypes that the kernels read."""
-    if type(x) not in PLAIN or x.layout is not torch.strided or x.dtype not in DTYPES or elsewhere(x):
-        return False
-    for p in parameters:
-        if p is None:
-            continue
-        if type(p) not in PLAIN or p.dtype not in DTYPES or p.device != x.device or p.layout is not x.layout:
-            return False
-        if elsewhere(p):
-            return False
-    return x.device.type != "meta" and x.numel() > 0
-
-
-def _needs_grad(x, weight, bias) -> bool:
-    return torch.is_grad_enabled() and (
-        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
-    )
-
-
-def _savable(x, weight, bias) -> bool:
-    """Inference tensors cannot be saved for backward: torch says so before anything has happened."""
-    return not _needs_grad(x, weight, bias) or not (x.is_inference() or (weight is not None and weight.is_inference()))
 
 
 def _is_operator(x, *parameters) -> bool:
@@ -88,7 +64,7 @@ def _torch_takes(dtype, given) -> bool:
 def _layer_norm_otherwise(input, normalized_shape, weight, bias, eps):
     """The calls that are not plain eager ones."""
     operator = _is_operator(input, weight, bias) or _is_sharded(input, weight, bias)
-    if not (operator and _rows_fit(input, normalized_shape, weight, bias, eps)):
+    if not (operator and rows_fit(input, normalized_shape, weight, bias, eps)):
         y = F.layer_norm(input, normalized_shape, weight, bias, eps)
         return y.to(input.dtype) if config.autocast_keeps_dtype else y
     if config.autocast_keeps_dtype:
@@ -97,10 +73,11 @@ def _layer_norm_otherwise(input, normalized_shape, weight, bias, eps):
     return ops.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
-def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, activation=None, residual=None):
     r"""Layer normalization (Ba, Kiros and Hinton, 2016) over the last dimensions.
 
-    Equivalent to: ``torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)``
+    Equivalent to: ``torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)``, and with the extras to
+    ``activation(layer_norm(...) + residual)``
 
     .. math:: y = (x - \mathrm{mean}) \cdot \mathrm{rstd} \cdot \mathrm{weight} + \mathrm{bias},
               \quad \mathrm{rstd} = 1 / \sqrt{\mathrm{var} + \mathrm{eps}}
@@ -112,6 +89,10 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
         normalized_shape: list, tuple or torch.Size, the trailing shape that is normalised.
         weight, bias: ``normalized_shape`` or None; their dtypes may differ from input's, which torch.nn's may not always.
         eps: added to the variance.
+        activation: what the norm ends in: "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh" or "elu", or a
+            pair of a name and its number, as ("leaky_relu", 0.2) or ("elu", 0.5). Backward computes it anew: nothing is saved
+            beside what the norm alone saves, but for the residual.
+        residual: input's shape and dtype, added before the activation.
 
     Returns:
         A contiguous tensor of input's shape and dtype; float32 under CUDA autocast, as in torch, unless
@@ -119,7 +100,10 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
 
     Raises:
         RuntimeError, TypeError: torch's own, with torch's message, for shapes, devices and types that do not fit.
+        ValueError: there is no such activation.
     """
+    if activation is not None or residual is not None:
+        return fused.rows(input, None, normalized_shape, weight, bias, eps, activation, residual)[0]
     if _is_compiling():
         return _layer_norm_otherwise(input, normalized_shape, weight, bias, eps)
     y = direct.layer_norm(input, normalized_shape, weight, bias, eps)
@@ -129,46 +113,45 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
         return handle_torch_function(
             layer_norm, (input, weight, bias), input, normalized_shape, weight=weight, bias=bias, eps=eps
         )
-    fits = not traced() and _covers(input, weight, bias) and _rows_fit(input, normalized_shape, weight, bias, eps)
-    fits = fits and _savable(input, weight, bias)
+    fits = not traced() and covers(input, weight, bias) and rows_fit(input, normalized_shape, weight, bias, eps)
+    fits = fits and savable(input, weight, bias)
     backend = select(input.device.type) if fits else None
     if backend is None:
         return _layer_norm_otherwise(input, normalized_shape, weight, bias, eps)
     N = 1
     for size in normalized_shape:
         N *= size
-    dtype = torch.float32 if _autocasts(input) else None
-    if _needs_grad(input, weight, bias):
+    dtype = torch.float32 if autocasts(input) else None
+    if needs_grad(input, weight, bias):
         return autograd.layer_norm(input, weight, bias, eps, N, backend, dtype)
     return backend.row_fwd(input, weight, bias, eps, N, dtype)[0]
-
-
-def _autocasts(x) -> bool:
-    """CUDA's autocast computes layer_norm in float32. The kernels do so anyway, so all it changes is the output's dtype."""
-    return x.dtype in HALVES and x.is_cuda and torch.is_autocast_enabled("cuda") and not config.autocast_keeps_dtype
-
-
-def _rows_fit(x, normalized_shape, weight, bias, eps) -> bool:
-    if not isinstance(normalized_shape, (tuple, list)) or type(eps) not in (float, int):
-        return False
-    shape = torch.Size(normalized_shape) if all(type(n) is int for n in normalized_shape) else None
-    if not shape or x.shape[-len(shape) :] != shape:
-        return False
-    return (weight is None or weight.shape == shape) and (bias is None or bias.shape == shape)
 
 
 def _batch_norm_otherwise(input, running_mean, running_var, weight, bias, training, momentum, eps):
     """The calls that are not plain eager ones."""
     tensors, options = (input, running_mean, running_var, weight, bias), (training, momentum, eps)
-    if not (_is_operator(*tensors) and _channels_fit(*tensors, *options)):
+    if not (_is_operator(*tensors) and channels_fit(*tensors, *options)):
         return F.batch_norm(*tensors, *options)
     return ops.batch_norm(*tensors, *options)
 
 
-def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+def batch_norm(
+    input,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+    *,
+    activation=None,
+    residual=None,
+):
     r"""Batch normalization (Ioffe and Szegedy, 2015) over every dimension but dim 1.
 
-    Equivalent to: ``torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)``
+    Equivalent to: ``torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)``,
+    and with the extras to ``activation(batch_norm(...) + residual)``
 
     .. math:: y = (x - \mathrm{mean}) \cdot \mathrm{rstd} \cdot \mathrm{weight} + \mathrm{bias},
               \quad \mathrm{rstd} = 1 / \sqrt{\mathrm{var} + \mathrm{eps}}
@@ -183,13 +166,19 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
         training: use the statistics of this batch.
         momentum: weight of the new statistics.
         eps: added to the variance.
+        activation: as `layer_norm`'s.
+        residual: input's shape and dtype, added before the activation.
 
     Returns:
         A tensor of input's shape, dtype and memory format (contiguous, channels_last or channels_last_3d).
 
     Raises:
         ValueError, RuntimeError, TypeError: torch's own, with torch's message; running statistics are then unchanged.
+            ValueError as well where there is no such activation.
     """
+    if activation is not None or residual is not None:
+        options = (training, momentum, eps, activation, residual)
+        return fused.batch_norm(input, running_mean, running_var, weight, bias, *options)
     if _is_compiling():
         return _batch_norm_otherwise(input, running_mean, running_var, weight, bias, training, momentum, eps)
     y = direct.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -210,75 +199,110 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
         )
     fits = (
         not traced()
-        and _covers(input, running_mean, running_var, weight, bias)
-        and _channels_fit(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        and _savable(input, weight, bias)
+        and covers(input, running_mean, running_var, weight, bias)
+        and channels_fit(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        and savable(input, weight, bias)
     )
     backend = select(input.device.type) if fits else None
     if backend is None:
         return _batch_norm_otherwise(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if _needs_grad(input, weight, bias):
+    if needs_grad(input, weight, bias):
         return autograd.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, backend)
     return backend.channel_fwd(input, weight, bias, running_mean, running_var, training, momentum, eps)[0]
 
 
-def _channels_fit(x, running_mean, running_var, weight, bias, training, momentum, eps) -> bool:
-    if type(eps) not in (float, int) or type(momentum) not in (float, int) or type(training) is not bool or x.dim() < 2:
-        return False
-    if (running_mean is None) != (running_var is None) or (running_mean is None and not training):
-        return False
-    shape = x.shape[1:2]
-    for p in (running_mean, running_var, weight, bias):
-        if p is not None and p.shape != shape:
-            return False
-    if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
-        return False
-    return eps >= 0 and (not training or (eps > 0 and x.numel() > shape[0]))
-
-
-def counted(num_batches_tracked, function, *args):
-    """function(*args), after this batch is counted, as torch.nn does: functorch and checkpoints that stop early see the order.
-
-    Where it raises, the count is taken back.
-    """
-    if num_batches_tracked is None:
-        return function(*args)
-    num_batches_tracked.add_(1)
-    try:
-        return function(*args)
-    except (RuntimeError, TypeError, ValueError):
-        num_batches_tracked.sub_(1)
-        raise
-
-
-def counting_batch_norm(input, running_mean, running_var, weight, bias, num_batches_tracked, momentum, eps):
+def counting_batch_norm(
+    input, running_mean, running_var, weight, bias, num_batches_tracked, momentum, eps, activation=None, residual=None
+):
     """Training that counts its batches. Plain calls count where they update the running statistics.
 
     Equivalent to: ``num_batches_tracked.add_(1)`` and ``batch_norm(..., training=True, momentum=momentum, eps=eps)``
     """
+    tensors = (input, running_mean, running_var, weight, bias)
+    if activation is not None or residual is not None:
+        return fused.batch_norm(*tensors, True, momentum, eps, activation, residual, num_batches_tracked)
     if not _is_compiling():
-        y = direct.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps, num_batches_tracked)
+        y = direct.batch_norm(*tensors, True, momentum, eps, num_batches_tracked)
         if y is not None:
             return y
-    return counted(num_batches_tracked, batch_norm, input, running_mean, running_var, weight, bias, True, momentum, eps)
+    return counted(num_batches_tracked, batch_norm, *tensors, True, momentum, eps)
 
 
-def cumulative_batch_norm(input, running_mean, running_var, weight, bias, num_batches_tracked, eps):
+def cumulative_batch_norm(
+    input, running_mean, running_var, weight, bias, num_batches_tracked, eps, activation=None, residual=None
+):
     """Training with ``momentum=None``: the running statistics become the average over all batches, of which this is one more.
 
     Equivalent to: ``batch_norm(..., training=True, momentum=1 / num_batches_tracked)``, with the counter read on its
     device: no synchronisation, no graph break, and CUDA graphs capture it.
     """
     tensors = (input, running_mean, running_var, weight, bias, num_batches_tracked)
-    return counted(num_batches_tracked, _cumulative_batch_norm, *tensors, eps)
+    return counted(num_batches_tracked, _cumulative_batch_norm, *tensors, eps, activation, residual)
 
 
-def _cumulative_batch_norm(input, running_mean, running_var, weight, bias, num_batches_tracked, eps):
+def _cumulative_batch_norm(input, running_mean, running_var, weight, bias, num_batches_tracked, eps, activation, residual):
     batch = [None if b is None else torch.zeros_like(b) for b in (running_mean, running_var)]
-    y = batch_norm(input, *batch, weight, bias, True, 1.0, eps)
+    y = batch_norm(input, *batch, weight, bias, True, 1.0, eps, activation=activation, residual=residual)
     if running_mean is not None and input.numel() > 0:
         acc = accumulate_dtype(running_mean.dtype)
         momentum = 1 / num_batches_tracked.to(acc)
         update_running(running_mean, batch[0].to(acc), momentum)
         update_running(running_var, batch[1].to(acc), momentum)
     return y
+
+
+def rms_norm(input, normalized_shape, weight=None, eps=None, *, activation=None, residual=None):
+    r"""Root mean square normalization (Zhang and Sennrich, 2019) over the last dimensions.
+
+    Equivalent to: ``torch.nn.functional.rms_norm(input, normalized_shape, weight, eps)``, and with the extras to
+    ``activation(rms_norm(...) + residual)``
+
+    .. math:: y = x \cdot \mathrm{rstd} \cdot \mathrm{weight},
+              \quad \mathrm{rstd} = 1 / \sqrt{\mathrm{mean}(x^2) + \mathrm{eps}}
+
+    Args:
+        input, normalized_shape, weight, activation, residual: as `layer_norm`'s.
+        eps: added to the mean square; None for ``torch.finfo(input.dtype).eps``.
+
+    Returns:
+        A contiguous tensor of input's shape and dtype; what torch's autocast makes of it under CUDA autocast.
+
+    Raises:
+        RuntimeError, TypeError: torch's own, with torch's message, for shapes, devices and types that do not fit.
+        ValueError: there is no such activation.
+    """
+    return fused.rows(input, None, normalized_shape, weight, None, _eps(input, eps), activation, residual, centre=False)[0]
+
+
+def _eps(input, eps):
+    return torch.finfo(input.dtype).eps if eps is None and input.is_floating_point() else eps
+
+
+def add_layer_norm(input, residual, normalized_shape, weight=None, bias=None, eps=1e-5, *, activation=None):
+    """The pre-norm of a transformer's block: the branch's output is added to the stream, and the sum is normalised.
+
+    Equivalent to: ``h = input + residual; y = activation(layer_norm(h, normalized_shape, weight, bias, eps)); return y, h``
+
+    The gradient of h is added in the kernel of the backward pass. Only h is saved for it.
+
+    Args:
+        input: the branch's output, ``(*, *normalized_shape)``.
+        residual: the stream, of input's shape and dtype.
+        normalized_shape, weight, bias, eps, activation: as `layer_norm`'s.
+
+    Returns:
+        ``(y, h)``, contiguous, of input's shape and dtype.
+
+    Raises:
+        RuntimeError, TypeError: torch's own, with torch's message, for shapes, devices and types that do not fit.
+        ValueError: there is no such activation.
+    """
+    return fused.rows(input, residual, normalized_shape, weight, bias, eps, activation, None)
+
+
+def add_rms_norm(input, residual, normalized_shape, weight=None, eps=None, *, activation=None):
+    """`add_layer_norm` with RMSNorm.
+
+    Equivalent to: ``h = input + residual; y = activation(rms_norm(h, normalized_shape, weight, eps)); return y, h``
+    """
+    return fused.rows(input, residual, normalized_shape, weight, None, _eps(input, eps), activation, None, centre=False)

@@ -46,3 +46,10 @@ class Channels:
     def view(self, x):
         """x as (B, C, S); copies only where the spatial dimensions do not fold into one stride."""
         return x.reshape(self.B, self.C, self.S)
+
+
+def around(shape, axis: int) -> tuple[int, ...]:
+    """The shape (B, C, S) of a tensor whose channels are dimension `axis`; (B, C) where nothing comes after them."""
+    axis = range(len(shape))[axis]
+    before, after = prod(shape[:axis]), prod(shape[axis + 1 :])
+    return (before, shape[axis]) if axis == len(shape) - 1 else (before, shape[axis], after)

@@ -46,9 +46,10 @@ def _open_cuda() -> str | None:
 
 
 def whole_calls(device_type: str):
-    """layer_norm and batch_norm, see `dispatch.direct`."""
-    load().serve_natively(device_type, True)
-    return load().layer_norm, load().batch_norm
+    """See `dispatch.direct`."""
+    module = load()
+    module.serve_natively(device_type, True)
+    return module.layer_norm, module.batch_norm, module.fused_rows, module.fused_batch_norm
 
 
 def __getattr__(name):

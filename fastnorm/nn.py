@@ -2,11 +2,51 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+
 import torch
 from torch.fx import Proxy
 
-from . import functional
-from .tracing import Scriptable, leaf
+from . import activations, functional, instance
+from .geometry import around
+from .tracing import OPTIONS, Scriptable, extras, given, leaf
+
+
+def _with_options(*names):
+    """A class decorator: torch.nn's constructor with keyword-only options, which become attributes; the class has defaults."""
+
+    def decorate(cls):
+        theirs = cls.__init__
+        signature = inspect.signature(theirs)
+        keyword = lambda name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(cls, name))
+
+        @functools.wraps(theirs)
+        def __init__(self, *args, **kwargs):
+            given = {name: kwargs.pop(name) for name in names if name in kwargs}
+            activations.parse(given.get("activation"))
+            for name, value in given.items():  # before torch's constructor resets the parameters, which may depend on them
+                object.__setattr__(self, name, value)
+            theirs(self, *args, **kwargs)
+
+        __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *map(keyword, names)])
+        cls.__init__ = __init__
+        return cls
+
+    return decorate
+
+
+class _Options:
+    """Options that torch.nn's classes do not have, and how they are shown."""
+
+    activation = OPTIONS["activation"]
+    zero_centred = OPTIONS["zero_centred"]
+    channel_axis = OPTIONS["channel_axis"]
+    frozen = OPTIONS["frozen"]
+
+    def extra_repr(self):
+        given = [f"{name}={getattr(self, name)!r}" for name in extras(self) if name in vars(self)]
+        return ", ".join([super().extra_repr(), *given])
 
 
 def _affine(module):
@@ -27,68 +67,175 @@ def _statistics(module):
         return module.running_mean, module.running_var, module.num_batches_tracked
 
 
-class LayerNorm(Scriptable, torch.nn.LayerNorm):
+@_with_options("activation")
+class LayerNorm(_Options, Scriptable, torch.nn.LayerNorm):
     """Layer normalization over the trailing ``normalized_shape`` of the input, on fused kernels.
 
-    Equivalent to: ``torch.nn.LayerNorm(normalized_shape, eps, elementwise_affine, bias, device, dtype)``
+    Equivalent to: ``torch.nn.LayerNorm(normalized_shape, eps, elementwise_affine, bias, device, dtype)``; ``norm(x, residual)``
+    with an activation is ``activation(norm(x) + residual)``
 
     Shape: ``(*, *normalized_shape)`` to the same, in the input's dtype. See `fastnorm.functional.layer_norm` for the formula,
-    the dtypes and the errors.
+    the activations, the dtypes and the errors.
     """
 
+    def forward(self, input, residual=None):
+        if isinstance(input, Proxy):
+            if (node := leaf(self, input, residual)) is not None:
+                return node
+            residual = given(self, residual)
+        weight, bias = _affine(self)
+        if residual is None and self.activation is None:
+            return functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+        extras = {"activation": self.activation, "residual": residual}
+        return functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps, **extras)
+
+
+class AddLayerNorm(LayerNorm):
+    """`LayerNorm` of a sum, which it returns as well: ``y, h = norm(branch, stream)``, the pre-norm of a transformer's block.
+
+    Equivalent to: ``h = branch + stream; y = activation(torch.nn.LayerNorm(...)(h))``; see
+    `fastnorm.functional.add_layer_norm`.
+    """
+
+    addend = True
+
+    def forward(self, input, residual):
+        weight, bias = _affine(self)
+        extras = {"activation": self.activation}
+        return functional.add_layer_norm(input, residual, self.normalized_shape, weight, bias, self.eps, **extras)
+
+
+@_with_options("zero_centred", "activation")
+class RMSNorm(_Options, Scriptable, torch.nn.RMSNorm):
+    """Root mean square normalization over the trailing ``normalized_shape`` of the input, on fused kernels.
+
+    Equivalent to: ``torch.nn.RMSNorm(normalized_shape, eps, elementwise_affine, device, dtype)``
+
+    Args:
+        zero_centred: the factor is ``1 + weight``, and weight starts at 0 (Gemma): weight decay pulls the factor to 1.
+
+    See `fastnorm.functional.rms_norm` for the formula, the dtypes and the errors, and `LayerNorm` for activation and residual.
+    """
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        if self.elementwise_affine and self.zero_centred:
+            torch.nn.init.zeros_(self.weight)
+
+    def _factor(self):
+        return self.weight + 1 if self.zero_centred and self.weight is not None else self.weight
+
+    def forward(self, input, residual=None):
+        if isinstance(input, Proxy):
+            if (node := leaf(self, input, residual)) is not None:
+                return node
+            residual = given(self, residual)
+        extras = {"activation": self.activation, "residual": residual}
+        return functional.rms_norm(input, self.normalized_shape, self._factor(), self.eps, **extras)
+
+
+class AddRMSNorm(RMSNorm):
+    """`RMSNorm` of a sum, which it returns as well: ``y, h = norm(branch, stream)``. See `fastnorm.functional.add_rms_norm`."""
+
+    addend = True
+
+    def forward(self, input, residual):
+        extras = {"activation": self.activation}
+        return functional.add_rms_norm(input, residual, self.normalized_shape, self._factor(), self.eps, **extras)
+
+
+class _InstanceNorm(Scriptable):
     def forward(self, input):
         if isinstance(input, Proxy) and (node := leaf(self, input)) is not None:
             return node
-        weight, bias = _affine(self)
-        return functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+        return super().forward(input)
+
+    def _apply_instance_norm(self, input):
+        own_statistics = self.training or not self.track_running_stats
+        options = (own_statistics, self.momentum if self.momentum is not None else 0.0, self.eps)
+        return instance.instance_norm(input, self.running_mean, self.running_var, *_affine(self), *options)
 
 
-class _BatchNorm(Scriptable):
+class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):
+    """Instance normalization of ``(B, C, L)`` or ``(C, L)`` inputs, on fused kernels; as torch.nn.InstanceNorm1d."""
+
+
+class InstanceNorm2d(_InstanceNorm, torch.nn.InstanceNorm2d):
+    """Instance normalization of ``(B, C, H, W)`` or ``(C, H, W)`` inputs, on fused kernels; as torch.nn.InstanceNorm2d."""
+
+
+class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
+    """Instance normalization of ``(B, C, D, H, W)`` inputs, on fused kernels; as torch.nn.InstanceNorm3d."""
+
+
+class _BatchNorm(_Options, Scriptable):
     """torch.nn._BatchNorm.forward on fused kernels; a call that raises leaves num_batches_tracked as it was, too."""
 
-    def forward(self, input):
-        if isinstance(input, Proxy) and (node := leaf(self, input)) is not None:
-            return node
+    def forward(self, input, residual=None):
+        if isinstance(input, Proxy):
+            if (node := leaf(self, input, residual)) is not None:
+                return node
+            residual = given(self, residual)
         self._check_input_dim(input)
+        if self.channel_axis == 1:
+            return self._normalize(input, residual)
+        shape = around(input.shape, self.channel_axis)
+        return self._normalize(input.reshape(shape), None if residual is None else residual.reshape(shape)).view(input.shape)
+
+    def _normalize(self, input, residual):
         training, (weight, bias), (mean, var, tracked) = self.training, _affine(self), _statistics(self)
+        if self.frozen:
+            training = False
         if not training:
             tracked = None
         elif not self.track_running_stats:
             mean = var = tracked = None
+        extras = {}
+        if residual is not None or self.activation is not None:
+            extras = {"activation": self.activation, "residual": residual}
         if tracked is not None and self.momentum is None:
-            return functional.cumulative_batch_norm(input, mean, var, weight, bias, tracked, self.eps)
+            return functional.cumulative_batch_norm(input, mean, var, weight, bias, tracked, self.eps, **extras)
         momentum = 0.0 if self.momentum is None else self.momentum
         if tracked is not None:
-            return functional.counting_batch_norm(input, mean, var, weight, bias, tracked, momentum, self.eps)
+            return functional.counting_batch_norm(input, mean, var, weight, bias, tracked, momentum, self.eps, **extras)
         own_statistics = training or (mean is None and var is None)
-        return functional.batch_norm(input, mean, var, weight, bias, own_statistics, momentum, self.eps)
+        return functional.batch_norm(input, mean, var, weight, bias, own_statistics, momentum, self.eps, **extras)
 
 
+@_with_options("activation", "channel_axis", "frozen")
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
     """Batch normalization of ``(B, C)`` or ``(B, C, L)`` inputs, on fused kernels.
 
     Equivalent to: ``torch.nn.BatchNorm1d(num_features, eps, momentum, affine, track_running_stats, device, dtype)``
 
-    See `fastnorm.functional.batch_norm` for the formula, the dtypes and the errors;
-    ``momentum=None`` averages over all batches.
+    See `fastnorm.functional.batch_norm` for the formula, the activations, the dtypes and the errors, and `LayerNorm` for
+    activation and residual; ``momentum=None`` averages over all batches. ``channel_axis=-1``: the channels are the last
+    dimension, and nothing is moved for it. ``frozen=True``: in training, too, the running statistics normalise and stay as
+    they are, while weight and bias learn.
     """
 
 
+@_with_options("activation", "channel_axis", "frozen")
 class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
     """Batch normalization of ``(B, C, H, W)`` inputs, contiguous or channels_last, on fused kernels.
 
     Equivalent to: ``torch.nn.BatchNorm2d(num_features, eps, momentum, affine, track_running_stats, device, dtype)``
 
-    See `fastnorm.functional.batch_norm` for the formula, the dtypes and the errors;
-    ``momentum=None`` averages over all batches.
+    See `fastnorm.functional.batch_norm` for the formula, the activations, the dtypes and the errors, and `LayerNorm` for
+    activation and residual; ``momentum=None`` averages over all batches. ``channel_axis=-1``: the channels are the last
+    dimension, and nothing is moved for it. ``frozen=True``: in training, too, the running statistics normalise and stay as
+    they are, while weight and bias learn.
     """
 
 
+@_with_options("activation", "channel_axis", "frozen")
 class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     """Batch normalization of ``(B, C, D, H, W)`` inputs, contiguous or channels_last_3d, on fused kernels.
 
     Equivalent to: ``torch.nn.BatchNorm3d(num_features, eps, momentum, affine, track_running_stats, device, dtype)``
 
-    See `fastnorm.functional.batch_norm` for the formula, the dtypes and the errors;
-    ``momentum=None`` averages over all batches.
+    See `fastnorm.functional.batch_norm` for the formula, the activations, the dtypes and the errors, and `LayerNorm` for
+    activation and residual; ``momentum=None`` averages over all batches. ``channel_axis=-1``: the channels are the last
+    dimension, and nothing is moved for it. ``frozen=True``: in training, too, the running statistics normalise and stay as
+    they are, while weight and bias learn.
     """

@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import collective, functional, reference
 from .dispatch import DTYPES, select
-from .nn import _BatchNorm
-from .tracing import Scriptable, leaf
+from .nn import _BatchNorm, _Options
+from .tracing import Scriptable, extras, leaf
 
 TorchBatchNorm = torch.nn.modules.batchnorm._BatchNorm
 
@@ -117,7 +117,8 @@ def _is_plain(module) -> bool:
         type(module).forward in FORWARDS
         and "forward" not in vars(module)  # a forward of this instance's own
         and not module._modules  # an activation, a parametrization
-        and all(cls in (_BatchNorm, Scriptable, object) for cls in bases)  # not lazy, not FSDP's
+        and not extras(module)
+        and all(cls in (_BatchNorm, _Options, Scriptable, object) for cls in bases)  # not lazy, not FSDP's
     )
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 
+from torch.fx import Proxy
+from torch.fx._symbolic_trace import _assert_is_none
 from torch.fx.proxy import TraceError
 
 
@@ -18,6 +20,14 @@ def counterpart(cls):
     return vars(cls).get("_stands_for", cls)
 
 
+OPTIONS = {"activation": None, "zero_centred": False, "addend": False, "channel_axis": 1, "frozen": False}
+
+
+def extras(module):
+    """The options in force that torch.nn's class does not have."""
+    return [name for name, default in OPTIONS.items() if getattr(module, name, default) != default]
+
+
 def twin(module):
     """The module as an instance of its counterpart; parameters, buffers and hooks are shared."""
     twin = copy.copy(module)
@@ -25,8 +35,9 @@ def twin(module):
     return twin
 
 
-def leaf(module, proxy):
-    """The call_module node of torch.fx for `module(proxy)`, or None where torch.nn's module would be traced through as well.
+def leaf(module, proxy, residual=None):
+    """The call_module node of torch.fx for `module(proxy)` or `module(proxy, residual)`; None where torch.nn's module would be
+    traced through as well.
 
     Raises:
         TraceError: the module has forward hooks. They have run by now and would run again with the node.
@@ -39,7 +50,17 @@ def leaf(module, proxy):
         return None
     if module._forward_hooks or module._forward_pre_hooks:
         raise TraceError(f"{path} has forward hooks, which torch.fx cannot see past: trace after fastnorm.revert(model)")
-    return tracer.create_proxy("call_module", path, (proxy,), {})
+    return tracer.create_proxy("call_module", path, (proxy,) if residual is None else (proxy, residual), {})
+
+
+def given(module, residual):
+    """None for the residual of a root that is traced through by itself: its placeholder has the default, None, and a graph that
+    is called with anything else says so."""
+    if not isinstance(residual, Proxy) or module is not residual.tracer.root:
+        return residual
+    message = "this graph was traced without a residual"
+    residual.tracer.create_proxy("call_function", _assert_is_none, (residual, message), {})
+    return None
 
 
 class Scriptable:
@@ -47,7 +68,12 @@ class Scriptable:
 
     The hook is torch's, and torch also puts what it returns into the model that is scripted: its norms are torch.nn's
     afterwards, with the same parameters, until `fastnorm.convert(model)` is called again.
+
+    Raises:
+        RuntimeError: the norm has options that torch.nn's forward does not.
     """
 
     def __prepare_scriptable__(self):
+        if options := extras(self):
+            raise RuntimeError(f"torch.jit.script compiles torch.nn's forward, which has no {' and no '.join(options)}")
         return self if counterpart(type(self)) is type(self) else twin(self)

@@ -72,11 +72,11 @@ def forget() -> None:
 
 
 def whole_calls(device_type: str):
-    """layer_norm and batch_norm, see `dispatch.direct`; None where the compiled extension is missing or gives other results."""
+    """See `dispatch.direct`; None where the compiled extension is missing or gives other results."""
     module = extension.load()
     reason = module if isinstance(module, str) else _open(module, device_type)
     if reason is None:
-        return module.layer_norm, module.batch_norm
+        return module.layer_norm, module.batch_norm, module.fused_rows, module.fused_batch_norm
     warnings.warn(f"norms of {device_type} tensors cost the host several times what torch.nn's do: {reason}", RuntimeWarning,
                   stacklevel=6)  # fmt: skip
     return None

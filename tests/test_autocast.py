@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from cases import BF16, F16, F32, F64
 
 import fastnorm
-from fastnorm import functional
+from fastnorm import functional, gate
 
 
 @contextlib.contextmanager
@@ -30,12 +30,12 @@ def test_when_the_output_is_widened(dtype, keeps):
     """On fake tensors of a GPU; the answer for plain ones hangs on nothing else."""
     with torch._subclasses.FakeTensorMode(), fastnorm.config.patch(autocast_keeps_dtype=keeps):
         x = torch.empty(4, 6, dtype=dtype, device="cuda")
-        assert not functional._autocasts(x)
+        assert not gate.autocasts(x)
         with autocast("cuda"):
-            assert functional._autocasts(x) == (dtype in (BF16, F16) and not keeps)
-            assert not functional._autocasts(torch.empty(4, 6, dtype=dtype))
+            assert gate.autocasts(x) == (dtype in (BF16, F16) and not keeps)
+            assert not gate.autocasts(torch.empty(4, 6, dtype=dtype))
         with autocast("cpu"):
-            assert not functional._autocasts(x)
+            assert not gate.autocasts(x)
 
 
 @pytest.mark.parametrize("choice", ["torch", "fastnorm"])
@@ -57,7 +57,7 @@ def test_dtypes_as_torch_on_fake_tensors_of_a_gpu(dtype, choice):
 def test_results_and_gradients_of_a_widened_output(dtype, backend, device, monkeypatch):
     """As torch's: layer_norm of x.float(), whose gradient is rounded to x's dtype; also when differentiated again."""
     if device == "cpu":  # no CPU autocast does this: only the question is answered differently here
-        monkeypatch.setattr(functional, "_autocasts", lambda x: x.dtype in (BF16, F16))
+        monkeypatch.setattr(functional, "autocasts", lambda x: x.dtype in (BF16, F16))
         monkeypatch.setattr(functional.direct, "layer_norm", lambda *args: None)
     x, dy = torch.randn(5, 12, device=device).to(dtype), torch.randn(5, 12, device=device)
     weight, bias = (torch.randn(12, device=device, dtype=p) for p in (F32, dtype))

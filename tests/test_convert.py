@@ -190,6 +190,22 @@ def test_the_model_may_be_a_norm(cls):
     assert type(norm) is cls
 
 
+def test_attributes_that_would_become_options():
+    """A subclass with torch's forward that keeps something of its own under a name of ours."""
+
+    class Named(nn.BatchNorm1d):
+        activation = "relu"
+
+    plain = nn.LayerNorm(6)
+    plain.frozen = True
+    x = torch.randn(4, 6)
+    for norm in (Named(6), plain):
+        expected = norm.eval()(x)
+        report = fastnorm.convert(norm)
+        assert "would take for an option" in str(report)
+        assert torch.equal(norm(x), expected)
+
+
 @pytest.mark.parametrize("what", [None, nn.LayerNorm, [nn.LayerNorm(6)], "model"])
 def test_only_modules(what):
     for function in (fastnorm.convert, fastnorm.revert):

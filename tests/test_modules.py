@@ -48,8 +48,12 @@ def assert_same_state(ours, theirs, **tolerance):
 @pairs
 def test_is_a_torch_module_with_its_signature(ours, theirs, args, shape):
     assert issubclass(ours, theirs)
-    assert inspect.signature(ours.__init__) == inspect.signature(theirs.__init__)
-    assert inspect.signature(ours.forward).parameters.keys() == inspect.signature(theirs.forward).parameters.keys()
+    for method, extra in (("__init__", "keyword-only"), ("forward", "positional or keyword")):
+        parameters, torchs = (list(inspect.signature(getattr(cls, method)).parameters.values()) for cls in (ours, theirs))
+        more = parameters[len(torchs) :]
+        assert [p.name for p in parameters[: len(torchs)]] == [p.name for p in torchs]
+        assert method == "forward" or parameters[: len(torchs)] == torchs
+        assert all(p.default is not p.empty and p.kind.description == extra for p in more)
     for kwargs in options(ours):
         assert repr(ours(*args, **kwargs)) == repr(theirs(*args, **kwargs))
         assert_same_state(ours(*args, **kwargs), theirs(*args, **kwargs))
@@ -185,18 +189,31 @@ def test_bad_calls_raise_what_torch_raises(what, backend):
 
 def test_public_names():
     assert set(fastnorm.__all__) == {
+        "AddLayerNorm",
+        "AddRMSNorm",
         "BatchNorm1d",
         "BatchNorm2d",
         "BatchNorm3d",
+        "InstanceNorm1d",
+        "InstanceNorm2d",
+        "InstanceNorm3d",
         "LayerNorm",
+        "RMSNorm",
         "SyncBatchNorm",
         "__version__",
+        "add_layer_norm",
+        "add_rms_norm",
         "batch_norm",
         "config",
         "convert",
+        "fold",
+        "from_keras",
         "functional",
+        "instance_norm",
         "layer_norm",
+        "lint",
         "revert",
+        "rms_norm",
         "use_backend",
     }
     assert all(getattr(fastnorm, name).__doc__ for name in fastnorm.__all__ if name != "__version__")

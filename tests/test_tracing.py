@@ -78,7 +78,10 @@ def test_a_tracer_that_looks_into_norms(ours, theirs, args, shape):
 def test_a_norm_that_is_the_root():
     """torch traces a root through, which works for a layer norm and not for a batch norm."""
     norm, x = fastnorm.LayerNorm(6), torch.randn(4, 6)
-    assert torch.equal(fx.symbolic_trace(norm)(x), norm(x))
+    graph = fx.symbolic_trace(norm)
+    assert torch.equal(graph(x), norm(x))
+    with pytest.raises(AssertionError, match="traced without a residual"):
+        graph(x, x)
     for cls in (nn.BatchNorm1d, fastnorm.BatchNorm1d):
         with pytest.raises(TraceError, match="control flow"):
             fx.symbolic_trace(cls(6))

@@ -1,108 +1,15 @@
-// Channels (B, C, S): batch norm on the CPU. A norm is two passes, sums over each channel and a value for each element, and
-// small arithmetic for each channel between them; how the elements are gone through is in channel_runs.h and channel_grid.h.
-#include "channel_grid.h"
-#include "channel_runs.h"
+// Batch norm's whole passes, and the pieces between which a collective can go.
+#include "channel.h"
 
 namespace fastnorm::cpu {
 namespace {
-
-// Runs below this length are better read as rows of a grid, where they lie side by side. Measured on a Zen 3 and a Xeon.
-template <class T>
-constexpr int64_t SHORT = lanes<Floats> < 16 ? 256
-                          : sizeof(T) == 2   ? 96
-                                             : 40;
-
-// f(sweep) with the way to go through these inputs.
-template <class T, size_t P, class F>
-void with_sweep(Channels g, const Inputs<P>& in, const F& f) {
-  using Runs = RunSweep<T, P>;
-  using Grid = GridSweep<T, P>;
-  if (Runs::serves(g, in) && !(Grid::side_by_side(g, in) && g.S < SHORT<T>)) return f(Runs(g, in));
-  f(Grid(g, in));
-}
-
-// The statistics of channels, from sums of d = x - shift and d * d.
-template <class T>
-struct Statistics {
-  using A = Acc<T>;
-  Channels g;
-  const ChannelsInput& x;
-  A* shift;
-  std::vector<char> again;
-
-  Statistics(Channels g_, const ChannelsInput& x_, A* shift_) : g(g_), x(x_), shift(shift_), again(g_.C, 0) {}
-
-  // False where the shift was far off: it is the mean now, and the sums are to be taken again.
-  bool operator()(int64_t c, const std::array<double, 2>& sums, Moments<double>& out) {
-    const double n = static_cast<double>(g.count());
-    if (!std::isfinite(sums[1])) {
-      const T* p = as<T>(x.data) + c * x.channel;
-      out = moments_in_double(g.count(), [&](int64_t i) { return static_cast<double>(p[x.positions.offset(i)]); });
-      return true;
-    }
-    out = moments_about(static_cast<double>(shift[c]), n, sums[0], sums[1]);
-    if (again[c] || !too_far(static_cast<double>(shift[c]), out, DEVIATIONS<T>)) return true;
-    again[c] = 1;
-    shift[c] = static_cast<A>(out.mean);
-    return false;
-  }
-};
-
-template <class A>
-void set_pair(A* mean, int64_t C, int64_t c, double value) {
-  const Pair<A> pair(value);
-  mean[c] = pair.high;
-  mean[C + c] = pair.low;
-}
-
-void update(Array running, int64_t c, double value, double momentum) {
-  if (running.data) set_element(running, c, (1 - momentum) * element(running, c) + momentum * value);
-}
-
-// The constants of Standardize for one channel.
-template <class A>
-void standardize_constants(const Constants<A, 3>& k, int64_t c, A high, A low, A rstd, A weight, A bias) {
-  k[0][c] = high;
-  k[1][c] = rstd * weight;
-  k[2][c] = bias - low * k[1][c];
-}
-
-// The constants of Gradient and WeightedGradient for one channel: c1 = mean(g * x_hat), c2 = mean(g).
-template <class A, size_t K>
-void gradient_constants(const Constants<A, K>& k, int64_t c, A high, A low, A rstd, A scale, double c1, double c2) {
-  k[0][c] = high;
-  k[1][c] = scale;
-  k[2][c] = static_cast<A>(c1 * static_cast<double>(rstd));
-  k[3][c] = static_cast<A>(low == 0 ? c2 : c2 - static_cast<double>(low) * c1 * static_cast<double>(rstd));
-}
-
-// What x is taken about in the sums of a backward pass: the mean's high part, or zero where that is near enough.
-template <class T>
-class Shifts {
- public:
-  using A = Acc<T>;
-  Shifts(int64_t C, const A* high, const A* rstd) : high_(high), low_(high + C), rstd_(rstd), shift_(C) {
-    for (int64_t c = 0; c < C; ++c)
-      shift_[c] = PLAIN_FIRST<T> && std::abs(high[c]) * rstd[c] < static_cast<A>(DEVIATIONS<T>) ? A(0) : high[c];
-  }
-  operator A*() const { return shift_; }
-  // sum(dz * x_hat) from the sums of dz and of dz * (x - shift); rstd is one factor of a whole channel.
-  double gradient_sum(int64_t c, const std::array<double, 2>& sums) const {
-    const double off = (static_cast<double>(high_[c]) - static_cast<double>(shift_[c])) + static_cast<double>(low_[c]);
-    return (off == 0 ? sums[1] : sums[1] - off * sums[0]) * static_cast<double>(rstd_[c]);
-  }
-
- private:
-  const A *high_, *low_, *rstd_;
-  Buffer<A> shift_;
-};
 
 // dx where mean and rstd are constants
 template <class T>
 void scale(Channels g, const ChannelsInput& dy, const Acc<T>* rstd, const Acc<T>* weight, T* dx) {
   const Constants<Acc<T>, 1> constants(g.C);
   for (int64_t c = 0; c < g.C; ++c) constants[0][c] = rstd[c] * weight[c];
-  with_sweep<T, 1>(g, {&dy}, [&](const auto& sweep) { sweep.template apply<Scale<T>>(constants, dx); });
+  with_sweep<T, 1>(g, {&dy}, [&](const auto& sweep) { sweep.apply(Scale<T>{}, constants, {dx}); });
 }
 
 }  // namespace
@@ -114,7 +21,7 @@ void channel_stats(Channels g, const ChannelsInput& x, void* mean, void* deviati
     const Buffer<A> shift(g.C);
     Statistics<T> statistics(g, x, shift);
     with_sweep<T, 1>(g, {&x}, [&](const auto& sweep) {
-      sweep.template sum<StatisticsTerms<T>>(shift, [&](int64_t c, const std::array<double, 2>& sums) {
+      sweep.template sum<StatisticsTerms<T>>({shift}, [&](int64_t c, const std::array<double, 2>& sums) {
         Moments<double> m;
         if (!statistics(c, sums, m)) return false;
         set_pair(as<A>(mean), g.C, c, m.mean);
@@ -133,8 +40,8 @@ void channel_apply(Channels g, const ChannelsInput& x, const void* mean, const v
     const auto w = Widened<A>::or_else(weight, g.C, 1), b = Widened<A>::or_else(bias, g.C, 0);
     const Constants<A, 3> constants(g.C);
     const A *high = as<A>(mean), *low = high + g.C, *r = as<A>(rstd);
-    for (int64_t c = 0; c < g.C; ++c) standardize_constants<A>(constants, c, high[c], low[c], r[c], w[c], b[c]);
-    with_sweep<T, 1>(g, {&x}, [&](const auto& sweep) { sweep.template apply<Standardize<T>>(constants, as<T>(y.data)); });
+    for (int64_t c = 0; c < g.C; ++c) standardize_constants(constants, c, high[c], low[c], r[c], w[c], b[c]);
+    with_sweep<T, 1>(g, {&x}, [&](const auto& sweep) { sweep.apply(Standardize<T>{}, constants, {as<T>(y.data)}); });
   });
 }
 
@@ -145,7 +52,7 @@ void channel_sums(Channels g, const ChannelsInput& dy, const ChannelsInput& x, c
     using A = Acc<T>;
     const Shifts<T> shifts(g.C, as<A>(mean), as<A>(rstd));
     with_sweep<T, 2>(g, {&dy, &x}, [&](const auto& sweep) {
-      sweep.template sum<GradientTerms<T>>(shifts, [&](int64_t c, const std::array<double, 2>& sums) {
+      sweep.template sum<GradientTerms<T>>({shifts}, [&](int64_t c, const std::array<double, 2>& sums) {
         as<A>(sum_dz)[c] = static_cast<A>(sums[0]);
         as<A>(sum_dz_x_hat)[c] = static_cast<A>(shifts.gradient_sum(c, sums));
         return true;
@@ -168,7 +75,7 @@ void channel_grad(Channels g, const ChannelsInput& dy, const ChannelsInput& x, c
       constants[4][c] = w[c];
     }
     with_sweep<T, 2>(g, {&dy, &x},
-                     [&](const auto& sweep) { sweep.template apply<WeightedGradient<T>>(constants, as<T>(dx.data)); });
+                     [&](const auto& sweep) { sweep.apply(WeightedGradient<T>{}, constants, {as<T>(dx.data)}); });
   });
 }
 
@@ -177,33 +84,8 @@ void channel_fwd(Channels g, const ChannelsInput& x, ConstArray weight, ConstArr
   with_type(x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;
-    const auto w = Widened<A>::or_else(weight, g.C, 1), b = Widened<A>::or_else(bias, g.C, 0);
-    const Constants<A, 3> constants(g.C);
-    A *high = as<A>(mean), *low = high + g.C, *r = as<A>(rstd);
-    const auto settle = [&](int64_t c, double m, double var) {
-      set_pair(high, g.C, c, m);
-      r[c] = static_cast<A>(1.0 / std::sqrt(var + eps));
-      standardize_constants<A>(constants, c, high[c], low[c], r[c], w[c], b[c]);
-    };
-    if (!training) {
-      for (int64_t c = 0; c < g.C; ++c) settle(c, element(running_mean, c), element(running_var, c));
-      with_sweep<T, 1>(g, {&x}, [&](const auto& sweep) { sweep.template apply<Standardize<T>>(constants, as<T>(y.data)); });
-      return;
-    }
-    const Buffer<A> shift(g.C);
-    Statistics<T> statistics(g, x, shift);
-    const auto settle_batch = [&](int64_t c, const std::array<double, 2>& sums) {
-      Moments<double> m;
-      if (!statistics(c, sums, m)) return false;
-      settle(c, m.mean, m.m2 / m.n);
-      update(running_mean, c, m.mean, momentum);
-      update(running_var, c, m.m2 / (m.n - 1), momentum);
-      return true;
-    };
-    with_sweep<T, 1>(g, {&x}, [&](const auto& sweep) {
-      sweep.template both<StatisticsTerms<T>, Standardize<T>>(shift, settle_batch, constants, as<T>(y.data));
-    });
-    if (tracked) ++*tracked;
+    forward<T, 1>(g, {&x}, Standardize<T>{}, weight, bias, running_mean, running_var, tracked, training, momentum, eps,
+                  as<T>(y.data), as<A>(mean), as<A>(rstd));
   });
 }
 
@@ -228,9 +110,9 @@ void channel_bwd(Channels g, const ChannelsInput& dy, const ChannelsInput& x, Co
     if (sums_needed)
       with_sweep<T, 2>(g, {&dy, &x}, [&](const auto& sweep) {
         if (through_statistics)
-          sweep.template both<GradientTerms<T>, Gradient<T>>(shifts, settle, constants, as<T>(dx.data));
+          sweep.template both<GradientTerms<T>>({shifts}, settle, Gradient<T>{}, constants, {as<T>(dx.data)});
         else
-          sweep.template sum<GradientTerms<T>>(shifts, settle);
+          sweep.template sum<GradientTerms<T>>({shifts}, settle);
       });
     if (dx.data && !training) scale<T>(g, dy, r, w, as<T>(dx.data));
   });

@@ -71,20 +71,20 @@ class GridSweep {
   }
 
   template <class Terms, class Settle>
-  void sum(A* shift, const Settle& settle) const {
+  void sum(const std::array<A*, Terms::K>& of, const Settle& settle) const {
     const int64_t width = ceil_div(columns_, 16) * 16;
     const Buffer<double> partial(pieces_ * 2 * width);
     std::vector<char> settled(g_.C, 0);
     if constexpr (Terms::GUESS)
-      for (int64_t k = 0; k < blocks_; ++k) guess(block(k), shift);
+      for (int64_t k = 0; k < blocks_; ++k) guess(block(k), of[0]);
     for (bool open = true; open;) {
       parallel_for(pieces_ * blocks_, elements(piece_ * width_), [&](int64_t begin, int64_t end) {
-        const Tiles tiles(*this);
+        const Tiles tiles(*this, 0);
         for (int64_t item = begin; item < end; ++item) {
           const Block b = block(item % blocks_);
           double* s = partial + item / blocks_ * 2 * width + b.column;
-          Expanded<1> constant(*this, b, {shift});
-          piece_sums<Terms>(tiles, item / blocks_, b, constant[0], s, s + width);
+          const Expanded<Terms::K> constants(*this, b, of);
+          piece_sums<Terms>(tiles, item / blocks_, b, constants.all(), s, s + width);
         }
       });
       std::vector<double> sums(2 * width, 0.0);
@@ -95,31 +95,32 @@ class GridSweep {
   }
 
   template <class Value>
-  void apply(const Constants<A, Value::K>& constants, T* out) const {
+  void apply(const Value& value, const Constants<A, Value::K>& constants, const Outputs<T, Value>& out) const {
     const bool stream = streams_to(out);
     parallel_for(pieces_ * blocks_, elements(piece_ * width_), [&](int64_t begin, int64_t end) {
-      const Tiles tiles(*this);
+      const Tiles tiles(*this, Value::OUTPUTS);
       for (int64_t item = end - 1; item >= begin; --item)  // what was read last is in cache
-        apply_piece<Value>(tiles, item / blocks_, block(item % blocks_), constants, out, stream);
+        apply_piece(tiles, item / blocks_, block(item % blocks_), value, constants, out, stream);
       if (stream) stream_end();
     });
   }
 
-  template <class Terms, class Value, class Settle>
-  void both(A* shift, const Settle& settle, const Constants<A, Value::K>& constants, T* out) const {
+  template <class Terms, class Settle, class Value>
+  void both(const std::array<A*, Terms::K>& of, const Settle& settle, const Value& value,
+            const Constants<A, Value::K>& constants, const Outputs<T, Value>& out) const {
     const int64_t bytes = rows_ * width_ * static_cast<int64_t>(sizeof(T) * P);
     const bool small = rows_ * columns_ <= SMALL;
     if (!small && (bytes > CACHE || blocks_ < 2 * threads())) {
-      sum<Terms>(shift, settle);
-      return apply<Value>(constants, out);
+      sum<Terms>(of, settle);
+      return apply(value, constants, out);
     }
     const bool stream = streams_to(out);
     parallel_for(blocks_, elements(rows_ * width_), [&](int64_t begin, int64_t end) {
-      const Tiles tiles(*this);
+      const Tiles tiles(*this, Value::OUTPUTS);
       for (int64_t k = begin; k < end; ++k) {
-        sum_block<Terms>(tiles, block(k), shift, settle);
+        sum_block<Terms>(tiles, block(k), of, settle);
         for (int64_t piece = pieces_ - 1; piece >= 0; --piece)
-          apply_piece<Value>(tiles, piece, block(k), constants, out, stream);
+          apply_piece(tiles, piece, block(k), value, constants, out, stream);
       }
       if (stream) stream_end();
     });
@@ -128,9 +129,10 @@ class GridSweep {
  private:
   static int64_t elements(int64_t each) { return each * static_cast<int64_t>(P); }
 
-  bool streams_to(const T* out) const {
+  template <size_t N>
+  bool streams_to(const std::array<T*, N>& out) const {
     const auto bytes = [](int64_t n) { return n * static_cast<int64_t>(sizeof(T)); };
-    return direct_out_ && bytes(width_) % 64 == 0 && streams(out, bytes(columns_), bytes(rows_ * columns_ * (P + 1)));
+    return direct_out_ && bytes(width_) % 64 == 0 && stream_all_of(out, bytes(columns_), bytes(rows_ * columns_), P);
   }
 
   struct Block {
@@ -143,14 +145,16 @@ class GridSweep {
 
   // ------------------------------------------------------------ rows and tiles
 
-  // A thread's tiles: one for each input, and the last for the output; empty where they are not needed.
+  // A thread's tiles: one for each input, and after them those of the outputs; empty where they are not needed.
   struct Tiles {
-    std::array<Buffer<T>, P + 1> tile;
-    explicit Tiles(const GridSweep& s) : tile(make(s, std::make_index_sequence<P + 1>{})) {}
+    static constexpr size_t MOST = P + 2;
+    std::array<Buffer<T>, MOST> tile;
+    Tiles(const GridSweep& s, size_t outputs) : tile(make(s, outputs, std::make_index_sequence<MOST>{})) {}
     template <size_t... I>
-    static std::array<Buffer<T>, P + 1> make(const GridSweep& s, std::index_sequence<I...>) {
+    static std::array<Buffer<T>, MOST> make(const GridSweep& s, size_t outputs, std::index_sequence<I...>) {
       const int64_t elements = std::min(TURNED_ROWS, s.rows_) * TURNED_COLUMNS;
-      return {Buffer<T>((I < P ? s.direct_[std::min(I, P - 1)] : s.direct_out_) ? 0 : elements)...};
+      const auto turned = [&](size_t i) { return i < P ? !s.direct_[i] : i < P + outputs && !s.direct_out_; };
+      return {Buffer<T>(turned(I) ? elements : 0)...};
     }
   };
 
@@ -211,18 +215,18 @@ class GridSweep {
   }
 
   // f(std::integral_constant<size_t, R>, i, at) for the rows [begin, begin + rows) of the order, a tile, R at a time; at[r][p]
-  // is the p-th input of row i + r of the tile.
-  template <class F>
+  // is the p-th of the first Q inputs of row i + r of the tile.
+  template <size_t Q, class F>
   void for_rows(const Tiles& tiles, Order order, int64_t begin, int64_t rows, const Block& k, const F& f) const {
-    for (size_t p = 0; p < P; ++p)
+    for (size_t p = 0; p < Q; ++p)
       if (!direct_[p]) fetch(p, order.first + begin, rows, k, tiles.tile[p]);
     const auto at = [&](size_t p, int64_t i) {
       return direct_[p] ? this->row(p, order(begin + i), k.column) : tiles.tile[p] + i * TURNED_COLUMNS;
     };
     const auto some = [&](auto R, int64_t i) {
-      std::array<std::array<const T*, P>, R> places;
+      std::array<std::array<const T*, Q>, R> places;
       for (size_t r = 0; r < R; ++r)
-        for (size_t p = 0; p < P; ++p) places[r][p] = at(p, i + static_cast<int64_t>(r));
+        for (size_t p = 0; p < Q; ++p) places[r][p] = at(p, i + static_cast<int64_t>(r));
       f(R, i, places);
     };
     int64_t i = 0;
@@ -236,7 +240,8 @@ class GridSweep {
   template <size_t K>
   class Expanded {
    public:
-    Expanded(const GridSweep& s, const Block& k, const std::array<const A*, K>& of)
+    template <class Of>
+    Expanded(const GridSweep& s, const Block& k, const Of& of)
         : own_(s.fold_ * s.positions_ > 1 ? static_cast<int64_t>(K) * lined_up(k.columns) : 0) {
       for (size_t i = 0; i < K; ++i) {
         at_[i] = of[i] + k.channel;
@@ -247,7 +252,7 @@ class GridSweep {
         at_[i] = to;
       }
     }
-    const A* operator[](size_t i) const { return at_[i]; }
+    const std::array<const A*, K>& all() const { return at_; }
 
    private:
     static int64_t lined_up(int64_t n) { return ceil_div(n, 16) * 16; }  // whole cache lines
@@ -258,15 +263,19 @@ class GridSweep {
 
   // Pointers by value, here and below: a vector that is written could be part of an array of them that lies elsewhere, and they
   // would be read again for each.
-  template <class Terms, bool SHIFTED, size_t R>
-  static void add_rows(std::array<std::array<const T*, P>, R> at, int64_t n, bool first, const A* shift, A* s, A* q) {
+  template <class Terms, bool PLAIN, size_t R>
+  static void add_rows(std::array<std::array<const T*, Terms::P>, R> at, int64_t n, bool first,
+                       std::array<const A*, Terms::K> constants, A* s, A* q) {
     for_vectors<V>(n, [&](int64_t i, int64_t count) FN_LAMBDA {
-      V c(0);
-      if constexpr (SHIFTED) c = load(shift + i, count);
+      std::array<V, Terms::K> c;
+      if constexpr (!PLAIN) repeat<Terms::K>([&](auto k) FN_LAMBDA { c[k] = load(constants[k] + i, count); });
       std::array<V, 2> sum[R];
       repeat<R>([&](auto r) FN_LAMBDA {
-        const auto v = load_inputs<T, P>(at[r], i, count);
-        sum[r] = SHIFTED ? Terms::terms(v, c, count) : typename Terms::Plain{}(r, i, count, v);
+        const auto v = load_inputs<T, Terms::P>(at[r], i, count);
+        if constexpr (PLAIN)
+          sum[r] = typename Terms::Plain{}(r, i, count, v);
+        else
+          sum[r] = Terms::terms(v, c, count);
       });
       if constexpr (R == 4) repeat<2>([&](auto k) FN_LAMBDA { sum[0][k] = (sum[0][k] + sum[1][k]) + (sum[2][k] + sum[3][k]); });
       store(s + i, first ? sum[0][0] : load(s + i) + sum[0][0]);
@@ -276,20 +285,24 @@ class GridSweep {
 
   // The sums of one piece of rows, in s and q.
   template <class Terms>
-  void piece_sums(const Tiles& tiles, int64_t piece, const Block& k, const A* shift, double* s, double* q) const {
-    if constexpr (PLAIN_FIRST<T>)
-      if (std::all_of(shift, shift + k.columns, [](A a) { return a == 0; }))
-        return piece_sums<Terms, false>(tiles, piece, k, shift, s, q);
-    piece_sums<Terms, true>(tiles, piece, k, shift, s, q);
+  void piece_sums(const Tiles& tiles, int64_t piece, const Block& k, const std::array<const A*, Terms::K>& constants, double* s,
+                  double* q) const {
+    if constexpr (PLAIN_FIRST<T> && Terms::K == 1)
+      if (std::all_of(constants[0], constants[0] + k.columns, [](A a) { return a == 0; }))
+        return piece_sums<Terms, true>(tiles, piece, k, constants, s, q);
+    piece_sums<Terms, false>(tiles, piece, k, constants, s, q);
   }
-  template <class Terms, bool SHIFTED>
-  void piece_sums(const Tiles& tiles, int64_t piece, const Block& k, const A* shift, double* s, double* q) const {
+  template <class Terms, bool PLAIN>
+  void piece_sums(const Tiles& tiles, int64_t piece, const Block& k, const std::array<const A*, Terms::K>& constants, double* s,
+                  double* q) const {
     const int64_t rows = std::min(piece_, rows_ - piece * piece_), n = k.columns;
     const Order ordered = order(piece, read_in_place_);
     alignas(64) A tile[2][MAX_COLUMNS];  // whole vectors
     for (int64_t begin = 0; begin < rows; begin += summed_rows_) {
-      for_rows(tiles, ordered, begin, std::min(summed_rows_, rows - begin), k,
-               [&](auto R, int64_t i, const auto& at) { add_rows<Terms, SHIFTED, R>(at, n, i == 0, shift, tile[0], tile[1]); });
+      for_rows<Terms::P>(tiles, ordered, begin, std::min(summed_rows_, rows - begin), k,
+                         [&](auto R, int64_t i, const auto& at) {
+                           add_rows<Terms, PLAIN, R>(at, n, i == 0, constants, tile[0], tile[1]);
+                         });
       if (begin == 0)
         for (int64_t i = 0; i < n; ++i) s[i] = tile[0][i], q[i] = tile[1][i];
       else
@@ -319,16 +332,16 @@ class GridSweep {
   }
 
   template <class Terms, class Settle>
-  void sum_block(const Tiles& tiles, const Block& k, A* shift, const Settle& settle) const {
+  void sum_block(const Tiles& tiles, const Block& k, const std::array<A*, Terms::K>& of, const Settle& settle) const {
     std::vector<char> settled(k.channels, 0);
     std::vector<double> sums(2 * k.columns);
     alignas(64) double partial[2][MAX_COLUMNS];
-    if constexpr (Terms::GUESS) guess(k, shift);
+    if constexpr (Terms::GUESS) guess(k, of[0]);
     for (bool open = true; open;) {
       std::fill(sums.begin(), sums.end(), 0.0);
-      const Expanded<1> constant(*this, k, {shift});
+      const Expanded<Terms::K> constants(*this, k, of);
       for (int64_t piece = 0; piece < pieces_; ++piece) {
-        piece_sums<Terms>(tiles, piece, k, constant[0], partial[0], partial[1]);
+        piece_sums<Terms>(tiles, piece, k, constants.all(), partial[0], partial[1]);
         for (int q = 0; q < 2; ++q)
           for (int64_t i = 0; i < k.columns; ++i) sums[q * k.columns + i] += partial[q][i];
       }
@@ -350,45 +363,62 @@ class GridSweep {
 
   // ------------------------------------------------------------ elements
 
+  // The constants of J vectors of each row, for whichever row.
+  template <size_t K, size_t J>
+  struct Same {
+    std::array<V, K> constants[J];
+    FN_INLINE const std::array<V, K>& operator[](size_t k) const { return constants[k % J]; }
+  };
+
   template <class Value, size_t R>
-  static void apply_rows(std::array<std::array<const T*, P>, R> at, int64_t n, std::array<const A*, Value::K> constants,
-                         std::array<T*, R> out, bool stream) {
+  static void apply_rows(const Value& value, std::array<std::array<const T*, P>, R> at, int64_t n,
+                         std::array<const A*, Value::K> constants, std::array<Outputs<T, Value>, R> out, bool stream) {
+    constexpr size_t TOGETHER = Value::TOGETHER ? R : 1;  // rows
     for_groups<V, LOT<T>>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
-      std::array<V, Value::K> constant[J];
+      Same<Value::K, J> constant;
       repeat<J>([&](auto j) FN_LAMBDA {
-        repeat<Value::K>([&](auto k) FN_LAMBDA { constant[j][k] = load(constants[k] + i + j * lanes<V>, count); });
+        repeat<Value::K>([&](auto k) FN_LAMBDA { constant.constants[j][k] = load(constants[k] + i + j * lanes<V>, count); });
       });
-      repeat<R>([&](auto r) FN_LAMBDA {
-        std::array<V, J> v;
-        repeat<J>([&](auto j) FN_LAMBDA {
-          v[j] = Value::value(load_inputs<T, P>(at[r], i + static_cast<int64_t>(j) * lanes<V>, count), constant[j]);
+      repeat<R / TOGETHER>([&](auto group) FN_LAMBDA {
+        InputGroup<T, P, TOGETHER * J> in;
+        OutputGroup<T, Value::OUTPUTS, TOGETHER * J> v;
+        repeat<TOGETHER * J>([&](auto k) FN_LAMBDA {
+          const int64_t column = i + static_cast<int64_t>(k % J) * lanes<V>;
+          in[k] = load_inputs<T, P>(at[group * TOGETHER + k / J], column, count);
         });
-        put_all<T, J>(out[r] + i, v, count, stream);
+        value(in, constant, v);
+        repeat<TOGETHER * Value::OUTPUTS>([&](auto k) FN_LAMBDA {
+          constexpr size_t r = k % TOGETHER, q = k / TOGETHER;
+          T* to = out[group * TOGETHER + r][q];
+          std::array<V, J> row;
+          repeat<J>([&](auto j) FN_LAMBDA { row[j] = v[q][r * J + j]; });
+          if (Value::OUTPUTS == 1 || to) put_all<T, J>(to + i, row, count, stream);
+        });
       });
     });
   }
 
   template <class Value>
-  void apply_piece(const Tiles& tiles, int64_t piece, const Block& k, const Constants<A, Value::K>& constants, T* out,
-                   bool stream) const {
+  void apply_piece(const Tiles& tiles, int64_t piece, const Block& k, const Value& value,
+                   const Constants<A, Value::K>& constants, const Outputs<T, Value>& out, bool stream) const {
     const int64_t all = std::min(piece_, rows_ - piece * piece_);
     const Order ordered = order(piece, read_in_place_ && direct_out_);
-    std::array<const A*, Value::K> of, at_columns;
-    for (size_t i = 0; i < Value::K; ++i) of[i] = constants[i];
-    const Expanded<Value::K> expanded(*this, k, of);
-    for (size_t i = 0; i < Value::K; ++i) at_columns[i] = expanded[i];
+    const Expanded<Value::K> expanded(*this, k, constants);
     for (int64_t begin = 0; begin < all; begin += TURNED_ROWS) {
       const int64_t rows = std::min(TURNED_ROWS, all - begin);
-      T* tile = tiles.tile[P];
-      for_rows(tiles, ordered, begin, rows, k, [&](auto R, int64_t i, const auto& at) {
-        std::array<T*, R> to;
-        for (size_t r = 0; r < R; ++r) {
-          const int64_t index = i + static_cast<int64_t>(r);
-          to[r] = direct_out_ ? out + ordered(begin + index) * columns_ + k.column : tile + index * TURNED_COLUMNS;
-        }
-        apply_rows<Value, R>(at, k.columns, at_columns, to, stream);
+      for_rows<P>(tiles, ordered, begin, rows, k, [&](auto R, int64_t i, const auto& at) {
+        std::array<Outputs<T, Value>, R> to{};
+        for (size_t r = 0; r < R; ++r)
+          for (size_t q = 0; q < Value::OUTPUTS; ++q) {
+            const int64_t index = i + static_cast<int64_t>(r);
+            if (!out[q]) continue;
+            to[r][q] = direct_out_ ? out[q] + ordered(begin + index) * columns_ + k.column
+                                   : tiles.tile[P + q] + index * TURNED_COLUMNS;
+          }
+        apply_rows<Value, R>(value, at, k.columns, expanded.all(), to, stream);
       });
-      if (!direct_out_) put(tile, ordered.first + begin, rows, k, out);
+      for (size_t q = 0; q < Value::OUTPUTS; ++q)
+        if (!direct_out_ && out[q]) put(tiles.tile[P + q], ordered.first + begin, rows, k, out[q]);
     }
   }
 

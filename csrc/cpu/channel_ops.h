@@ -5,37 +5,56 @@
 
 namespace fastnorm::cpu {
 
-// Sums over a channel: two terms for each element, from P inputs and a constant of the channel.
+// Sums over a channel: two terms for each element, from the first P inputs and K constants of the channel, a shift first.
 template <class T>
 struct StatisticsTerms {  // d and d * d, with d = x - shift
-  static constexpr size_t P = 1;
+  static constexpr size_t P = 1, K = 1;
   static constexpr bool GUESS = true;  // the shift is any number near the mean, still to be found
   using V = Vec<T>;
   using Plain = Products<T, 1>;  // the same for shift = 0
-  FN_INLINE static std::array<V, 2> terms(const std::array<V, 1>& v, V shift, int64_t count) {
-    const V d = only(v[0] - shift, count);
+  FN_INLINE static std::array<V, 2> terms(const std::array<V, 1>& v, const std::array<V, 1>& c, int64_t count) {
+    const V d = only(v[0] - c[0], count);
     return {d, d * d};
   }
 };
 template <class T>
 struct GradientTerms {  // dz and dz * (x - shift); lanes that do not exist have dz = 0
-  static constexpr size_t P = 2;
+  static constexpr size_t P = 2, K = 1;
   static constexpr bool GUESS = false;
   using V = Vec<T>;
   using Plain = Products<T, 2>;
-  FN_INLINE static std::array<V, 2> terms(const std::array<V, 2>& v, V shift, int64_t) { return {v[0], v[0] * (v[1] - shift)}; }
+  FN_INLINE static std::array<V, 2> terms(const std::array<V, 2>& v, const std::array<V, 1>& c, int64_t) {
+    return {v[0], v[0] * (v[1] - c[0])};
+  }
 };
 
-// Element by element: a value from P inputs and K constants of the channel. Where a channel's constants meet, they are
-// multiplied beforehand, in `Constants`; the low part of the mean is in the last of them.
+// Element by element: values from P inputs and K constants of the channel, J vectors at a time of each; constants[j] belongs to
+// in[j]. Where a channel's constants meet, they are multiplied beforehand, in `Constants`; the low part of the mean is in the
+// last of them.
+template <class T, size_t P, size_t J>
+using InputGroup = std::array<std::array<Vec<T>, P>, J>;
+template <class T, size_t OUTPUTS, size_t J>
+using OutputGroup = std::array<std::array<Vec<T>, J>, OUTPUTS>;
+
+// One value whose vectors are made one by one, by Value::value.
+template <class T, class Value>
+struct OneByOne {
+  static constexpr size_t OUTPUTS = 1;
+  static constexpr bool TOGETHER = false;  // nothing is gained by more than a few vectors at once
+  template <size_t P, size_t J, class C>
+  FN_INLINE void operator()(const InputGroup<T, P, J>& in, const C& constants, OutputGroup<T, 1, J>& out) const {
+    repeat<J>([&](auto j) FN_LAMBDA { out[0][j] = Value::value(in[j], constants[j]); });
+  }
+};
 template <class T>
-struct Standardize {  // high, rstd * weight, bias - low * rstd * weight
+struct Standardize : OneByOne<T, Standardize<T>> {  // high, rstd * weight, bias - low * rstd * weight
   static constexpr size_t P = 1, K = 3;
   using V = Vec<T>;
   FN_INLINE static V value(const std::array<V, 1>& x, const std::array<V, 3>& c) { return affine(x[0] - c[0], c[1], c[2]); }
 };
 template <class T>
-struct Gradient {  // high, rstd * weight, mean(dz * x_hat) * rstd, mean(dz) - low * mean(dz * x_hat) * rstd
+struct Gradient : OneByOne<T, Gradient<T>> {
+  // high, rstd * weight, mean(dz * x_hat) * rstd, mean(dz) - low * mean(dz * x_hat) * rstd
   static constexpr size_t P = 2, K = 4;
   using V = Vec<T>;
   FN_INLINE static V value(const std::array<V, 2>& v, const std::array<V, 4>& c) {
@@ -43,7 +62,8 @@ struct Gradient {  // high, rstd * weight, mean(dz * x_hat) * rstd, mean(dz) - l
   }
 };
 template <class T>
-struct WeightedGradient {  // the same with g = dz * weight: high, rstd, c1 * rstd, c2 - low * c1 * rstd, weight
+struct WeightedGradient : OneByOne<T, WeightedGradient<T>> {
+  // the same with g = dz * weight: high, rstd, c1 * rstd, c2 - low * c1 * rstd, weight
   static constexpr size_t P = 2, K = 5;
   using V = Vec<T>;
   FN_INLINE static V value(const std::array<V, 2>& v, const std::array<V, 5>& c) {
@@ -51,7 +71,7 @@ struct WeightedGradient {  // the same with g = dz * weight: high, rstd, c1 * rs
   }
 };
 template <class T>
-struct Scale {  // rstd * weight: in evaluation x is not read, so what is not finite in it stays out of dx
+struct Scale : OneByOne<T, Scale<T>> {  // rstd * weight: x is not read, so what is not finite in it stays out of dx
   static constexpr size_t P = 1, K = 1;
   using V = Vec<T>;
   FN_INLINE static V value(const std::array<V, 1>& dz, const std::array<V, 1>& c) { return dz[0] * c[0]; }
@@ -79,10 +99,20 @@ constexpr bool PLAIN_FIRST = std::is_same_v<T, BFloat16>;
 
 template <size_t P>
 using Inputs = std::array<const ChannelsInput*, P>;
+// Of several outputs those that are not wanted are null.
+template <class T, class Value>
+using Outputs = std::array<T*, Value::OUTPUTS>;
 
 template <class T>
 const T* data(const ChannelsInput& in) {
   return static_cast<const T*>(in.data);
+}
+
+// Whether all outputs that are wanted are written past the caches: each of so many bytes, as each of P inputs is.
+template <class T, size_t N>
+bool stream_all_of(const std::array<T*, N>& out, int64_t row_bytes, int64_t bytes, size_t P) {
+  const int64_t each = static_cast<int64_t>(P) + std::count_if(out.begin(), out.end(), [](const T* p) { return p; });
+  return std::all_of(out.begin(), out.end(), [&](const T* p) { return streams(p, row_bytes, each * bytes); });
 }
 
 // Inputs of a thread's part of the work that stay in its second-level cache between two passes; a size that all processors of

@@ -29,49 +29,50 @@ class RunSweep {
   }
 
   template <class Terms, class Settle>
-  void sum(A* shift, const Settle& settle) const {
+  void sum(const std::array<A*, Terms::K>& of, const Settle& settle) const {
     std::vector<Pair2> partial(pieces_ * g_.C);
-    for (int64_t c = 0; Terms::GUESS && c < g_.C; ++c) shift[c] = guess(c);
+    for (int64_t c = 0; Terms::GUESS && c < g_.C; ++c) of[0][c] = guess(c);
     const int64_t groups = ceil_div(g_.C, group_);
     parallel_for(groups * pieces_, elements(samples_ * positions_ * group_), [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
         const Group k = group(item / pieces_, group_);
-        piece_sums<Terms>(k, item % pieces_, shift, partial.data() + item % pieces_ * g_.C + k.channel);
+        piece_sums<Terms>(k, item % pieces_, of, partial.data() + item % pieces_ * g_.C + k.channel);
       }
     });
     for (int64_t c = 0; c < g_.C; ++c) {
       Pair2 sums{};
       for (int64_t k = 0; k < pieces_; ++k) add(sums, partial[k * g_.C + c]);
-      settle_alone<Terms>(c, sums, shift, settle);
+      settle_alone<Terms>(c, sums, of, settle);
     }
   }
 
   template <class Value>
-  void apply(const Constants<A, Value::K>& constants, T* out) const {
+  void apply(const Value& value, const Constants<A, Value::K>& constants, const Outputs<T, Value>& out) const {
     const bool stream = streams_to(out);
     parallel_for(ceil_div(g_.C, group_) * pieces_, elements(samples_ * positions_ * group_), [&](int64_t begin, int64_t end) {
       for (int64_t item = end - 1; item >= begin; --item)  // what was read last is in cache
-        apply_piece<Value>(group(item / pieces_, group_), item % pieces_, constants, out, stream);
+        apply_piece(group(item / pieces_, group_), item % pieces_, value, constants, out, stream);
       if (stream) stream_end();
     });
   }
 
-  template <class Terms, class Value, class Settle>
-  void both(A* shift, const Settle& settle, const Constants<A, Value::K>& constants, T* out) const {
+  template <class Terms, class Settle, class Value>
+  void both(const std::array<A*, Terms::K>& of, const Settle& settle, const Value& value,
+            const Constants<A, Value::K>& constants, const Outputs<T, Value>& out) const {
     const int64_t together = std::min(group_, CACHE / (g_.B * run() * static_cast<int64_t>(P)));
     if (together * run() < std::min(NARROWEST, group_ * run()) || g_.C < 4 * threads()) {
-      sum<Terms>(shift, settle);
-      return apply<Value>(constants, out);
+      sum<Terms>(of, settle);
+      return apply(value, constants, out);
     }
     const bool stream = streams_to(out);
     parallel_for(ceil_div(g_.C, together), elements(g_.B * g_.S * together), [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
         const Group k = group(item, together);
-        for (int64_t j = 0; Terms::GUESS && j < k.channels; ++j) shift[k.channel + j] = guess(k.channel + j);
+        for (int64_t j = 0; Terms::GUESS && j < k.channels; ++j) of[0][k.channel + j] = guess(k.channel + j);
         Pair2 sums[MOST];
-        channel_sums<Terms>(k, shift, sums);
-        for (int64_t j = 0; j < k.channels; ++j) settle_alone<Terms>(k.channel + j, sums[j], shift, settle);
-        for (int64_t piece = pieces_ - 1; piece >= 0; --piece) apply_piece<Value>(k, piece, constants, out, stream);
+        channel_sums<Terms>(k, of, sums);
+        for (int64_t j = 0; j < k.channels; ++j) settle_alone<Terms>(k.channel + j, sums[j], of, settle);
+        for (int64_t piece = pieces_ - 1; piece >= 0; --piece) apply_piece(k, piece, value, constants, out, stream);
       }
       if (stream) stream_end();
     });
@@ -86,7 +87,10 @@ class RunSweep {
   static int64_t elements(int64_t each) { return each * static_cast<int64_t>(P); }
 
   int64_t run() const { return g_.S * static_cast<int64_t>(sizeof(T)); }  // bytes
-  bool streams_to(const T* out) const { return streams(out, run(), g_.B * g_.C * run() * static_cast<int64_t>(P + 1)); }
+  template <size_t N>
+  bool streams_to(const std::array<T*, N>& out) const {
+    return stream_all_of(out, run(), g_.B * g_.C * run(), P);
+  }
 
   struct Group {
     int64_t channel, channels;
@@ -110,9 +114,11 @@ class RunSweep {
     return {b, std::min(samples_, g_.B - b), s, std::min(positions_, g_.S - s)};
   }
 
-  std::array<const T*, P> place(int64_t c, int64_t b, int64_t s) const {
-    std::array<const T*, P> at;
-    for (size_t p = 0; p < P; ++p) at[p] = data<T>(*in_[p]) + b * in_[p]->sample + c * in_[p]->channel + s;
+  // Of the first Q inputs.
+  template <size_t Q>
+  std::array<const T*, Q> place(int64_t c, int64_t b, int64_t s) const {
+    std::array<const T*, Q> at;
+    for (size_t p = 0; p < Q; ++p) at[p] = data<T>(*in_[p]) + b * in_[p]->sample + c * in_[p]->channel + s;
     return at;
   }
 
@@ -125,12 +131,12 @@ class RunSweep {
   };
 
   // Adds n elements; how many each chain has got since it was last emptied goes in and out.
-  template <class F>
-  FN_INLINE static int64_t add_run(Open& to, const std::array<const T*, P>& run, int64_t n, int64_t added, const F& terms) {
+  template <size_t Q, class F>
+  FN_INLINE static int64_t add_run(Open& to, const std::array<const T*, Q>& run, int64_t n, int64_t added, const F& terms) {
     constexpr int64_t STEP = CHAINS * LOT<T> * lanes<V>;  // what brings up to LOT additions to each chain
     for (int64_t i = 0; i < n;) {
       const int64_t end = std::min(n, i + GROUP<T, CHAINS> - added);
-      add_up(to.chains, std::array<std::array<const T*, P>, 1>{run}, i, end, terms);
+      add_up(to.chains, std::array<std::array<const T*, Q>, 1>{run}, i, end, terms);
       added += ceil_div(end - i, STEP) * STEP;
       i = end;
       if (added < GROUP<T, CHAINS>) continue;
@@ -148,25 +154,27 @@ class RunSweep {
     return out;
   }
 
-  // f(terms) with what is added up about this shift.
+  // f(terms) with what is added up over channel c.
   template <class Terms, class F>
-  FN_INLINE static auto with_terms(A shift, const F& f) {
-    if constexpr (PLAIN_FIRST<T>)
-      if (shift == 0) return f(typename Terms::Plain{});
-    return f([constant = V(shift)](auto, int64_t, int64_t count, const std::array<V, P>& v)
-                 FN_LAMBDA { return Terms::terms(v, constant, count); });
+  FN_INLINE static auto with_terms(const std::array<A*, Terms::K>& of, int64_t c, const F& f) {
+    if constexpr (PLAIN_FIRST<T> && Terms::K == 1)
+      if (of[0][c] == 0) return f(typename Terms::Plain{});
+    std::array<V, Terms::K> constants;
+    repeat<Terms::K>([&](auto k) FN_LAMBDA { constants[k] = V(of[k][c]); });
+    return f([constants](auto, int64_t, int64_t count, const std::array<V, Terms::P>& v)
+                 FN_LAMBDA { return Terms::terms(v, constants, count); });
   }
 
   // The sums of one piece of each channel of a group.
   template <class Terms>
-  void piece_sums(Group k, int64_t piece, const A* shift, Pair2* out) const {
+  void piece_sums(Group k, int64_t piece, const std::array<A*, Terms::K>& of, Pair2* out) const {
     const Part w = part(piece);
     if (k.channels == 1) {
-      out[0] = with_terms<Terms>(shift[k.channel], [&](const auto& terms) {
+      out[0] = with_terms<Terms>(of, k.channel, [&](const auto& terms) {
         Open open;  // in registers
         int64_t added = 0;
         for (int64_t b = w.b; b < w.b + w.samples; ++b)
-          added = add_run(open, place(k.channel, b, w.s), w.positions, added, terms);
+          added = add_run(open, place<Terms::P>(k.channel, b, w.s), w.positions, added, terms);
         return whole(open);
       });
       return;
@@ -178,45 +186,58 @@ class RunSweep {
       for (int64_t j = 0; j < k.channels; ++j) {
         const int64_t c = k.channel + j;
         if (b + 1 < w.b + w.samples)
-          for (const T* next : place(c, b + 1, w.s)) prefetch<false>(next, run());
-        added = with_terms<Terms>(
-            shift[c], [&](const auto& terms) { return add_run(open[j], place(c, b, w.s), w.positions, before, terms); });
+          for (const T* next : place<Terms::P>(c, b + 1, w.s)) prefetch<false>(next, run());
+        added = with_terms<Terms>(of, c, [&](const auto& terms) {
+          return add_run(open[j], place<Terms::P>(c, b, w.s), w.positions, before, terms);
+        });
       }
     }
     for (int64_t j = 0; j < k.channels; ++j) out[j] = whole(open[j]);
   }
 
   template <class Terms>
-  void channel_sums(Group k, const A* shift, Pair2* sums) const {
+  void channel_sums(Group k, const std::array<A*, Terms::K>& of, Pair2* sums) const {
     std::fill_n(sums, k.channels, Pair2{});
     for (int64_t piece = 0; piece < pieces_; ++piece) {
       Pair2 more[MOST];
-      piece_sums<Terms>(k, piece, shift, more);
+      piece_sums<Terms>(k, piece, of, more);
       for (int64_t j = 0; j < k.channels; ++j) add(sums[j], more[j]);
     }
   }
 
   template <class Terms, class Settle>
-  void settle_alone(int64_t c, Pair2 sums, const A* shift, const Settle& settle) const {
-    while (!settle(c, sums)) channel_sums<Terms>({c, 1}, shift, &sums);
+  void settle_alone(int64_t c, Pair2 sums, const std::array<A*, Terms::K>& of, const Settle& settle) const {
+    while (!settle(c, sums)) channel_sums<Terms>({c, 1}, of, &sums);
   }
 
+  // A channel's constants for whichever vector.
+  template <size_t K>
+  struct Same {
+    std::array<V, K> constants;
+    FN_INLINE const std::array<V, K>& operator[](size_t) const { return constants; }
+  };
+
   template <class Value>
-  void apply_piece(Group k, int64_t piece, const Constants<A, Value::K>& constants, T* out, bool stream) const {
+  void apply_piece(Group k, int64_t piece, const Value& value, const Constants<A, Value::K>& constants,
+                   const Outputs<T, Value>& out, bool stream) const {
     const Part w = part(piece);
     for (int64_t b = w.b; b < w.b + w.samples; ++b)
       for (int64_t c = k.channel; c < k.channel + k.channels; ++c) {
-        std::array<V, Value::K> constant;
-        repeat<Value::K>([&](auto i) FN_LAMBDA { constant[i] = V(constants[i][c]); });
-        const auto at = place(c, b, w.s);
-        T* to = out + (b * g_.C + c) * g_.S + w.s;
-        if (k.channels > 1 && b + 1 < w.b + w.samples) prefetch<true>(to + g_.C * g_.S, run());
+        Same<Value::K> constant;
+        repeat<Value::K>([&](auto i) FN_LAMBDA { constant.constants[i] = V(constants[i][c]); });
+        const auto at = place<P>(c, b, w.s);
+        const int64_t to = (b * g_.C + c) * g_.S + w.s;
+        if (k.channels > 1 && b + 1 < w.b + w.samples)
+          for (const T* p : out)
+            if (p) prefetch<true>(p + to + g_.C * g_.S, run());
         for_groups<V, 4>(w.positions, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
-          std::array<V, J> v;
-          repeat<J>([&](auto j) FN_LAMBDA {
-            v[j] = Value::value(load_inputs<T, P>(at, i + static_cast<int64_t>(j) * lanes<V>, count), constant);
+          InputGroup<T, P, J> in;
+          OutputGroup<T, Value::OUTPUTS, J> v;
+          repeat<J>([&](auto j) FN_LAMBDA { in[j] = load_inputs<T, P>(at, i + static_cast<int64_t>(j) * lanes<V>, count); });
+          value(in, constant, v);
+          repeat<Value::OUTPUTS>([&](auto q) FN_LAMBDA {
+            if (Value::OUTPUTS == 1 || out[q]) put_all<T, J>(out[q] + to + i, v[q], count, stream);
           });
-          put_all<T, J>(to + i, v, count, stream);
         });
       }
   }

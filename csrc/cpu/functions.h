@@ -1,4 +1,4 @@
-// What row_*.cpp and channel.cpp implement: the functions of ../kernels.h, which ask for no place.
+// What row_*.cpp and channel*.cpp implement: the functions of ../kernels.h, which ask for no place.
 #pragma once
 
 #include "../kernels.h"
@@ -20,5 +20,17 @@ void channel_fwd(Channels g, const ChannelsInput& x, ConstArray weight, ConstArr
                  int64_t* tracked, bool training, double momentum, double eps, Array y, void* mean, void* rstd);
 void channel_bwd(Channels g, const ChannelsInput& dy, const ChannelsInput& x, ConstArray weight, const void* mean,
                  const void* rstd, bool training, Array dx, Array dweight, Array dbias);
+
+void row_fused_fwd(Rows g, const RowsInput& x, const RowsInput& addend, const RowsInput& residual, ConstArray weight,
+                   ConstArray bias, Epilogue epilogue, bool centre, double eps, Array h, Array y, void* mean, void* rstd);
+void row_fused_bwd(Rows g, const RowsInput& dy, const RowsInput& dh, const RowsInput& x, const RowsInput& residual,
+                   ConstArray weight, ConstArray bias, Epilogue epilogue, bool centre, const void* mean, const void* rstd,
+                   Array dx, Array dweight, Array dbias, Array dresidual);
+void channel_fused_fwd(Channels g, const ChannelsInput& x, const ChannelsInput& residual, ConstArray weight, ConstArray bias,
+                       Epilogue epilogue, Array running_mean, Array running_var, int64_t* tracked, bool training,
+                       double momentum, double eps, Array y, void* mean, void* rstd);
+void channel_fused_bwd(Channels g, const ChannelsInput& dy, const ChannelsInput& x, const ChannelsInput& residual,
+                       ConstArray weight, ConstArray bias, Epilogue epilogue, const void* mean, const void* rstd, bool training,
+                       Array dx, Array dweight, Array dbias, Array dresidual);
 
 }  // namespace fastnorm::cpu

@@ -18,9 +18,19 @@ struct Anywhere<function> {
 }  // namespace
 
 const Kernels KERNELS = {
-    Anywhere<row_fwd>::call,      Anywhere<row_bwd>::call,     Anywhere<channel_stats>::call,
-    Anywhere<channel_apply>::call, Anywhere<channel_sums>::call, Anywhere<channel_grad>::call,
-    Anywhere<channel_fwd>::call,  Anywhere<channel_bwd>::call, false,
+    Anywhere<row_fwd>::call,
+    Anywhere<row_bwd>::call,
+    Anywhere<channel_stats>::call,
+    Anywhere<channel_apply>::call,
+    Anywhere<channel_sums>::call,
+    Anywhere<channel_grad>::call,
+    Anywhere<channel_fwd>::call,
+    Anywhere<channel_bwd>::call,
+    Anywhere<row_fused_fwd>::call,
+    Anywhere<row_fused_bwd>::call,
+    Anywhere<channel_fused_fwd>::call,
+    Anywhere<channel_fused_bwd>::call,
+    false,
 };
 
 }  // namespace fastnorm::cpu

@@ -117,11 +117,12 @@ FN_INLINE bool too_far(double shift, const Moments<double>& m, double deviations
   return (m.mean - shift) * (m.mean - shift) * m.n > deviations * deviations * m.m2;
 }
 
-// Two passes in double: where the squares overflow float (|x| > 1e19), and for what is not finite. at(i) is a double.
+// Two passes in double: where the squares overflow float (|x| > 1e19), and for what is not finite. at(i) is a double. Without
+// `centre` the mean is zero.
 template <class F>
-Moments<double> moments_in_double(int64_t n, const F& at) {
+Moments<double> moments_in_double(int64_t n, const F& at, bool centre = true) {
   double sum = 0, m2 = 0;
-  for (int64_t i = 0; i < n; ++i) sum += at(i);
+  for (int64_t i = 0; centre && i < n; ++i) sum += at(i);
   const double mean = sum / static_cast<double>(n);
   for (int64_t i = 0; i < n; ++i) m2 += (at(i) - mean) * (at(i) - mean);
   return {static_cast<double>(n), mean, m2};

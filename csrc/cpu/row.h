@@ -18,6 +18,8 @@ constexpr int64_t MAX_BLOCK = 64;    // rows of a block
 // Rows of a block whose inputs take this many bytes, at least four.
 inline int64_t block_rows(int64_t bytes, int64_t row_bytes) { return std::clamp<int64_t>(bytes / row_bytes, 4, MAX_BLOCK); }
 
+inline const RowsInput ABSENT{};
+
 // Where rows are read: in place where their elements are neighbours, else from copies of the rows of a block.
 template <class T>
 class Reader {

@@ -1,17 +1,21 @@
-// Layer norm backward: the sums of a block of rows, then dx and their part of dweight and dbias.
+// Layer norm backward, and what is fused with it: the sums of a block of rows, then dx and their part of dweight and dbias.
 #include <numeric>
 
-#include "row.h"
+#include "row_fused.h"
 
 namespace fastnorm::cpu {
 
-template <class T>
+// Only where FUSED is dz another than dy, made by `slopes`, is dh added to dx, or is a row not `centred` and its c2 zero.
+template <class T, bool FUSED>
 struct RowBackward {
   using A = Acc<T>;
   using V = Vec<T>;
-  using Place = std::array<const T*, 2>;  // dy, x
+  using Place = std::array<const T*, 2>;  // dz, x
   Rows g;
+  const RowsInput &dy, &x, &dh;
   ConstArray weight;
+  bool centred;
+  const Slopes<T>* slopes;
   const A *mean, *rstd;
   T* dx;
   Array dweight, dbias;
@@ -53,7 +57,7 @@ struct RowBackward {
       const double rstd_k = static_cast<double>(r[k]), by_N = rstd_k * one_by_N;
       const bool extreme = (rstd_k < LEAST) | (rstd_k > MOST);
       c.c1[k] = static_cast<A>((sum_gd[k] - static_cast<double>(low[k]) * sum_g[k]) * by_N * rstd_k * (extreme ? 1.0 : rstd_k));
-      c.c2[k] = static_cast<A>(sum_g[k] * by_N);
+      c.c2[k] = centred ? static_cast<A>(sum_g[k] * by_N) : A(0);
       c.rstd[k] = extreme ? A(0) : r[k];
       any |= extreme;
     }
@@ -62,7 +66,7 @@ struct RowBackward {
 
   // dx of elements [i0, i0 + n) of rows [m, m + rows), and their part of dw and db; w, dw and db start at i0.
   template <class Parameter>
-  void grad_block(const Place* at, int64_t m, int64_t rows, int64_t i0, int64_t n, const Constants& c, const Parameter* w,
+  void grad_block(const Place* at, const T* const* dh_at, int64_t m, int64_t rows, int64_t i0, int64_t n, const Constants& c, const Parameter* w,
                   A* dw, A* db) const {
     const A *high = mean + m, *low = high + g.M;
     const int64_t N = g.N;
@@ -83,6 +87,8 @@ struct RowBackward {
           dbi[j] = dbi[j] + dz;
         });
         if (!out) continue;
+        if constexpr (FUSED)
+          if (dh.data) repeat<J>([&](auto j) FN_LAMBDA { v[j] = v[j] + load(dh_at[k] + i + j * W, count); });
         put_all<T, J>(out + k * N, v, count, stream);
         if (J > 1 && !stream)
           prefetch<true>(out + k * N + J * W, J * W * sizeof(T));  // the way over the rows hides it from the processor
@@ -93,28 +99,44 @@ struct RowBackward {
       });
     });
     for (int64_t k = 0; c.extreme && k < rows; ++k)
-      if (c.rstd[k] != rstd[m + k]) grad_extreme(at[k], m + k, i0, n, c.c1[k], c.c2[k], w, dw);
+      if (c.rstd[k] != rstd[m + k]) grad_extreme(at[k], FUSED && dh.data ? dh_at[k] : nullptr, m + k, i0, n, c.c1[k], c.c2[k], w, dw);
   }
 
   // dx and dw of a row that the constants leave out, in steps that stay inside the range of A. Of db nothing is left out.
   template <class Parameter>
-  void grad_extreme(const Place& at, int64_t m, int64_t i0, int64_t n, A c1, A c2, const Parameter* w, A* dw) const {
+  void grad_extreme(const Place& at, const T* dh_m, int64_t m, int64_t i0, int64_t n, A c1, A c2, const Parameter* w, A* dw) const {
     for (int64_t i = 0; i < n; ++i) {
       const A dz = static_cast<A>(at[0][i]), weight_i = w ? static_cast<A>(w[i]) : A(1);
       const A x_hat = normalize(static_cast<A>(at[1][i]), mean[m], mean[g.M + m], rstd[m]);
-      if (dx) dx[m * g.N + i0 + i] = static_cast<T>(dz * weight_i * rstd[m] - (c2 + x_hat * c1));
+      const A dx_i = dz * weight_i * rstd[m] - (c2 + x_hat * c1);
+      if (dx) dx[m * g.N + i0 + i] = static_cast<T>(dh_m ? dx_i + static_cast<A>(dh_m[i]) : dx_i);
       if (dw) dw[i] += dz * x_hat;
     }
   }
 
+  // A thread's reader of dz and x.
+  auto reader(int64_t rows) const {
+    if constexpr (FUSED)
+      return SlopeReader<T>(dy, x, slopes, rows, g.N);
+    else
+      return PairReader<T>(dy, x, rows, g.N);
+  }
+
+  // Pointers to elements [i, i + n) of dh in rows [m, m + rows).
+  void find_dh(const Reader<T>& read, int64_t m, int64_t rows, int64_t i, int64_t n, const T** at) const {
+    for (int64_t k = 0; FUSED && dh.data && k < rows; ++k) at[k] = read(m + k, k, i, n);
+  }
+
   // w, and once more in lots.
-  template <class Parameter>
-  void block(const Reader<T>& dy, const Reader<T>& x, int64_t m, int64_t rows, const Parameter* w, const A* lots, A* dw,
+  template <class Read, class Parameter>
+  void block(const Read& read, const Reader<T>& read_dh, int64_t m, int64_t rows, const Parameter* w, const A* lots, A* dw,
              A* db) const {
     Place at[MAX_BLOCK];
+    const T* dh_at[MAX_BLOCK];
     double sum_gd[MAX_BLOCK], sum_g[MAX_BLOCK];
     Constants c;
-    for (int64_t k = 0; k < rows; ++k) at[k] = {dy(m + k, k, 0, g.N), x(m + k, k, 0, g.N)};
+    for (int64_t k = 0; k < rows; ++k) at[k] = read(m + k, k, 0, g.N);
+    find_dh(read_dh, m, rows, 0, g.N, dh_at);
     for (int64_t k = 0; k < rows; ++k) sum_gd[k] = sum_g[k] = 0;
     if (dx)
       for_sums(g.N, rows, [&](auto R, auto CHAINS, int64_t k) {
@@ -126,22 +148,21 @@ struct RowBackward {
         }
       });
     set_constants(m, rows, sum_gd, sum_g, c);
-    grad_block(at, m, rows, 0, g.N, c, w, dw, db);
+    grad_block(at, dh_at, m, rows, 0, g.N, c, w, dw, db);
   }
 
   // Few long rows: the sums of all of them piece by piece, then each piece of all rows, so that dweight is whole at once.
-  void long_rows(const RowsInput& dy, const RowsInput& x) const {
+  void long_rows(const RowsInput& dz) const {
     const int64_t pieces = ceil_div(g.N, PIECE);
     std::vector<double> sum_gd(g.M * pieces, 0.0), sum_g(g.M * pieces, 0.0);
     if (dx)
       parallel_for(pieces, 2 * g.M * PIECE, [&](int64_t begin, int64_t end) {
-        const Reader<T> read_dy(dy, 1, PIECE), read_x(x, 1, PIECE);
+        const PairReader<T> read(dz, x, 1, PIECE);
         for (int64_t item = begin; item < end; ++item) {
           const int64_t i = item * PIECE, n = std::min(PIECE, g.N - i);
           const InLots<T> w(weight, n, i);
           for (int64_t m = 0; m < g.M; ++m)
-            this->template add_sums<1, 4>({Place{read_dy(m, 0, i, n), read_x(m, 0, i, n)}}, m, n, w, &sum_gd[m * pieces + item],
-                                          &sum_g[m * pieces + item]);
+            this->template add_sums<1, 4>({read(m, 0, i, n)}, m, n, w, &sum_gd[m * pieces + item], &sum_g[m * pieces + item]);
         }
       });
     for (int64_t m = 0; m < g.M; ++m) {
@@ -153,20 +174,36 @@ struct RowBackward {
     Constants c;
     set_constants(0, g.M, sum_gd.data(), sum_g.data(), c);
     parallel_for(pieces, 2 * g.M * PIECE, [&](int64_t begin, int64_t end) {
-      const Reader<T> read_dy(dy, g.M, PIECE), read_x(x, g.M, PIECE);
+      const PairReader<T> read(dz, x, g.M, PIECE);
+      const Reader<T> read_dh(dh, g.M, PIECE);
       const Buffer<A> partial(2 * PIECE);
       A *dw = dweight.data ? partial + 0 : nullptr, *db = dbias.data ? partial + PIECE : nullptr;
       for (int64_t item = end - 1; item >= begin; --item) {  // what was read last is in cache
         const int64_t i = item * PIECE, n = std::min(PIECE, g.N - i);
         Place at[FEW];
-        for (int64_t m = 0; m < g.M; ++m) at[m] = {read_dy(m, m, i, n), read_x(m, m, i, n)};
+        const T* dh_at[FEW];
+        for (int64_t m = 0; m < g.M; ++m) at[m] = read(m, m, i, n);
+        find_dh(read_dh, 0, g.M, i, n, dh_at);
         std::fill_n(static_cast<A*>(partial), 2 * PIECE, A(0));
-        with_parameters<T>(weight, {}, i, n, [&](const auto* w, const auto*) { grad_block(at, 0, g.M, i, n, c, w, dw, db); });
+        with_parameters<T>(weight, {}, i, n,
+                           [&](const auto* w, const auto*) { grad_block(at, dh_at, 0, g.M, i, n, c, w, dw, db); });
         if (dw) set_elements(dweight, i, n, dw);
         if (db) set_elements(dbias, i, n, db);
       }
       if (stream) stream_end();
     });
+  }
+
+  // The same with dz made beforehand.
+  void long_rows_of_slopes() const {
+    const Buffer<T> own(slopes->out ? 0 : g.M * g.N);
+    T* dz = slopes->out ? slopes->out : own;
+    parallel_for(ceil_div(g.N, PIECE), 2 * g.M * PIECE, [&](int64_t begin, int64_t end) {
+      const SlopeReader<T> read(dy, x, slopes, 1, PIECE, dz);
+      for (int64_t i = begin * PIECE; i < std::min(g.N, end * PIECE); i += PIECE)
+        for (int64_t m = 0; m < g.M; ++m) read(m, 0, i, std::min(PIECE, g.N - i));
+    });
+    long_rows(dense_rows(g, {dz, dtype_of<T>}));
   }
 
   // What the inputs of a block take: well inside a second-level cache; of short rows inside the first level; and little where
@@ -178,8 +215,12 @@ struct RowBackward {
     return g.N <= SHORT ? BYTES / 8 : BYTES;
   }
 
-  void operator()(const RowsInput& dy, const RowsInput& x) const {
-    if (split_rows(g)) return long_rows(dy, x);
+  void operator()() const {
+    if (split_rows(g)) {
+      if constexpr (FUSED)
+        if (slopes) return long_rows_of_slopes();
+      return long_rows(dy);
+    }
     // Segments depend on the shape alone, so the sums do not depend on the threads; at most 128 rows, so that plain
     // additions will do; long rows in longer segments, whose partial sums are then little beside them.
     const int64_t rows_each = std::clamp<int64_t>(std::max(ceil_div(g.M, 32), g.N / 64), 32, 128);
@@ -190,13 +231,14 @@ struct RowBackward {
     const InLots<T> lots(weight, g.N);
     with_parameters<T>(weight, {}, 0, g.N, [&](const auto* w, const auto*) {
       parallel_for(segments, 2 * rows_each * g.N, [&](int64_t begin, int64_t end) {
-        const Reader<T> read_dy(dy, block_each, g.N), read_x(x, block_each, g.N);
+        const auto read = reader(block_each);
+        const Reader<T> read_dh(dh, block_each, g.N);
         for (int64_t k = begin; k < end; ++k) {
           A* dw = sums ? partial + 2 * width * k : nullptr;
           if (sums) std::fill_n(dw, 2 * width, A(0));
           const int64_t last = std::min(g.M, (k + 1) * rows_each);
           for (int64_t m = k * rows_each; m < last; m += block_each)
-            block(read_dy, read_x, m, std::min(block_each, last - m), w, lots, dweight.data ? dw : nullptr,
+            block(read, read_dh, m, std::min(block_each, last - m), w, lots, dweight.data ? dw : nullptr,
                   dbias.data ? dw + width : nullptr);
         }
         if (stream) stream_end();
@@ -226,7 +268,25 @@ void row_bwd(Rows g, const RowsInput& dy, const RowsInput& x, ConstArray weight,
   with_type(x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;
-    RowBackward<T>{g, weight, as<A>(mean), as<A>(rstd), as<T>(dx.data), dweight, dbias}(dy, x);
+    RowBackward<T, false>{g,       dy,          x,           ABSENT,        weight,  true,
+                          nullptr, as<A>(mean), as<A>(rstd), as<T>(dx.data), dweight, dbias}();
+  });
+}
+
+void row_fused_bwd(Rows g, const RowsInput& dy, const RowsInput& dh, const RowsInput& x, const RowsInput& residual,
+                   ConstArray weight, ConstArray bias, Epilogue epilogue, bool centre, const void* mean, const void* rstd,
+                   Array dx, Array dweight, Array dbias, Array dresidual) {
+  with_type(x.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using A = Acc<T>;
+    const auto run = [&](const Slopes<T>* slopes) {
+      RowBackward<T, true>{g,      dy,          x,           dh,            weight,  centre,
+                           slopes, as<A>(mean), as<A>(rstd), as<T>(dx.data), dweight, dbias}();
+    };
+    if (epilogue.activation == Activation::identity && !dresidual.data) return run(nullptr);
+    const Slopes<T> slopes{g,           residual,    Widened<A>(weight, g.N), Widened<A>(bias, g.N), epilogue,
+                           as<A>(mean), as<A>(rstd), as<T>(dresidual.data)};
+    run(&slopes);
   });
 }
 

@@ -1,8 +1,8 @@
-// Layer norm forward: the moments of a block of rows, then y.
+// Layer norm forward, and what is fused with it: the moments of a block of rows, then y.
 #include <cstring>
 #include <limits>
 
-#include "row.h"
+#include "row_fused.h"
 
 namespace fastnorm::cpu {
 
@@ -35,9 +35,10 @@ bool unfit(const Moments<double>& m) {
   return !(m.m2 <= std::numeric_limits<double>::max()) | too_far(0, m, DEVIATIONS);
 }
 
-// In one pass, from plain sums of powers; in a second one, about the mean, where it is too far from zero for that.
+// In one pass, from plain sums of powers; in a second one, about the mean, where it is too far from zero for that. Without
+// `centre` the mean is zero.
 template <class T>
-void moments_of(const T* const* rows, int64_t count, int64_t n, BlockMoments& out) {
+void moments_of(const T* const* rows, int64_t count, int64_t n, bool centre, BlockMoments& out) {
   double sum[MAX_BLOCK], squares[MAX_BLOCK];
   for_sums(n, count, [&](auto R, auto CHAINS, int64_t k) {
     std::array<std::array<const T*, 1>, R> at;
@@ -49,7 +50,7 @@ void moments_of(const T* const* rows, int64_t count, int64_t n, BlockMoments& ou
   // Two plain loops, which become vectors. That this product is not the quotient counts where the mean is far from zero only.
   const double share = 1 / static_cast<double>(n);
   for (int64_t k = 0; k < count; ++k) {
-    out.mean[k] = sum[k] * share;
+    out.mean[k] = centre ? sum[k] * share : 0.0;
     out.m2[k] = std::max(squares[k] - sum[k] * out.mean[k], 0.0);
   }
   int64_t again = 0;
@@ -59,7 +60,7 @@ void moments_of(const T* const* rows, int64_t count, int64_t n, BlockMoments& ou
     const auto m = out.get(k, n);
     if (!unfit<T>(m)) continue;
     if (!std::isfinite(m.m2))
-      out.set(k, moments_in_double(n, [&](int64_t i) { return static_cast<double>(rows[k][i]); }));
+      out.set(k, moments_in_double(n, [&](int64_t i) { return static_cast<double>(rows[k][i]); }, centre));
     else
       out.set(k, moments_about_mean(rows[k], n, m.mean));
   }
@@ -101,14 +102,18 @@ struct HalfXHats {
 template <class T>
 using XHats = std::conditional_t<sizeof(T) == 2, HalfXHats<T>, WideXHats<T>>;
 
-template <class T>
+// Only where FUSED is anything beside x, weight and bias read, or h written; what is absent has a null pointer.
+template <class T, bool FUSED>
 struct RowForward {
   using A = Acc<T>;
   using V = Vec<T>;
   Rows g;
+  const RowsInput &x, &addend, &residual;
   ConstArray weight, bias;
+  Epilogue epilogue;
+  bool centred;
   double eps;
-  T* y;
+  T *h, *y;
   A *mean, *rstd;
   bool stream = streams(y, g.N * sizeof(T), 2 * g.M * g.N * sizeof(T));
 
@@ -124,10 +129,18 @@ struct RowForward {
     reciprocal_roots(variance, rows, rstd + m);
   }
 
-  // Elements [i0, i0 + n) of rows [m, m + rows), which x points to; w and b start at i0.
+  // A thread's reader of what is normalised, which writes h where it is given.
+  auto reader(const RowsInput& from, T* to, int64_t rows, int64_t elements) const {
+    if constexpr (FUSED)
+      return FusedReader<T>(from, addend, residual, to, g, rows, elements);
+    else
+      return Reader<T>(from, rows, elements);
+  }
+
+  // Elements [i0, i0 + n) of rows [m, m + rows), which x and the residuals point to; w and b start at i0.
   template <class Parameter>
-  void normalize_block(const T* const* x, const BlockMoments& moments, int64_t m, int64_t rows, int64_t i0, int64_t n,
-                       const Parameter* w, const Parameter* b) const {
+  void normalize_block(const T* const* x, const T* const* residuals, const BlockMoments& moments, int64_t m, int64_t rows,
+                       int64_t i0, int64_t n, const Parameter* w, const Parameter* b) const {
     const XHats<T> x_hats(mean + m, mean + g.M + m, rstd + m, moments, rows);
     const int64_t N = g.N;
     for_groups<V, 8>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
@@ -143,40 +156,52 @@ struct RowForward {
         const T* in = x[k] + i;
         std::array<V, J> v;
         repeat<J>([&](auto j) FN_LAMBDA { v[j] = affine(x_hat(load(in + j * W, count)), wi[j], bi[j]); });
+        if constexpr (FUSED) {
+          if (residual.data) repeat<J>([&](auto j) FN_LAMBDA { v[j] = v[j] + load(residuals[k] + i + j * W, count); });
+          activate_all(epilogue, v);
+        }
         put_all<T, J>(out, v, count, stream);
       }
     });
   }
 
-  template <class Parameter>
-  void block(const Reader<T>& read, int64_t m, int64_t rows, const Parameter* w, const Parameter* b) const {
-    const T* x[MAX_BLOCK];
+  // Pointers to the residuals of rows [m, m + rows), elements [i, i + n).
+  template <class Read>
+  void find_residuals(const Read& read, int64_t m, int64_t rows, int64_t i, int64_t n, const T** residuals) const {
+    if constexpr (FUSED)
+      for (int64_t k = 0; residual.data && k < rows; ++k) residuals[k] = read.residual(m + k, k, i, n);
+  }
+
+  template <class Read, class Parameter>
+  void block(const Read& read, int64_t m, int64_t rows, const Parameter* w, const Parameter* b) const {
+    const T *x[MAX_BLOCK], *residuals[MAX_BLOCK];
     for (int64_t k = 0; k < rows; ++k) x[k] = read(m + k, k, 0, g.N);
+    find_residuals(read, m, rows, 0, g.N, residuals);
     BlockMoments moments;
-    moments_of(x, rows, std::min(PIECE, g.N), moments);
+    moments_of(x, rows, std::min(PIECE, g.N), centred, moments);
     for (int64_t i = PIECE; i < g.N; i += PIECE) {
       const T* piece[MAX_BLOCK];
       BlockMoments more;
       const int64_t n = std::min(PIECE, g.N - i);
       for (int64_t k = 0; k < rows; ++k) piece[k] = x[k] + i;
-      moments_of(piece, rows, n, more);
+      moments_of(piece, rows, n, centred, more);
       for (int64_t k = 0; k < rows; ++k) moments.set(k, merge(moments.get(k, i), more.get(k, n)));
     }
     save(m, rows, moments);
-    normalize_block(x, moments, m, rows, 0, g.N, w, b);
+    normalize_block(x, residuals, moments, m, rows, 0, g.N, w, b);
   }
 
   // Few long rows: the statistics of all of them piece by piece, then each piece of all rows.
-  void long_rows(const RowsInput& x) const {
+  void long_rows() const {
     const int64_t pieces = ceil_div(g.N, PIECE);
     std::vector<Moments<double>> partial(g.M * pieces);
     parallel_for(g.M * pieces, PIECE, [&](int64_t begin, int64_t end) {
-      const Reader<T> read(x, 1, PIECE);
+      const auto read = reader(x, h, 1, PIECE);
       for (int64_t item = begin; item < end; ++item) {
         const int64_t i = item % pieces * PIECE, n = std::min(PIECE, g.N - i);
         const T* piece = read(item / pieces, 0, i, n);
         BlockMoments moments;
-        moments_of(&piece, 1, n, moments);
+        moments_of(&piece, 1, n, centred, moments);
         partial[item] = moments.get(0, n);
       }
     });
@@ -187,26 +212,29 @@ struct RowForward {
       moments.set(m, total);
     }
     save(0, g.M, moments);
+    const RowsInput stored = h ? dense_rows(g, {h, dtype_of<T>}) : x;
     parallel_for(pieces, g.M * PIECE, [&](int64_t begin, int64_t end) {
-      const Reader<T> read(x, g.M, PIECE);
+      const auto read = reader(stored, nullptr, g.M, PIECE);
       for (int64_t item = end - 1; item >= begin; --item) {  // what was read last is in cache
         const int64_t i = item * PIECE, n = std::min(PIECE, g.N - i);
-        const T* at[FEW];
+        const T *at[FEW], *residuals[FEW];
         for (int64_t m = 0; m < g.M; ++m) at[m] = read(m, m, i, n);
-        with_parameters<T>(weight, bias, i, n,
-                           [&](const auto* w, const auto* b) { normalize_block(at, moments, 0, g.M, i, n, w, b); });
+        find_residuals(read, 0, g.M, i, n, residuals);
+        with_parameters<T>(weight, bias, i, n, [&](const auto* w, const auto* b) {
+          normalize_block(at, residuals, moments, 0, g.M, i, n, w, b);
+        });
       }
       if (stream) stream_end();
     });
   }
 
-  void operator()(const RowsInput& x) const {
-    if (split_rows(g)) return long_rows(x);
+  void operator()() const {
+    if (split_rows(g)) return long_rows();
     constexpr int64_t BYTES = 1 << 14;  // half of a first-level cache
     const int64_t each = block_rows(BYTES, g.N * sizeof(T));
     with_parameters<T>(weight, bias, 0, g.N, [&](const auto* w, const auto* b) {
       parallel_for(ceil_div(g.M, each), each * g.N, [&](int64_t begin, int64_t end) {
-        const Reader<T> read(x, each, g.N);
+        const auto read = reader(x, h, each, g.N);
         for (int64_t k = begin; k < end; ++k) block(read, k * each, std::min(each, g.M - k * each), w, b);
         if (stream) stream_end();
       });
@@ -218,7 +246,18 @@ void row_fwd(Rows g, const RowsInput& x, ConstArray weight, ConstArray bias, dou
   with_type(x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;
-    RowForward<T>{g, weight, bias, eps, as<T>(y.data), as<A>(mean), as<A>(rstd)}(x);
+    RowForward<T, false>{g,    x,   ABSENT,  ABSENT,        weight,      bias,       {},
+                         true, eps, nullptr, as<T>(y.data), as<A>(mean), as<A>(rstd)}();
+  });
+}
+
+void row_fused_fwd(Rows g, const RowsInput& x, const RowsInput& addend, const RowsInput& residual, ConstArray weight,
+                   ConstArray bias, Epilogue epilogue, bool centre, double eps, Array h, Array y, void* mean, void* rstd) {
+  with_type(x.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using A = Acc<T>;
+    RowForward<T, true>{g,      x,   addend,        residual,      weight,      bias,       epilogue,
+                        centre, eps, as<T>(h.data), as<T>(y.data), as<A>(mean), as<A>(rstd)}();
   });
 }
 

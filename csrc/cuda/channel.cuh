@@ -1,146 +1,20 @@
-// Channels (B, C, S). A block goes through a share of the positions of its channels: runs of one channel, or positions whose
-// channels lie side by side (LAST). Passes are functions, so that a small slab's statistics and result are one launch.
+// Channels (B, C, S). Passes are functions, so that a small slab's statistics and result are one launch.
 #pragma once
 
-#include "finish.cuh"
+#include "elementary.cuh"
+#include "sweep.cuh"
 
 namespace fastnorm::cuda {
 
-constexpr int CHANNEL_THREADS = 256;
-// Units of a thread whose mean its block's sums are taken about, see `statistics`.
-constexpr int FIRST = 4;
 // Where the mean is further off the point that sums are taken about, in deviations, they are taken again.
 constexpr int FAR = 4;
 // One about the first units, one scaled, one about the mean.
 constexpr int MOST_PASSES = 3;
 
-template <class T>
-struct View {
-  T* data;
-  int64_t sample, channel;
-  Walk space, positions;  // units of several positions: one stride along the space
-  bool whole;             // every unit is elements side by side, at a multiple of 16 bytes
-};
-
-struct Shares {
-  int64_t B, C, S;
-  int64_t P, per_share, units;  // shares of a channel, units of a share and of a channel
-  int width;                    // LAST: vectors of channels side by side in a block
-};
-
-// A thread's units: V elements of one channel, or one element of V channels.
-template <int V, bool LAST>
-struct Sweep {
-  static constexpr int CHANNELS = LAST ? V : 1;  // of a thread
-  const Shares& g;
-  int64_t c, share, begin, end, unit, b = 0, s = 0;
-  int step, samples = 0, rest = 0;
-
-  __device__ __forceinline__ explicit Sweep(const Shares& shares) : g(shares) {
-    const int64_t block = blockIdx.x / g.P;
-    share = blockIdx.x % g.P;
-    begin = share * g.per_share;
-    end = begin + g.per_share < g.units ? begin + g.per_share : g.units;
-    c = LAST ? (block * g.width + threadIdx.x % g.width) * V : block;
-    step = LAST ? blockDim.x / g.width : blockDim.x;
-    if (!LAST) {
-      const int64_t run = g.S / V;
-      samples = static_cast<int>(step / run);
-      rest = static_cast<int>(step % run);
-    }
-    restart();
-  }
-  __device__ __forceinline__ void restart() {
-    unit = begin + (LAST ? threadIdx.x / g.width : threadIdx.x);
-    if (LAST) return;
-    b = unit / (g.S / V);
-    s = unit % (g.S / V);
-  }
-  __device__ __forceinline__ bool inside() const { return c < g.C; }
-  __device__ __forceinline__ bool more() const { return inside() && unit < end; }
-  __device__ __forceinline__ void next() {
-    unit += step;
-    if (LAST) return;
-    b += samples;
-    s += rest;
-    if (s >= g.S / V) s -= g.S / V, ++b;
-  }
-  // Where the unit begins in v, and the way from there to its element j.
-  template <class T>
-  __device__ __forceinline__ T* begins(const View<T>& v) const {
-    return v.data + c * v.channel + (LAST ? v.positions.offset(unit) : b * v.sample);
-  }
-  template <class T>
-  __device__ __forceinline__ void read(const View<const T>& v, Acc<T> (&out)[V]) const {
-    const T* const from = begins(v);
-    if (V > 1 && v.whole) return load<T, V>(out, from + (LAST ? 0 : s * V));
-#pragma unroll
-    for (int j = 0; j < V; ++j)
-      out[j] = widened(from[LAST ? j * v.channel : V == 1 ? v.space.offset(s) : (s * V + j) * v.space.stride[0]]);
-  }
-  template <class T>
-  __device__ __forceinline__ void write(const View<T>& v, const Acc<T> (&values)[V]) const {
-    store<T, V>(begins(v) + (LAST ? 0 : s * V), values);
-  }
-  // The element j of a unit belongs to this one of the thread's channels.
-  __device__ static constexpr int channel(int j) { return LAST ? j : 0; }
-  // Adds a unit to the sums of its channels.
-  template <class A>
-  __device__ static __forceinline__ void sum(A (&to)[CHANNELS], const A (&values)[V]) {
-    if constexpr (LAST) {
-#pragma unroll
-      for (int j = 0; j < V; ++j) to[j] += values[j];
-    } else {
-      to[0] += pairwise_sum(values);
-    }
-  }
-  // Elements of each channel in the first units of this share, and in all of them.
-  __device__ __forceinline__ int64_t first_units() const {
-    const int64_t n = static_cast<int64_t>(step) * FIRST;
-    return end - begin < n ? end - begin : n;
-  }
-  __device__ static constexpr int per_unit() { return LAST ? 1 : V; }
-  // One thread for each channel of the block.
-  __device__ __forceinline__ bool leads() const { return inside() && (LAST ? threadIdx.x < g.width : threadIdx.x == 0); }
-};
-
-// v[i] of every channel: the sums over the block, for each of its threads.
-template <class A, int n, int V, bool LAST>
-__device__ __forceinline__ void block_sum(A (&v)[n][Sweep<V, LAST>::CHANNELS], const Sweep<V, LAST>& w) {
-  A* const place = shared<A>();
-  __syncthreads();  // what is there has been read
-  if constexpr (!LAST) {
-    A flat[n];
-#pragma unroll
-    for (int i = 0; i < n; ++i) flat[i] = v[i][0];
-    exact_block_sum(flat, place);
-#pragma unroll
-    for (int i = 0; i < n; ++i) v[i][0] = flat[i];
-  } else {
-    const int row = w.g.width * V, mine = threadIdx.x % w.g.width * V, plane = blockDim.x * V;
-#pragma unroll
-    for (int i = 0; i < n; ++i)
-#pragma unroll
-      for (int j = 0; j < V; ++j) place[i * plane + threadIdx.x * V + j] = v[i][j];
-    __syncthreads();
-    for (int k = threadIdx.x; k < n * row; k += blockDim.x) {
-      A* const from = place + k / row * plane + k % row;
-      A total = 0, lost = 0;
-      for (int h = 0; h < w.step; ++h) add(total, lost, from[h * row]);
-      *from = with_lost(total, lost);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < n; ++i)
-#pragma unroll
-      for (int j = 0; j < V; ++j) v[i][j] = place[i * plane + mine + j];
-  }
-}
-
 // Of this share, for every thread's channels: sums about the mean of the first units, and again about the mean itself where
 // that was far off, or scaled where squares overflow.
-template <class T, int V, bool LAST>
-__device__ __forceinline__ void statistics(const View<const T>& x, Sweep<V, LAST>& w, Statistics<Acc<T>> (&out)[LAST ? V : 1]) {
+template <class T, int V, bool LAST, bool CALLED>
+__device__ __forceinline__ void statistics(const View<const T, CALLED>& x, Sweep<V, LAST>& w, Statistics<Acc<T>> (&out)[LAST ? V : 1]) {
   using A = Acc<T>;
   constexpr int CHANNELS = Sweep<V, LAST>::CHANNELS;
   A sum[1][CHANNELS] = {}, shift[CHANNELS], scale[CHANNELS], values[V];
@@ -196,25 +70,48 @@ struct Factors {
 
 // ---------------------------------------------------------------- forward
 
-template <class T>
+template <class T, bool CALLED = false>
 struct ChannelForward {
+  static constexpr bool FUSED = false;
+
   Shares g;
-  View<const T> x;
-  View<T> y;
+  View<const T, CALLED> x;
+  View<T, CALLED> y;
   ConstArray weight, bias;
   const Acc<T>*mean, *rstd;
   Acc<T>* partial;         // (4, P, C), of the statistics alone
   Settled<Acc<T>> settled;  // of a whole training or evaluation
 };
 
+template <class T>
+struct FusedChannelForward : ChannelForward<T, true> {
+  static constexpr bool FUSED = true;
+
+  View<const T, true> residual;
+  Activation activation;
+  Acc<T> alpha;
+};
+
+template <class T, bool FUSED>
+using ChannelForwardOf = std::conditional_t<FUSED, FusedChannelForward<T>, ChannelForward<T>>;
+
 template <class A>
 __device__ __forceinline__ A or_else(ConstArray p, int64_t c, A absent) {
   return p.data ? element<A>(p, c) : absent;
 }
 
+// Adds a unit, if there is one.
 template <class T, int V, bool LAST>
-__device__ __forceinline__ void apply(const ChannelForward<T>& p, Sweep<V, LAST>& w,
-                                      const Factors<Acc<T>> (&f)[LAST ? V : 1]) {
+__device__ __forceinline__ void add_unit(Acc<T> (&to)[V], const View<const T, true>& from, const Sweep<V, LAST>& w) {
+  if (!from.data) return;
+  Acc<T> more[V];
+  w.read(from, more);
+#pragma unroll
+  for (int j = 0; j < V; ++j) to[j] += more[j];
+}
+
+template <class T, int V, bool LAST, class P>
+__device__ __forceinline__ void apply(const P& p, Sweep<V, LAST>& w, const Factors<Acc<T>> (&f)[LAST ? V : 1]) {
   for (; w.more(); w.next()) {
     Acc<T> values[V];
     w.read(p.x, values);
@@ -222,6 +119,10 @@ __device__ __forceinline__ void apply(const ChannelForward<T>& p, Sweep<V, LAST>
     for (int j = 0; j < V; ++j) {
       const auto& k = f[w.channel(j)];
       values[j] = affine(normalize(values[j], k.high, k.low, k.rstd), k.weight, k.bias);
+    }
+    if constexpr (P::FUSED) {
+      add_unit(values, p.residual, w);
+      with_activation(p.activation, [&](auto activation) { activate_all(activation, values, p.alpha); });
     }
     w.write(p.y, values);
   }
@@ -246,8 +147,8 @@ __global__ void __launch_bounds__(CHANNEL_THREADS, 1) channel_stats_kernel(const
 }
 
 // y, with the statistics given or, in evaluation, the running ones.
-template <class T, int V, bool LAST>
-__global__ void __launch_bounds__(CHANNEL_THREADS, 1) channel_apply_kernel(const __grid_constant__ ChannelForward<T> p) {
+template <class T, int V, bool LAST, bool FUSED>
+__global__ void __launch_bounds__(CHANNEL_THREADS, 1) channel_apply_kernel(const __grid_constant__ ChannelForwardOf<T, FUSED> p) {
   using A = Acc<T>;
   Sweep<V, LAST> w(p.g);
   if (!w.inside()) return;
@@ -277,8 +178,8 @@ __global__ void __launch_bounds__(CHANNEL_THREADS, 1) channel_apply_kernel(const
 }
 
 // All of training, where a block has all positions of its channels.
-template <class T, int V, bool LAST>
-__global__ void __launch_bounds__(CHANNEL_THREADS, 1) channel_fwd_kernel(const __grid_constant__ ChannelForward<T> p) {
+template <class T, int V, bool LAST, bool FUSED>
+__global__ void __launch_bounds__(CHANNEL_THREADS, 1) channel_fwd_kernel(const __grid_constant__ ChannelForwardOf<T, FUSED> p) {
   using A = Acc<T>;
   Sweep<V, LAST> w(p.g);
   Statistics<A> s[LAST ? V : 1];
@@ -299,11 +200,13 @@ __global__ void __launch_bounds__(CHANNEL_THREADS, 1) channel_fwd_kernel(const _
 
 // ---------------------------------------------------------------- backward
 
-template <class T>
+template <class T, bool CALLED = false>
 struct ChannelBackward {
+  static constexpr bool FUSED = false;
+
   Shares g;
-  View<const T> dy, x;
-  View<T> dx;
+  View<const T, CALLED> dy, x;
+  View<T, CALLED> dx;
   ConstArray weight;
   const Acc<T>*mean, *rstd, *c1, *c2;  // no c1 and c2 in evaluation
   Acc<T>* partial;                     // (2, P, C): sums of dz * x_hat and of dz, of the sums alone
@@ -311,25 +214,57 @@ struct ChannelBackward {
   int64_t count;
 };
 
-template <class T, int V, bool LAST>
-__device__ __forceinline__ void load_factors(const ChannelBackward<T>& p, const Sweep<V, LAST>& w,
-                                             Factors<Acc<T>> (&f)[LAST ? V : 1]) {
+template <class T>
+struct FusedChannelBackward : ChannelBackward<T, true> {
+  static constexpr bool FUSED = true;
+
+  ConstArray bias;
+  View<const T, true> residual;
+  View<T, true> dresidual;
+  Activation activation;
+  Acc<T> alpha;
+};
+
+template <class T, bool FUSED>
+using ChannelBackwardOf = std::conditional_t<FUSED, FusedChannelBackward<T>, ChannelBackward<T>>;
+
+template <class T, int V, bool LAST, class P>
+__device__ __forceinline__ void load_factors(const P& p, const Sweep<V, LAST>& w, Factors<Acc<T>> (&f)[LAST ? V : 1]) {
 #pragma unroll
   for (int i = 0; i < w.CHANNELS; ++i) {
     const int64_t c = w.inside() ? w.c + i : 0;
     f[i] = {p.mean[c], p.mean[p.g.C + c], p.rstd[c], or_else<Acc<T>>(p.weight, c, 1), 0};
+    if constexpr (P::FUSED) f[i].bias = or_else<Acc<T>>(p.bias, c, 0);
   }
 }
 
-// sums[0]: dz * x_hat, sums[1]: dz, of this share.
+// dz of a unit in the place of dy; x, which it needs.
 template <class T, int V, bool LAST>
-__device__ __forceinline__ void gradient_sums(const ChannelBackward<T>& p, Sweep<V, LAST>& w,
-                                              const Factors<Acc<T>> (&f)[LAST ? V : 1],
-                                              Acc<T> (&sums)[2][Sweep<V, LAST>::CHANNELS]) {
+__device__ __forceinline__ void to_dz(const FusedChannelBackward<T>& p, const Sweep<V, LAST>& w,
+                                      const Factors<Acc<T>> (&f)[LAST ? V : 1], const Acc<T> (&x)[V], Acc<T> (&dy)[V]) {
+  if (p.activation == Activation::identity) return;
+  Acc<T> z[V];
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    const auto& k = f[w.channel(j)];
+    z[j] = affine(normalize(x[j], k.high, k.low, k.rstd), k.weight, k.bias);
+  }
+  add_unit(z, p.residual, w);
+  with_activation(p.activation, [&](auto activation) { times_slope(activation, dy, z, p.alpha); });
+}
+
+// sums[0]: dz * x_hat, sums[1]: dz, of this share. `keep`: dz becomes dresidual where that is wanted.
+template <class T, int V, bool LAST, class P>
+__device__ __forceinline__ void gradient_sums(const P& p, Sweep<V, LAST>& w, const Factors<Acc<T>> (&f)[LAST ? V : 1],
+                                              Acc<T> (&sums)[2][Sweep<V, LAST>::CHANNELS], [[maybe_unused]] bool keep) {
   for (; w.more(); w.next()) {
     Acc<T> x[V], dz[V];
     w.read(p.x, x);
     w.read(p.dy, dz);
+    if constexpr (P::FUSED) {
+      to_dz<T, V, LAST>(p, w, f, x, dz);
+      if (keep && p.dresidual.data) w.write(p.dresidual, dz);
+    }
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       const auto& k = f[w.channel(j)];
@@ -342,14 +277,19 @@ __device__ __forceinline__ void gradient_sums(const ChannelBackward<T>& p, Sweep
   w.restart();
 }
 
-template <class T, int V, bool LAST>
-__device__ __forceinline__ void gradient(const ChannelBackward<T>& p, Sweep<V, LAST>& w,
-                                         const Factors<Acc<T>> (&f)[LAST ? V : 1],
+// dx and dresidual.
+template <class T, int V, bool LAST, class P>
+__device__ __forceinline__ void gradient(const P& p, Sweep<V, LAST>& w, const Factors<Acc<T>> (&f)[LAST ? V : 1],
                                          const Acc<T> (&means)[2][Sweep<V, LAST>::CHANNELS], bool through_statistics) {
   for (; w.more(); w.next()) {
     Acc<T> x[V], dz[V];
     w.read(p.dy, dz);
-    if (through_statistics) w.read(p.x, x);
+    if (through_statistics || P::FUSED) w.read(p.x, x);
+    if constexpr (P::FUSED) {
+      to_dz<T, V, LAST>(p, w, f, x, dz);
+      if (p.dresidual.data) w.write(p.dresidual, dz);
+      if (!p.dx.data) continue;
+    }
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       const int i = w.channel(j);
@@ -362,13 +302,13 @@ __device__ __forceinline__ void gradient(const ChannelBackward<T>& p, Sweep<V, L
   }
 }
 
-template <class T, int V, bool LAST>
-__global__ void __launch_bounds__(CHANNEL_THREADS, 1) channel_sums_kernel(const __grid_constant__ ChannelBackward<T> p) {
+template <class T, int V, bool LAST, bool FUSED>
+__global__ void __launch_bounds__(CHANNEL_THREADS, 1) channel_sums_kernel(const __grid_constant__ ChannelBackwardOf<T, FUSED> p) {
   Sweep<V, LAST> w(p.g);
   Factors<Acc<T>> f[LAST ? V : 1];
   load_factors<T, V, LAST>(p, w, f);
   Acc<T> sums[2][LAST ? V : 1] = {};
-  gradient_sums<T, V, LAST>(p, w, f, sums);
+  gradient_sums<T, V, LAST>(p, w, f, sums, true);
   if (!w.leads()) return;
 #pragma unroll
   for (int i = 0; i < w.CHANNELS; ++i) {
@@ -378,8 +318,8 @@ __global__ void __launch_bounds__(CHANNEL_THREADS, 1) channel_sums_kernel(const 
   }
 }
 
-template <class T, int V, bool LAST>
-__global__ void __launch_bounds__(CHANNEL_THREADS, 1) channel_grad_kernel(const __grid_constant__ ChannelBackward<T> p) {
+template <class T, int V, bool LAST, bool FUSED>
+__global__ void __launch_bounds__(CHANNEL_THREADS, 1) channel_grad_kernel(const __grid_constant__ ChannelBackwardOf<T, FUSED> p) {
   Sweep<V, LAST> w(p.g);
   if (!w.inside()) return;
   Factors<Acc<T>> f[LAST ? V : 1];
@@ -392,13 +332,13 @@ __global__ void __launch_bounds__(CHANNEL_THREADS, 1) channel_grad_kernel(const 
 }
 
 // All of a backward through the statistics, where a block has all positions of its channels.
-template <class T, int V, bool LAST>
-__global__ void __launch_bounds__(CHANNEL_THREADS, 1) channel_bwd_kernel(const __grid_constant__ ChannelBackward<T> p) {
+template <class T, int V, bool LAST, bool FUSED>
+__global__ void __launch_bounds__(CHANNEL_THREADS, 1) channel_bwd_kernel(const __grid_constant__ ChannelBackwardOf<T, FUSED> p) {
   Sweep<V, LAST> w(p.g);
   Factors<Acc<T>> f[LAST ? V : 1];
   load_factors<T, V, LAST>(p, w, f);
   Acc<T> sums[2][LAST ? V : 1] = {};
-  gradient_sums<T, V, LAST>(p, w, f, sums);
+  gradient_sums<T, V, LAST>(p, w, f, sums, false);
 #pragma unroll
   for (int i = 0; i < w.CHANNELS; ++i) {
     if (w.leads() && p.dweight.data) set_element(p.dweight, w.c + i, sums[0][i]);

@@ -1,4 +1,4 @@
-// What row.cu and channel.cu implement, and launch.cu hands on: the functions of ../kernels.h.
+// What the other .cu files implement, and launch.cu hands on: the functions of ../kernels.h.
 #pragma once
 
 #include <type_traits>
@@ -18,5 +18,9 @@ Function<decltype(Kernels::channel_sums)> channel_sums;
 Function<decltype(Kernels::channel_grad)> channel_grad;
 Function<decltype(Kernels::channel_fwd)> channel_fwd;
 Function<decltype(Kernels::channel_bwd)> channel_bwd;
+Function<decltype(Kernels::row_fused_fwd)> row_fused_fwd;
+Function<decltype(Kernels::row_fused_bwd)> row_fused_bwd;
+Function<decltype(Kernels::channel_fused_fwd)> channel_fused_fwd;
+Function<decltype(Kernels::channel_fused_bwd)> channel_fused_bwd;
 
 }  // namespace fastnorm::cuda

@@ -2,20 +2,21 @@
 // not depend on where and how the row lies.
 #pragma once
 
+#include "elementary.cuh"
 #include "reduce.cuh"
 
 namespace fastnorm::cuda {
 
-// Elements of rows, each thread's in windows of V that follow one another.
-template <class T, int V>
+// Elements of rows, each thread's in windows of V that follow one another. From: a Source, or of T alone.
+template <class T, int V, class From = Source>
 struct RowReader {
-  Source from;
+  From from;
   Walk rows, columns;  // V > 1: the columns have one stride
   bool whole;          // V > 1: every window lies side by side, at a multiple of 16 bytes
 
   __device__ __forceinline__ void operator()(Acc<T> (&out)[V], int64_t row, int64_t i) const {
     if (V == 1)
-      out[0] = load_one<T>(from, row + columns.offset(i));
+      out[0] = load_one<T>(from, row + (std::is_pointer_v<From> ? called_offset(columns, i) : columns.offset(i)));
     else if (whole)
       load<T, V>(out, from, row + i * V);
     else
@@ -24,15 +25,67 @@ struct RowReader {
   }
 };
 
+// Adds a window, if there is one.
 template <class T, int V>
+__device__ __forceinline__ void add_window(Acc<T> (&to)[V], const RowReader<T, V, const T*>& reader, int64_t row, int64_t i) {
+  if (!reader.from) return;
+  Acc<T> more[V];
+  reader(more, row, i);
+#pragma unroll
+  for (int j = 0; j < V; ++j) to[j] += more[j];
+}
+
+template <class T, int V, class From = Source, class To = Target>
 struct RowForward {
+  static constexpr bool FUSED = false, centre = true;
+  using Begin = int64_t;
+
   Rows g;
   int team;
-  RowReader<T, V> x;
+  RowReader<T, V, From> x;
   Source weight, bias;
   Acc<T> eps;
-  Target y;
+  To y;
   Acc<T>*mean, *rstd;
+
+  __device__ __forceinline__ Begin begin(int64_t m, bool inside) const { return inside ? x.rows.offset(m) : 0; }
+  __device__ __forceinline__ void read(Acc<T> (&out)[V], Begin row, int64_t i) const { x(out, row, i); }
+  __device__ __forceinline__ void read_again(Acc<T> (&out)[V], Begin row, int64_t i) const { x(out, row, i); }
+};
+
+// Rows are those of h = x + addend where there is an h.
+template <class T, int V>
+struct FusedRowForward : RowForward<T, V, const T*, T*> {
+  static constexpr bool FUSED = true;
+  struct Begin {
+    int64_t x, addend, residual, h;
+  };
+
+  RowReader<T, V, const T*> addend, residual;
+  T* h;
+  Activation activation;
+  Acc<T> alpha;
+  bool centre;
+
+  __device__ __forceinline__ Begin begin(int64_t m, bool inside) const {
+    if (!inside) return {};
+    return {called_offset(this->x.rows, m), called_offset(addend.rows, m), called_offset(residual.rows, m), m * this->g.N};
+  }
+  __device__ __forceinline__ void read(Acc<T> (&out)[V], const Begin& row, int64_t i) const {
+    this->x(out, row.x, i);
+    if (!h) return;
+    add_window(out, addend, row.addend, i);
+    store<T, V>(h, row.h + i * V, out);
+#pragma unroll
+    for (int j = 0; j < V; ++j) out[j] = widened(rounded<T>(out[j]));
+  }
+  // A thread gets what it has written itself: that takes no barrier.
+  __device__ __forceinline__ void read_again(Acc<T> (&out)[V], const Begin& row, int64_t i) const {
+    if (h)
+      load<T, V>(out, h, row.h + i * V);
+    else
+      this->x(out, row.x, i);
+  }
 };
 
 // f(k, i) for the windows i of a thread: K of them, which the row is not longer than, or, where K is 0, any number.
@@ -50,27 +103,29 @@ __device__ __forceinline__ void each_window(int64_t windows, const Team& team, c
 }
 
 // K windows of a row are held in registers; K = 0: read again for every pass.
-template <class T, int V, int K>
-__global__ void __launch_bounds__(MOST_THREADS, 1) row_fwd_kernel(const __grid_constant__ RowForward<T, V> p) {
+template <class T, int V, int K, bool FUSED>
+__global__ void __launch_bounds__(MOST_THREADS, 1)
+    row_fwd_kernel(const __grid_constant__ std::conditional_t<FUSED, FusedRowForward<T, V>, RowForward<T, V>> p) {
   using A = Acc<T>;
   const Team team(p.team);
   A held[K > 0 ? K : 1][V];
   A* const place = shared<A>();
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * team.rows; first < p.g.M; first += gridDim.x * int64_t{team.rows}) {
-    const int64_t m = first + team.row, windows = m < p.g.M ? p.g.N / V : 0, row = windows ? p.x.rows.offset(m) : 0;
+    const int64_t m = first + team.row, windows = m < p.g.M ? p.g.N / V : 0;
+    const auto row = p.begin(m, windows);
     const A n = static_cast<A>(p.g.N);
-    A sum[1] = {0};
+    A sum[1] = {0};  // of squares, without a centre
     each_window<K>(windows, team, [&](int k, int64_t i) {
-      p.x(held[k], row, i);
+      p.read(held[k], row, i);
 #pragma unroll
-      for (int j = 0; j < V; ++j) sum[0] += held[k][j];
+      for (int j = 0; j < V; ++j) sum[0] += p.centre ? held[k][j] : held[k][j] * held[k][j];
     });
     team_sum(sum, team.size, place);
-    const A shift = sum[0] / n;
+    const A shift = p.centre ? sum[0] / n : 0;
     const auto squares = [&](A scale, A* at) {
       A s[2] = {0, 0};
       each_window<K>(windows, team, [&](int k, int64_t i) {
-        if (K == 0) p.x(held[k], row, i);
+        if (K == 0) p.read_again(held[k], row, i);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
           const A d = (held[k][j] - shift) * scale;
@@ -79,74 +134,133 @@ __global__ void __launch_bounds__(MOST_THREADS, 1) row_fwd_kernel(const __grid_c
         }
       });
       team_sum(s, team.size, at);
-      return about(shift, s[0], s[1], n, scale);
+      return p.centre ? about(shift, s[0], s[1], n, scale) : Centred<A>{0, 0, s[1], scale};
     };
-    Centred<A> c = squares(1, place + TEAM_SHARED<1>);
+    Centred<A> c = p.centre ? squares(1, place + TEAM_SHARED<1>) : Centred<A>{0, 0, sum[0], 1};
     // Rows of a warp decide together, for all of its lanes add up.
     if (__any_sync(ALL_LANES, infinite(c.m2))) {
       const Centred<A> scaled = squares(SCALE, place + TEAM_SHARED<3>);
       if (infinite(c.m2)) c = scaled;
     }
+    if (!p.centre) __syncthreads();  // the next row's first sum has the same place
     const A rstd = rstd_of(c.m2, n, c.scale, p.eps);
     if (windows && team.lane == 0) {
       p.mean[m] = c.high;
       p.mean[p.g.M + m] = c.low;
       p.rstd[m] = rstd;
     }
-    each_window<K>(windows, team, [&](int k, int64_t i) {
-      if (K == 0) p.x(held[k], row, i);
-      A weight[V], bias[V], y[V];
+    const auto affine_window = [&](int k, int64_t i, A (&z)[V]) {
+      if (K == 0) p.read_again(held[k], row, i);
+      A weight[V], bias[V];
       load_or<T, V>(weight, p.weight, i * V, 1);
       load_or<T, V>(bias, p.bias, i * V, 0);
 #pragma unroll
-      for (int j = 0; j < V; ++j) y[j] = affine(normalize(held[k][j], c.high, c.low, rstd), weight[j], bias[j]);
-      store<T, V>(p.y, m * p.g.N + i * V, y);
-    });
+      for (int j = 0; j < V; ++j) z[j] = affine(normalize(held[k][j], c.high, c.low, rstd), weight[j], bias[j]);
+      if constexpr (FUSED) add_window(z, p.residual, row.residual, i);
+    };
+    const auto write = [&](int64_t i, const A (&y)[V]) { store<T, V>(p.y, m * p.g.N + i * V, y); };
+    if constexpr (FUSED && K > 0) {
+      each_window<K>(windows, team, [&](int k, int64_t i) { affine_window(k, i, held[k]); });
+      with_activation(p.activation, [&](auto activation) {
+        each_window<K>(windows, team, [&](int k, int64_t) { activate_all(activation, held[k], p.alpha); });
+      });
+      each_window<K>(windows, team, [&](int k, int64_t i) { write(i, held[k]); });
+    } else {
+      each_window<K>(windows, team, [&](int k, int64_t i) {
+        A z[V];
+        affine_window(k, i, z);
+        if constexpr (FUSED) with_activation(p.activation, [&](auto activation) { activate_all(activation, z, p.alpha); });
+        write(i, z);
+      });
+    }
   }
 }
 
-template <class T, int V>
+template <class T, int V, class From = Source>
 struct RowBackward {
+  static constexpr bool FUSED = false, centre = true;
+  struct Begin {
+    int64_t dy, x;
+  };
+
   Rows g;
   int team;
-  RowReader<T, V> dy, x;
+  RowReader<T, V, From> dy, x;
   Source weight;
   const Acc<T>*mean, *rstd;
   Acc<T>* means;  // (2, M): c1 and c2, see GIVEN
   T* dx;
   Acc<T>*dweight, *dbias;  // (programs, N), or null
+
+  __device__ __forceinline__ Begin begin(int64_t m, bool inside) const {
+    return {inside ? dy.rows.offset(m) : 0, inside ? x.rows.offset(m) : 0};
+  }
 };
+
+template <class T, int V>
+struct FusedRowBackward : RowBackward<T, V, const T*> {
+  static constexpr bool FUSED = true;
+  struct Begin {
+    int64_t dy, x, dh, residual;
+  };
+
+  Source bias;
+  RowReader<T, V, const T*> dh, residual;
+  T* dresidual;
+  Activation activation;
+  Acc<T> alpha;
+  bool centre;
+
+  __device__ __forceinline__ Begin begin(int64_t m, bool inside) const {
+    if (!inside) return {};
+    return {called_offset(this->dy.rows, m), called_offset(this->x.rows, m), called_offset(dh.rows, m),
+            called_offset(residual.rows, m)};
+  }
+  // Of dy, in its place.
+  __device__ __forceinline__ void to_dz(Acc<T> (&dy)[V], const Acc<T> (&x_hat)[V], const Acc<T> (&weight)[V], const Begin& row,
+                                        int64_t i) const {
+    if (activation == Activation::identity) return;
+    Acc<T> z[V];
+    load_or<T, V>(z, bias, i * V, 0);
+#pragma unroll
+    for (int j = 0; j < V; ++j) z[j] = affine(x_hat[j], weight[j], z[j]);
+    add_window(z, residual, row.residual, i);
+    with_activation(activation, [&](auto constant) { times_slope(constant, dy, z, alpha); });
+  }
+};
+
+template <class T, int V, bool FUSED>
+using RowBackwardOf = std::conditional_t<FUSED, FusedRowBackward<T, V>, RowBackward<T, V>>;
 
 // A row's window in a backward.
 template <class A, int V>
 struct Terms {
   A x_hat[V], dz[V], g[V];
 
-  template <class T>
-  __device__ __forceinline__ void load(const RowBackward<T, V>& p, int64_t dy_row, int64_t x_row, int64_t i, A high, A low,
-                                       A rstd) {
-    p.dy(dz, dy_row, i);
-    p.x(x_hat, x_row, i);
+  template <class T, class P>
+  __device__ __forceinline__ void load(const P& p, const typename P::Begin& row, int64_t i, A high, A low, A rstd) {
+    p.dy(dz, row.dy, i);
+    p.x(x_hat, row.x, i);
     load_or<T, V>(g, p.weight, i * V, 1);
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      x_hat[j] = normalize(x_hat[j], high, low, rstd);
-      g[j] *= dz[j];
-    }
+    for (int j = 0; j < V; ++j) x_hat[j] = normalize(x_hat[j], high, low, rstd);
+    if constexpr (P::FUSED) p.to_dz(dz, x_hat, g, row, i);
+#pragma unroll
+    for (int j = 0; j < V; ++j) g[j] *= dz[j];
   }
 };
 
 // c1 and c2 of every row, where a row is too long for the kernel below.
-template <class T, int V>
-__global__ void __launch_bounds__(MOST_THREADS, 1) row_means_kernel(const __grid_constant__ RowBackward<T, V> p) {
+template <class T, int V, bool FUSED>
+__global__ void __launch_bounds__(MOST_THREADS, 1) row_means_kernel(const __grid_constant__ RowBackwardOf<T, V, FUSED> p) {
   using A = Acc<T>;
   const Team team(p.team);
   for (int64_t m = blockIdx.x; m < p.g.M; m += gridDim.x) {
-    const int64_t dy_row = p.dy.rows.offset(m), x_row = p.x.rows.offset(m);
+    const auto row = p.begin(m, true);
     A c[2] = {0, 0};
     each_window<0>(p.g.N / V, team, [&](int, int64_t i) {
       Terms<A, V> t;
-      t.load(p, dy_row, x_row, i, p.mean[m], p.mean[p.g.M + m], p.rstd[m]);
+      t.template load<T>(p, row, i, p.mean[m], p.mean[p.g.M + m], p.rstd[m]);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         c[0] += t.g[j] * t.x_hat[j];
@@ -156,7 +270,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 1) row_means_kernel(const __grid
     team_sum(c, team.size, shared<A>() + (m / gridDim.x % 2) * TEAM_SHARED<2>);
     if (team.lane == 0) {
       p.means[m] = c[0] / static_cast<A>(p.g.N);
-      p.means[p.g.M + m] = c[1] / static_cast<A>(p.g.N);
+      p.means[p.g.M + m] = p.centre ? c[1] / static_cast<A>(p.g.N) : 0;
     }
   }
 }
@@ -166,8 +280,8 @@ __global__ void __launch_bounds__(MOST_THREADS, 1) row_means_kernel(const __grid
 enum class Way { held, again, given };
 
 // Rows of the block's place along the grid's y, one after another; dweight and dbias stay in registers until the last one.
-template <class T, int V, int K, Way WAY>
-__global__ void __launch_bounds__(MOST_THREADS, 1) row_bwd_kernel(const __grid_constant__ RowBackward<T, V> p) {
+template <class T, int V, int K, Way WAY, bool FUSED>
+__global__ void __launch_bounds__(MOST_THREADS, 1) row_bwd_kernel(const __grid_constant__ RowBackwardOf<T, V, FUSED> p) {
   using A = Acc<T>;
   const Team team(p.team);
   const int64_t begin = WAY == Way::given ? static_cast<int64_t>(blockIdx.x) * team.size * K : 0;
@@ -177,25 +291,28 @@ __global__ void __launch_bounds__(MOST_THREADS, 1) row_bwd_kernel(const __grid_c
   int parity = 0;
   for (int64_t first = static_cast<int64_t>(blockIdx.y) * team.rows; first < p.g.M; first += gridDim.y * int64_t{team.rows}) {
     const int64_t m = first + team.row, windows = m < p.g.M ? all : 0;
-    const int64_t dy_row = windows > 0 ? p.dy.rows.offset(m) : 0, x_row = windows > 0 ? p.x.rows.offset(m) : 0;
+    const auto row = p.begin(m, windows > 0);
     A high = 0, low = 0, rstd = 0, c[2] = {0, 0};
     if (windows > 0) high = p.mean[m], low = p.mean[p.g.M + m], rstd = p.rstd[m];
     const auto window = [&](int k) -> Terms<A, V>& { return held[WAY == Way::held ? k : 0]; };
-    const auto read = [&](int k, int64_t i) { window(k).load(p, dy_row, x_row, begin + i, high, low, rstd); };
-    const auto add_up = [&](int k) {
+    const auto read = [&](int k, int64_t i) { window(k).template load<T>(p, row, begin + i, high, low, rstd); };
+    // Of every window, once.
+    const auto add_up = [&](int k, [[maybe_unused]] int64_t i) {
       const Terms<A, V>& t = window(k);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         dweight[k][j] += t.dz[j] * t.x_hat[j];
         dbias[k][j] += t.dz[j];
       }
+      if constexpr (FUSED)
+        if (p.dresidual) store<T, V>(p.dresidual, m * p.g.N + (begin + i) * V, t.dz);
     };
     if (WAY == Way::given) {
       if (windows > 0 && p.dx) c[0] = p.means[m], c[1] = p.means[p.g.M + m];
     } else {
       each_window<K>(windows, team, [&](int k, int64_t i) {
         read(k, i);
-        add_up(k);
+        add_up(k, i);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
           c[0] += window(k).g[j] * window(k).x_hat[j];
@@ -205,16 +322,18 @@ __global__ void __launch_bounds__(MOST_THREADS, 1) row_bwd_kernel(const __grid_c
       team_sum(c, team.size, shared<A>() + parity * TEAM_SHARED<2>);
       parity ^= 1;
       c[0] /= static_cast<A>(p.g.N);
-      c[1] /= static_cast<A>(p.g.N);
+      c[1] = p.centre ? c[1] / static_cast<A>(p.g.N) : 0;
     }
-    each_window<K>(windows, team, [&](int k, int64_t i) {
+    // Where no window has registers of its own, a slope is long enough to be in a loop.
+    each_window<WAY == Way::again && FUSED ? 0 : K>(windows, team, [&](int k, int64_t i) {
       if (WAY != Way::held) read(k, i);
-      if (WAY == Way::given) add_up(k);
+      if (WAY == Way::given) add_up(k, i);
       if (!p.dx) return;
       const Terms<A, V>& t = window(k);
       A dx[V];
 #pragma unroll
       for (int j = 0; j < V; ++j) dx[j] = grad_input(t.g[j], t.x_hat[j], rstd, c[0], c[1]);
+      if constexpr (FUSED) add_window(dx, p.dh, row.dh, begin + i);
       store<T, V>(p.dx + m * p.g.N + (begin + i) * V, dx);
     });
   }

@@ -99,10 +99,20 @@ __device__ __forceinline__ void load(Acc<T> (&out)[V], Source from, int64_t i) {
     load<T, V>(out, static_cast<const T*>(from.data) + i);
 }
 
+template <class T, int V>
+__device__ __forceinline__ void load(Acc<T> (&out)[V], const T* from, int64_t i) {
+  load<T, V>(out, from + i);
+}
+
 template <class T>
 __device__ __forceinline__ Acc<T> load_one(Source from, int64_t i) {
   if (sizeof(T) < sizeof(Acc<T>) && from.wide) return static_cast<const Acc<T>*>(from.data)[i];
   return widened(static_cast<const T*>(from.data)[i]);
+}
+
+template <class T>
+__device__ __forceinline__ Acc<T> load_one(const T* from, int64_t i) {
+  return widened(from[i]);
 }
 
 template <class T, int V>
@@ -118,6 +128,11 @@ __device__ __forceinline__ void store(Target to, int64_t i, const Acc<T> (&value
     store<Acc<T>, V>(static_cast<Acc<T>*>(to.data) + i, values);
   else
     store<T, V>(static_cast<T*>(to.data) + i, values);
+}
+
+template <class T, int V>
+__device__ __forceinline__ void store(T* to, int64_t i, const Acc<T> (&values)[V]) {
+  store<T, V>(to + i, values);
 }
 
 // One element of any dtype that is no wider than the accumulate dtype A.
@@ -141,6 +156,12 @@ __device__ __forceinline__ void set_element(Array to, int64_t i, A v) {
     static_cast<__half*>(to.data)[i] = __float2half_rn(narrow);
   else
     static_cast<__nv_bfloat16*>(to.data)[i] = __float2bfloat16_rn(narrow);
+}
+
+// walk.offset(i), with the code for several dimensions once in a kernel: it is longer than what a fused norm does to an element.
+inline __device__ __attribute__((noinline)) int64_t offset_of_several(const Walk& walk, int64_t i) { return walk.offset(i); }
+__device__ __forceinline__ int64_t called_offset(const Walk& walk, int64_t i) {
+  return walk.rank == 1 ? i * walk.stride[0] : offset_of_several(walk, i);
 }
 
 // The shared memory of a block; its size is asked for by the launch.

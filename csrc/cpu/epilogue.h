@@ -1,0 +1,46 @@
+// y = act(z) and dz = dy * act'(z), a few vectors at a time: what costs next to nothing here, in the loops of the kernels, and
+// the rest in epilogue.cpp, once for all of them.
+#pragma once
+
+#include "elementary.h"
+
+namespace fastnorm::cpu {
+
+void activate_others(const Epilogue& epilogue, Floats* z, int64_t n);
+void activate_others(const Epilogue& epilogue, Doubles* z, int64_t n);
+// `z` becomes dz.
+void grad_others(const Epilogue& epilogue, const Floats* dy, Floats* z, int64_t n);
+void grad_others(const Epilogue& epilogue, const Doubles* dy, Doubles* z, int64_t n);
+
+template <class V>
+FN_INLINE V relu_grad(V dy, V z) {
+  return Elementary<V>::at_most_zero(z, V(0), dy);
+}
+
+// Only copies have an address, and only where they are needed: z itself stays in registers.
+template <class V, size_t J>
+FN_INLINE void activate_all(const Epilogue& epilogue, std::array<V, J>& z) {
+  if (epilogue.activation == Activation::relu) {
+    repeat<J>([&](auto j) FN_LAMBDA { z[j] = activate(Activation::relu, z[j], V(0)); });
+  } else if (epilogue.activation != Activation::identity) {
+    std::array<V, J> copy = z;
+    activate_others(epilogue, copy.data(), J);
+    z = copy;
+  }
+}
+
+template <class V, size_t J>
+FN_INLINE void grad_all(const Epilogue& epilogue, const std::array<V, J>& dy, std::array<V, J>& z) {
+  if (epilogue.activation == Activation::relu) {
+    repeat<J>([&](auto j) FN_LAMBDA { z[j] = relu_grad(dy[j], z[j]); });
+  } else if (epilogue.activation == Activation::identity) {
+    z = dy;
+  } else {
+    const std::array<V, J> dy_copy = dy;
+    std::array<V, J> copy = z;
+    grad_others(epilogue, dy_copy.data(), copy.data(), J);
+    z = copy;
+  }
+}
+
+}  // namespace fastnorm::cpu

@@ -1,0 +1,50 @@
+// The functions of the backend contract for rows with what surrounds their norm.
+#include "row.h"
+
+namespace fastnorm::cuda {
+namespace {
+
+bool one_stride(const RowsInput& in) { return !in.data || in.columns.rank == 1; }
+
+}  // namespace
+
+Error row_fused_fwd(const Place& place, Rows g, const RowsInput& x, const RowsInput& addend, const RowsInput& residual,
+                    ConstArray weight, ConstArray bias, Epilogue epilogue, bool centre, double eps, Array h, Array y,
+                    void* mean, void* rstd) {
+  if (Error e = follow(place.device)) return e;
+  return with_type(x.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using A = Acc<T>;
+    return with_window<T>(g.N, one_stride(x) && one_stride(addend) && one_stride(residual), [&](auto window) {
+      constexpr int V = window.value;
+      const auto narrow = [](const RowsInput& in) { return reader<T, V, const T*>(in); };
+      const FusedRowForward<T, V> p{{g, 0, narrow(x), source<T>(weight), source<T>(bias), static_cast<A>(eps),
+                                     static_cast<T*>(y.data), static_cast<A*>(mean), static_cast<A*>(rstd)},
+                                    narrow(addend), narrow(residual), static_cast<T*>(h.data), epilogue.activation,
+                                    static_cast<A>(epilogue.alpha), centre};
+      return forward<T, V>(place, p);
+    });
+  });
+}
+
+Error row_fused_bwd(const Place& place, Rows g, const RowsInput& dy, const RowsInput& dh, const RowsInput& x,
+                    const RowsInput& residual, ConstArray weight, ConstArray bias, Epilogue epilogue, bool centre,
+                    const void* mean, const void* rstd, Array dx, Array dweight, Array dbias, Array dresidual) {
+  if (Error e = follow(place.device)) return e;
+  return with_type(x.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using A = Acc<T>;
+    const bool windows = one_stride(x) && one_stride(dy) && one_stride(dh) && one_stride(residual);
+    return with_window<T>(g.N, windows, [&](auto window) {
+      constexpr int V = window.value;
+      const auto narrow = [](const RowsInput& in) { return reader<T, V, const T*>(in); };
+      const FusedRowBackward<T, V> p{{g, 0, narrow(dy), narrow(x), source<T>(weight), static_cast<const A*>(mean),
+                                      static_cast<const A*>(rstd), nullptr, static_cast<T*>(dx.data), nullptr, nullptr},
+                                     source<T>(bias), narrow(dh), narrow(residual), static_cast<T*>(dresidual.data),
+                                     epilogue.activation, static_cast<A>(epilogue.alpha), centre};
+      return backward<T, V>(place, p, dweight, dbias);
+    });
+  });
+}
+
+}  // namespace fastnorm::cuda

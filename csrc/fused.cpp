@@ -1,0 +1,116 @@
+// The fused functions of the contract over tensors: a norm with what surrounds it.
+#include <array>
+
+#include "tensors.h"
+
+namespace fastnorm {
+namespace {
+
+Epilogue epilogue(const std::string& activation, double alpha) {
+  constexpr std::array<const char*, 9> NAMES{"identity",  "relu",    "leaky_relu", "silu", "gelu",
+                                             "gelu_tanh", "sigmoid", "tanh",       "elu"};
+  for (size_t i = 0; i < NAMES.size(); ++i)
+    if (activation == NAMES[i]) return {static_cast<Activation>(i), alpha};
+  TORCH_CHECK_VALUE(false, "fastnorm has no activation ", activation);
+}
+
+// The rows of a tensor of x's shape, in x's dtype; `keep` owns what the kernels read.
+RowsInput rows_beside(const Maybe& t, const char* name, int64_t N, const Tensor& x, Tensor& keep) {
+  if (!t) return {};
+  check_beside(*t, name, x);
+  TORCH_CHECK(t->sizes() == x.sizes(), name, " should have x's shape ", text(x.sizes()), ", got ", text(t->sizes()));
+  const Tensor same = as(*t, x.scalar_type());
+  RowsInput in = rows_input(same, name, N, x, keep);
+  if (!keep.defined()) keep = same;
+  return in;
+}
+
+FusedGrads given(Maybe dx, Maybe dweight, Maybe dbias, Maybe dresidual, const FusedNeed& need) {
+  return {std::move(dx), wanted(std::move(dweight), std::get<1>(need)), wanted(std::move(dbias), std::get<2>(need)),
+          std::move(dresidual)};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Maybe, Tensor, Tensor> row_fused_fwd(const Tensor& x, const Maybe& addend, const Maybe& weight,
+                                                        const Maybe& bias, const Maybe& residual,
+                                                        const std::string& activation, double alpha, double eps, int64_t N,
+                                                        bool centre) {
+  On on(x);
+  TORCH_CHECK(N > 0 && x.numel() > 0 && x.numel() % N == 0, "x with ", text(x.numel()), " elements is not rows of ", text(N));
+  Tensor keep, keep_addend, keep_residual, w, b;
+  const Rows g{x.numel() / N, N};
+  const RowsInput in = rows_input(x, "x", N, x, keep), a = rows_beside(addend, "addend", N, x, keep_addend),
+                  r = rows_beside(residual, "residual", N, x, keep_residual);
+  const Maybe h = addend ? Maybe(empty_result(x, x.scalar_type())) : std::nullopt;
+  Tensor y = empty_result(x, x.scalar_type());
+  SavedStatistics saved;
+  const Statistics s = saved.make(x, g.M);
+  on(&Kernels::row_fused_fwd, g, in, a, r, parameter(on, weight, "weight", N, x, w), parameter(on, bias, "bias", N, x, b),
+     epilogue(activation, alpha), centre, eps, maybe(h), output(y), s.mean, s.rstd);
+  return {y, h, saved.mean, saved.rstd};
+}
+
+FusedGrads row_fused_bwd(const Tensor& dy, const Maybe& dh, const Tensor& x, const Maybe& residual, const Maybe& weight,
+                         const Maybe& bias, const std::string& activation, double alpha, const Tensor& mean,
+                         const Tensor& rstd, const FusedNeed& need, bool centre) {
+  On on(x);
+  const int64_t M = rstd.numel();
+  TORCH_CHECK(M > 0 && x.numel() > 0 && x.numel() % M == 0, "x with ", text(x.numel()), " elements is not ", text(M), " rows");
+  const Rows g{M, x.numel() / M};
+  Tensor keep, keep_dy, keep_dh, keep_residual, w, b;
+  const RowsInput in = rows_input(x, "x", g.N, x, keep), dy_in = rows_beside(dy, "dy", g.N, x, keep_dy),
+                  dh_in = rows_beside(dh, "dh", g.N, x, keep_dh), r = rows_beside(residual, "residual", g.N, x, keep_residual);
+  const auto result = [&](bool wanted) { return wanted ? Maybe(empty_result(x, x.scalar_type())) : std::nullopt; };
+  const Maybe dx = result(std::get<0>(need)), dresidual = result(std::get<3>(need));
+  const Maybe dweight = empty_grad(on, x, std::get<1>(need), g.N), dbias = empty_grad(on, x, std::get<2>(need), g.N);
+  on(&Kernels::row_fused_bwd, g, dy_in, dh_in, in, r, parameter(on, weight, "weight", g.N, x, w),
+     parameter(on, bias, "bias", g.N, x, b), epilogue(activation, alpha), centre, statistic(mean, "mean", x, 2 * M),
+     statistic(rstd, "rstd", x, M), maybe(dx), maybe(dweight), maybe(dbias), maybe(dresidual));
+  return given(dx, dweight, dbias, dresidual, need);
+}
+
+std::tuple<Tensor, Tensor, Tensor> channel_fused_fwd(const Tensor& x, const Maybe& weight, const Maybe& bias,
+                                                     const Maybe& residual, const std::string& activation, double alpha,
+                                                     const Maybe& running_mean, const Maybe& running_var, bool training,
+                                                     double momentum, double eps, const Maybe& num_batches_tracked) {
+  TORCH_CHECK(running_mean.has_value() == running_var.has_value() && (training || running_mean),
+              "running_mean and running_var are given together, and always in evaluation");
+  On on(x);
+  const Shaped d(x);
+  const int64_t C = d.g.C;
+  const Running m(on, running_mean, "running_mean", C, x), v(on, running_var, "running_var", C, x);
+  int64_t* tracked = nullptr;
+  if (num_batches_tracked) {
+    check_beside(*num_batches_tracked, "num_batches_tracked", x);
+    check_numel(*num_batches_tracked, "num_batches_tracked", 1);
+    if (training) tracked = num_batches_tracked->mutable_data_ptr<int64_t>();
+  }
+  Tensor keep_residual, w, b, y = d.empty_like();
+  const ChannelsInput r = residual ? d.beside(*residual, "residual", keep_residual) : ChannelsInput{};
+  SavedStatistics saved;
+  const Statistics s = saved.make(x, C);
+  on(&Kernels::channel_fused_fwd, d.g, d.in, r, parameter(on, weight, "weight", C, x, w), parameter(on, bias, "bias", C, x, b),
+     epilogue(activation, alpha), m.array(), v.array(), tracked, training, momentum, eps, output(y), s.mean, s.rstd);
+  if (training) m.write_back(), v.write_back();
+  return {y, saved.mean, saved.rstd};
+}
+
+FusedGrads channel_fused_bwd(const Tensor& dy, const Tensor& x, const Maybe& residual, const Maybe& weight, const Maybe& bias,
+                             const std::string& activation, double alpha, const Tensor& mean, const Tensor& rstd,
+                             bool training, const FusedNeed& need) {
+  On on(x);
+  Shaped d(x);
+  const int64_t C = d.g.C;
+  Tensor keep_residual, w, b;
+  const ChannelsInput dy_in = d.gradient(dy), r = residual ? d.beside(*residual, "residual", keep_residual) : ChannelsInput{};
+  const auto result = [&](bool wanted) { return wanted ? Maybe(d.empty_like()) : std::nullopt; };
+  const Maybe dx = result(std::get<0>(need)), dresidual = result(std::get<3>(need));
+  const Maybe dweight = empty_grad(on, x, std::get<1>(need), C), dbias = empty_grad(on, x, std::get<2>(need), C);
+  on(&Kernels::channel_fused_bwd, d.g, dy_in, d.in, r, parameter(on, weight, "weight", C, x, w),
+     parameter(on, bias, "bias", C, x, b), epilogue(activation, alpha), statistic(mean, "mean", x, 2 * C),
+     statistic(rstd, "rstd", x, C), training, maybe(dx), maybe(dweight), maybe(dbias), maybe(dresidual));
+  return given(dx, dweight, dbias, dresidual, need);
+}
+
+}  // namespace fastnorm

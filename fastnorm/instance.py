@@ -1,0 +1,58 @@
+"""instance_norm as a reshape onto channels: a channel of a sample is a channel.
+
+What a reshape cannot describe without a copy (channels_last), and what the kernels do not cover, goes to torch itself.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import has_torch_function_variadic
+
+from . import functional
+from .autograd import traced
+from .gate import covers
+
+
+def _serves(input, *parameters):
+    if torch.compiler.is_compiling() or has_torch_function_variadic(input, *parameters) or traced():
+        return False
+    fits = covers(input, *parameters) and input.dim() > 2 and input.is_contiguous() and input[0, 0].numel() > 1
+    return fits and all(p is None or p.shape == input.shape[1:2] for p in parameters)
+
+
+def instance_norm(
+    input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
+):
+    r"""Instance normalization (Ulyanov, Vedaldi and Lempitsky, 2016): statistics over the positions of a sample's channel.
+
+    Equivalent to: ``torch.nn.functional.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats,
+    momentum, eps)``
+
+    Args:
+        input: ``(B, C, *)``, float64, float32, bfloat16 or float16; one that is not contiguous goes to torch.
+        running_mean, running_var: ``(C,)`` or None; updated in place with the means over the samples.
+        weight, bias: ``(C,)`` or None.
+        use_input_stats: False for the running statistics.
+        momentum, eps: as `functional.batch_norm`'s.
+
+    Returns:
+        A tensor of input's shape and dtype.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: torch's own, with torch's message; running statistics are then unchanged.
+    """
+    running = (running_mean, running_var)
+    fits = _serves(input, *running, weight, bias) and (running_mean is None) == (running_var is None)
+    fits = fits and use_input_stats is True and not any(t is not None and t.requires_grad for t in running)
+    if not fits:
+        return F.instance_norm(input, *running, weight, bias, use_input_stats, momentum, eps)
+    B, C = input.shape[:2]
+    each = lambda t: None if t is None else t.repeat(B)
+    batch = list(map(each, running))
+    x = input.reshape(1, B * C, *input.shape[2:])
+    y = functional.batch_norm(x, *batch, each(weight), each(bias), True, momentum, eps)
+    for t, new in zip(running, batch, strict=True):
+        if t is not None:
+            t.data.copy_(new.view(B, C).mean(0))
+    return y.view(input.shape)
