@@ -18,7 +18,7 @@ from fastnorm import build
 pytestmark = pytest.mark.skipif(not EMULATED, reason="there is no C++ compiler, or one backend alone is tested")
 
 HERE = Path(__file__).resolve().parent
-NUMERICS = ("rows", "channels", "contract", "sums")
+NUMERICS = ("rows", "channels", "contract", "sums", "fused")
 
 
 @pytest.fixture(scope="module")

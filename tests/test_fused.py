@@ -126,7 +126,8 @@ def dtypes(weight, bias):
 
 SAME = lambda dtype: {"dtype": dtype, "weight": dtype, "bias": dtype}
 SMALL, HALF = Case((6, 33)), Case((5, 40), **SAME(BF16))
-ROW_SHAPES = [(3, 1), (5, 7), (9, 15), (33, 64), (2, 3, 100), (3, 768), (3, 4097), (2, 9001), (2, 33000)]
+ROW_SHAPES = [(3, 1), (5, 7), (9, 15), (33, 64), (2, 3, 100), (3, 768), (3, 4097), (2, 6000), (2, 9001), (2, 10000),
+              (2, 33000)]  # fmt: skip
 ROWS = [
     *(Fused(SMALL, a) for a in ACTIVATIONS),
     *(Fused(HALF, a, residual="dense") for a in ACTIVATIONS),
@@ -145,7 +146,7 @@ ROWS = [
     *(Fused(Case((4, 48), scale=scale), "leaky_relu", centre=centre) for scale in (1e-4, 1e4) for centre in (True, False)),
 ]  # fmt: skip
 
-PIXELS = Case((4, 6, 5, 7))
+PIXELS, FEW_CHANNELS = Case((4, 6, 5, 7)), Case((16, 3, 40, 40))
 CHANNEL_SHAPES = [(8, 5), (64, 64), (4, 6, 10), (2, 3, 300), (2, 3, 7, 7), (3, 65, 5, 5), (2, 16, 14, 14), (24, 40, 6, 6)]
 CHANNELS = [
     *(Fused(PIXELS, a) for a in ACTIVATIONS),
@@ -159,6 +160,11 @@ CHANNELS = [
       for other in ("dense", layout)),
     *(Fused(replace(PIXELS, layout="channels_last", **SAME(BF16)), "relu", residual="channels_last", training=t)
       for t in (True, False)),
+    *(Fused(replace(FEW_CHANNELS, **SAME(d), layout=layout), "silu", residual=r, training=t)
+      for d, layout, t in ((F32, "dense", True), (BF16, "dense", True), (F32, "dense", False), (F32, "channels_last", True))
+      for r in (None, layout)),
+    Fused(Case((16, 8, 20, 21), layout="channels_last", **SAME(BF16)), "gelu", residual="channels_last"),
+    Fused(Case((16, 3, 21, 21)), "tanh", residual="channels_last"),
     Fused(Case((3, 20, 9), layout="mT"), "elu", residual="mT"),
     *(Fused(Case((3, 4, 5, 5), dtype=x, weight=w, bias=b), "leaky_relu", residual="dense")
       for x, w, b in [(BF16, F32, F32), (F16, F32, F32), (F32, BF16, F16), (F64, F32, F32)]),
@@ -243,18 +249,20 @@ def test_channels(fused, backend, device):
     check("channels", fused, results, truth, device, cancelling("channels", fused, x, weight, truth["dz"]))
 
 
-@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize(("kind", "shape"), [("rows", (6, 20)), ("rows", (2, 17000)), ("training", (6, 20)),
+                                             ("evaluation", (6, 20)), ("training", (16, 3, 30, 30))])  # fmt: skip
 @pytest.mark.parametrize("wanted", range(16))
-def test_gradients_that_are_not_wanted(rows, wanted, backend, device):
+def test_gradients_that_are_not_wanted(kind, shape, wanted, backend, device):
     """Each alone and all combinations: what is not wanted is None, what is wanted is as it is among all."""
-    fused = Fused(Case((6, 20)), "gelu", residual="dense")
-    x, dy, weight, bias, _, residual, _ = fused.inputs(device, 0, rows)
-    if rows:
-        _, _, *s = reference.row_fused_fwd(x, None, weight, bias, residual, "gelu", 0.0, 1e-5, 20)
+    fused = Fused(Case(shape), "gelu", residual="dense")
+    x, dy, weight, bias, _, residual, _ = fused.inputs(device, 0, kind == "rows")
+    if kind == "rows":
+        _, _, *s = reference.row_fused_fwd(x, None, weight, bias, residual, "gelu", 0.0, 1e-5, shape[-1])
         run = lambda need: backend.row_fused_bwd(dy, None, x, residual, weight, bias, "gelu", 0.0, *s, need)
     else:
         _, *s = reference.channel_fused_fwd(x, weight, bias, residual, "gelu", 0.0, None, None, True, 0.1, 1e-5)
-        run = lambda need: backend.channel_fused_bwd(dy, x, residual, weight, bias, "gelu", 0.0, *s, True, need)
+        trains = kind == "training"
+        run = lambda need: backend.channel_fused_bwd(dy, x, residual, weight, bias, "gelu", 0.0, *s, trains, need)
     bits = [bool(wanted >> i & 1) for i in range(4)]
     every = run((True, F32, F32, True))
     some = run((bits[0], F32 if bits[1] else None, F32 if bits[2] else None, bits[3]))
@@ -262,6 +270,41 @@ def test_gradients_that_are_not_wanted(rows, wanted, backend, device):
         assert (one is not None) == bit
         if bit:
             torch.testing.assert_close(one, full, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("centre", [True, False])
+@pytest.mark.parametrize("N", [33, 768, 4097, 33000])
+def test_rows_whose_squares_overflow(N, centre, backend, device):
+    """Up to 1e30 what is finite stays finite, beside rows of the usual size, and as exact as these."""
+    sizes = torch.tensor([[1.0], [1e30], [1e18], [1e-3], [1e30]], device=device)
+    x, addend = torch.randn(2, 5, N, device=device) * sizes
+    y, h, mean, rstd = backend.row_fused_fwd(x, addend, None, None, None, "identity", 0.0, 1e-5, N, centre)
+    torch.testing.assert_close(h, x + addend, rtol=0, atol=0)
+    wide = h.double()
+    expected = F.layer_norm(wide, (N,)) if centre else F.rms_norm(wide, (N,), eps=1e-5)
+    torch.testing.assert_close(y.double(), expected, rtol=2e-6, atol=2e-6)
+    dx = backend.row_fused_bwd(
+        x / sizes, None, h, None, None, None, "identity", 0.0, mean, rstd, (True, None, None, False), centre
+    )[0]
+    assert dx.isfinite().all()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("rows", [True, False])
+def test_gradients_stay_finite(activation, rows, backend, device):
+    """Where z is 1e30; slopes there are those of a smaller one."""
+    x, dy = torch.randn(4, 16, device=device), torch.randn(4, 16, device=device)
+    residual = torch.tensor([1e30, -1e30, 1e20, -1e20, 1e10, -1e10, 40.0, -120.0], device=device).repeat(4, 2)
+    alpha, slope = ACTIVATIONS[activation].alpha, ACTIVATIONS[activation].slope
+    s = torch.zeros(2, 4 if rows else 16, device=device), torch.ones(4 if rows else 16, device=device)
+    need = (True, None, None, True)
+    if rows:
+        dx, *_, dresidual = backend.row_fused_bwd(dy, None, x, residual, None, None, activation, alpha, *s, need)
+    else:
+        dx, *_, dresidual = backend.channel_fused_bwd(dy, x, residual, None, None, activation, alpha, *s, True, need)
+    assert dx.isfinite().all()
+    expected = dy * slope(residual.double().clamp(-1e4, 1e4), alpha)
+    torch.testing.assert_close(dresidual, expected.to(dy.dtype), rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -100,20 +100,12 @@ __device__ __forceinline__ A or_else(ConstArray p, int64_t c, A absent) {
   return p.data ? element<A>(p, c) : absent;
 }
 
-// Adds a unit, if there is one.
-template <class T, int V, bool LAST>
-__device__ __forceinline__ void add_unit(Acc<T> (&to)[V], const View<const T, true>& from, const Sweep<V, LAST>& w) {
-  if (!from.data) return;
-  Acc<T> more[V];
-  w.read(from, more);
-#pragma unroll
-  for (int j = 0; j < V; ++j) to[j] += more[j];
-}
-
 template <class T, int V, bool LAST, class P>
 __device__ __forceinline__ void apply(const P& p, Sweep<V, LAST>& w, const Factors<Acc<T>> (&f)[LAST ? V : 1]) {
   for (; w.more(); w.next()) {
     Acc<T> values[V];
+    [[maybe_unused]] Bits<T, V> residual{};
+    if constexpr (P::FUSED) residual = w.fetch(p.residual);
     w.read(p.x, values);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
@@ -121,7 +113,7 @@ __device__ __forceinline__ void apply(const P& p, Sweep<V, LAST>& w, const Facto
       values[j] = affine(normalize(values[j], k.high, k.low, k.rstd), k.weight, k.bias);
     }
     if constexpr (P::FUSED) {
-      add_unit(values, p.residual, w);
+      if (p.residual.data) add_widened<T, V>(values, residual);
       with_activation(p.activation, [&](auto activation) { activate_all(activation, values, p.alpha); });
     }
     w.write(p.y, values);
@@ -238,19 +230,21 @@ __device__ __forceinline__ void load_factors(const P& p, const Sweep<V, LAST>& w
   }
 }
 
-// dz of a unit in the place of dy; x, which it needs.
+// x and dz of a unit.
 template <class T, int V, bool LAST>
-__device__ __forceinline__ void to_dz(const FusedChannelBackward<T>& p, const Sweep<V, LAST>& w,
-                                      const Factors<Acc<T>> (&f)[LAST ? V : 1], const Acc<T> (&x)[V], Acc<T> (&dy)[V]) {
-  if (p.activation == Activation::identity) return;
+__device__ __forceinline__ void read_dz(const FusedChannelBackward<T>& p, const Sweep<V, LAST>& w,
+                                        const Factors<Acc<T>> (&f)[LAST ? V : 1], Acc<T> (&x)[V], Acc<T> (&dz)[V]) {
+  const auto dy = w.fetch(p.dy), residual = w.fetch(p.residual);
+  w.read(p.x, x);
+  widen<T, V>(dz, dy);
   Acc<T> z[V];
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     const auto& k = f[w.channel(j)];
     z[j] = affine(normalize(x[j], k.high, k.low, k.rstd), k.weight, k.bias);
   }
-  add_unit(z, p.residual, w);
-  with_activation(p.activation, [&](auto activation) { times_slope(activation, dy, z, p.alpha); });
+  if (p.residual.data) add_widened<T, V>(z, residual);
+  with_activation(p.activation, [&](auto activation) { times_slope(activation, dz, z, p.alpha); });
 }
 
 // sums[0]: dz * x_hat, sums[1]: dz, of this share. `keep`: dz becomes dresidual where that is wanted.
@@ -259,11 +253,12 @@ __device__ __forceinline__ void gradient_sums(const P& p, Sweep<V, LAST>& w, con
                                               Acc<T> (&sums)[2][Sweep<V, LAST>::CHANNELS], [[maybe_unused]] bool keep) {
   for (; w.more(); w.next()) {
     Acc<T> x[V], dz[V];
-    w.read(p.x, x);
-    w.read(p.dy, dz);
     if constexpr (P::FUSED) {
-      to_dz<T, V, LAST>(p, w, f, x, dz);
+      read_dz<T, V, LAST>(p, w, f, x, dz);
       if (keep && p.dresidual.data) w.write(p.dresidual, dz);
+    } else {
+      w.read(p.x, x);
+      w.read(p.dy, dz);
     }
 #pragma unroll
     for (int j = 0; j < V; ++j) {
@@ -283,12 +278,13 @@ __device__ __forceinline__ void gradient(const P& p, Sweep<V, LAST>& w, const Fa
                                          const Acc<T> (&means)[2][Sweep<V, LAST>::CHANNELS], bool through_statistics) {
   for (; w.more(); w.next()) {
     Acc<T> x[V], dz[V];
-    w.read(p.dy, dz);
-    if (through_statistics || P::FUSED) w.read(p.x, x);
     if constexpr (P::FUSED) {
-      to_dz<T, V, LAST>(p, w, f, x, dz);
+      read_dz<T, V, LAST>(p, w, f, x, dz);
       if (p.dresidual.data) w.write(p.dresidual, dz);
       if (!p.dx.data) continue;
+    } else {
+      w.read(p.dy, dz);
+      if (through_statistics) w.read(p.x, x);
     }
 #pragma unroll
     for (int j = 0; j < V; ++j) {

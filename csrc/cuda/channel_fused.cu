@@ -51,7 +51,8 @@ Error channel_fused_bwd(const Place& place, Channels g, const ChannelsInput& dy,
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;
     constexpr bool last = LAST.value;
-    FusedChannelBackward<T> p{gradients_of<T, true>(g, dy, x, weight, mean, rstd, dx), bias, view<T, true>(g, residual),
+    const auto& added = epilogue.activation == Activation::identity ? ChannelsInput{} : residual;
+    FusedChannelBackward<T> p{gradients_of<T, true>(g, dy, x, weight, mean, rstd, dx), bias, view<T, true>(g, added),
                               view<T, true>(g, dresidual), epilogue.activation, static_cast<A>(epilogue.alpha)};
     const bool through_statistics = training && dx.data;
     const Launched l = plan(g, V, last, sizeof(T), multiprocessors(place.device), true);

@@ -2,21 +2,20 @@
 // not depend on where and how the row lies.
 #pragma once
 
-#include "elementary.cuh"
-#include "reduce.cuh"
+#include "row_fused.cuh"
 
 namespace fastnorm::cuda {
 
-// Elements of rows, each thread's in windows of V that follow one another. From: a Source, or of T alone.
-template <class T, int V, class From = Source>
+// Elements of rows, each thread's in windows of V that follow one another.
+template <class T, int V>
 struct RowReader {
-  From from;
+  Source from;
   Walk rows, columns;  // V > 1: the columns have one stride
   bool whole;          // V > 1: every window lies side by side, at a multiple of 16 bytes
 
   __device__ __forceinline__ void operator()(Acc<T> (&out)[V], int64_t row, int64_t i) const {
     if (V == 1)
-      out[0] = load_one<T>(from, row + (std::is_pointer_v<From> ? called_offset(columns, i) : columns.offset(i)));
+      out[0] = load_one<T>(from, row + columns.offset(i));
     else if (whole)
       load<T, V>(out, from, row + i * V);
     else
@@ -25,68 +24,33 @@ struct RowReader {
   }
 };
 
-// Adds a window, if there is one.
 template <class T, int V>
-__device__ __forceinline__ void add_window(Acc<T> (&to)[V], const RowReader<T, V, const T*>& reader, int64_t row, int64_t i) {
-  if (!reader.from) return;
-  Acc<T> more[V];
-  reader(more, row, i);
-#pragma unroll
-  for (int j = 0; j < V; ++j) to[j] += more[j];
-}
-
-template <class T, int V, class From = Source, class To = Target>
 struct RowForward {
   static constexpr bool FUSED = false, centre = true;
   using Begin = int64_t;
+  struct Fetched {};
+  struct Residual {};
 
   Rows g;
   int team;
-  RowReader<T, V, From> x;
+  RowReader<T, V> x;
   Source weight, bias;
   Acc<T> eps;
-  To y;
+  Target y;
   Acc<T>*mean, *rstd;
 
   __device__ __forceinline__ Begin begin(int64_t m, bool inside) const { return inside ? x.rows.offset(m) : 0; }
-  __device__ __forceinline__ void read(Acc<T> (&out)[V], Begin row, int64_t i) const { x(out, row, i); }
+  __device__ __forceinline__ Fetched fetch(Begin, int64_t) const { return {}; }
+  __device__ __forceinline__ Residual fetch_residual(Begin, int64_t) const { return {}; }
+  __device__ __forceinline__ void read(Acc<T> (&out)[V], Fetched, Begin row, int64_t i) const { x(out, row, i); }
   __device__ __forceinline__ void read_again(Acc<T> (&out)[V], Begin row, int64_t i) const { x(out, row, i); }
-};
-
-// Rows are those of h = x + addend where there is an h.
-template <class T, int V>
-struct FusedRowForward : RowForward<T, V, const T*, T*> {
-  static constexpr bool FUSED = true;
-  struct Begin {
-    int64_t x, addend, residual, h;
-  };
-
-  RowReader<T, V, const T*> addend, residual;
-  T* h;
-  Activation activation;
-  Acc<T> alpha;
-  bool centre;
-
-  __device__ __forceinline__ Begin begin(int64_t m, bool inside) const {
-    if (!inside) return {};
-    return {called_offset(this->x.rows, m), called_offset(addend.rows, m), called_offset(residual.rows, m), m * this->g.N};
-  }
-  __device__ __forceinline__ void read(Acc<T> (&out)[V], const Begin& row, int64_t i) const {
-    this->x(out, row.x, i);
-    if (!h) return;
-    add_window(out, addend, row.addend, i);
-    store<T, V>(h, row.h + i * V, out);
-#pragma unroll
-    for (int j = 0; j < V; ++j) out[j] = widened(rounded<T>(out[j]));
-  }
-  // A thread gets what it has written itself: that takes no barrier.
-  __device__ __forceinline__ void read_again(Acc<T> (&out)[V], const Begin& row, int64_t i) const {
-    if (h)
-      load<T, V>(out, h, row.h + i * V);
-    else
-      this->x(out, row.x, i);
+  __device__ __forceinline__ void write(int64_t m, int64_t i, const Acc<T> (&values)[V]) const {
+    store<T, V>(y, m * g.N + i * V, values);
   }
 };
+
+template <class T, int V, bool FUSED>
+using RowForwardOf = std::conditional_t<FUSED, FusedRowForward<T, V>, RowForward<T, V>>;
 
 // f(k, i) for the windows i of a thread: K of them, which the row is not longer than, or, where K is 0, any number.
 template <int K, class F>
@@ -102,10 +66,11 @@ __device__ __forceinline__ void each_window(int64_t windows, const Team& team, c
   }
 }
 
-// K windows of a row are held in registers; K = 0: read again for every pass.
+// K windows of a row are held in registers; K = 0: read again for every pass. What is fused with few of them has blocks in pairs,
+// so that one loads while another computes.
 template <class T, int V, int K, bool FUSED>
-__global__ void __launch_bounds__(MOST_THREADS, 1)
-    row_fwd_kernel(const __grid_constant__ std::conditional_t<FUSED, FusedRowForward<T, V>, RowForward<T, V>> p) {
+__global__ void __launch_bounds__(MOST_THREADS, FUSED && K == 1 ? 2 : 1)
+    row_fwd_kernel(const __grid_constant__ RowForwardOf<T, V, FUSED> p) {
   using A = Acc<T>;
   const Team team(p.team);
   A held[K > 0 ? K : 1][V];
@@ -115,11 +80,17 @@ __global__ void __launch_bounds__(MOST_THREADS, 1)
     const auto row = p.begin(m, windows);
     const A n = static_cast<A>(p.g.N);
     A sum[1] = {0};  // of squares, without a centre
+    // With a value from the start: without, the last row's stay in registers for this one.
+    typename RowForwardOf<T, V, FUSED>::Fetched fetched[K > 0 ? K : 1] = {};
+    typename RowForwardOf<T, V, FUSED>::Residual residual[K > 0 ? K : 1] = {};
+    if (K > 0) each_window<K>(windows, team, [&](int k, int64_t i) { fetched[k] = p.fetch(row, i); });
     each_window<K>(windows, team, [&](int k, int64_t i) {
-      p.read(held[k], row, i);
+      if (K == 0) fetched[k] = p.fetch(row, i);
+      p.read(held[k], fetched[k], row, i);
 #pragma unroll
       for (int j = 0; j < V; ++j) sum[0] += p.centre ? held[k][j] : held[k][j] * held[k][j];
     });
+    if (K > 0) each_window<K>(windows, team, [&](int k, int64_t i) { residual[k] = p.fetch_residual(row, i); });
     team_sum(sum, team.size, place);
     const A shift = p.centre ? sum[0] / n : 0;
     const auto squares = [&](A scale, A* at) {
@@ -150,33 +121,33 @@ __global__ void __launch_bounds__(MOST_THREADS, 1)
       p.rstd[m] = rstd;
     }
     const auto affine_window = [&](int k, int64_t i, A (&z)[V]) {
+      if (K == 0) residual[k] = p.fetch_residual(row, i);
       if (K == 0) p.read_again(held[k], row, i);
       A weight[V], bias[V];
       load_or<T, V>(weight, p.weight, i * V, 1);
       load_or<T, V>(bias, p.bias, i * V, 0);
 #pragma unroll
       for (int j = 0; j < V; ++j) z[j] = affine(normalize(held[k][j], c.high, c.low, rstd), weight[j], bias[j]);
-      if constexpr (FUSED) add_window(z, p.residual, row.residual, i);
+      if constexpr (FUSED) p.add_residual(z, residual[k]);
     };
-    const auto write = [&](int64_t i, const A (&y)[V]) { store<T, V>(p.y, m * p.g.N + i * V, y); };
     if constexpr (FUSED && K > 0) {
       each_window<K>(windows, team, [&](int k, int64_t i) { affine_window(k, i, held[k]); });
       with_activation(p.activation, [&](auto activation) {
         each_window<K>(windows, team, [&](int k, int64_t) { activate_all(activation, held[k], p.alpha); });
       });
-      each_window<K>(windows, team, [&](int k, int64_t i) { write(i, held[k]); });
+      each_window<K>(windows, team, [&](int k, int64_t i) { p.write(m, i, held[k]); });
     } else {
       each_window<K>(windows, team, [&](int k, int64_t i) {
         A z[V];
         affine_window(k, i, z);
         if constexpr (FUSED) with_activation(p.activation, [&](auto activation) { activate_all(activation, z, p.alpha); });
-        write(i, z);
+        p.write(m, i, z);
       });
     }
   }
 }
 
-template <class T, int V, class From = Source>
+template <class T, int V>
 struct RowBackward {
   static constexpr bool FUSED = false, centre = true;
   struct Begin {
@@ -185,7 +156,7 @@ struct RowBackward {
 
   Rows g;
   int team;
-  RowReader<T, V, From> dy, x;
+  RowReader<T, V> dy, x;
   Source weight;
   const Acc<T>*mean, *rstd;
   Acc<T>* means;  // (2, M): c1 and c2, see GIVEN
@@ -194,38 +165,6 @@ struct RowBackward {
 
   __device__ __forceinline__ Begin begin(int64_t m, bool inside) const {
     return {inside ? dy.rows.offset(m) : 0, inside ? x.rows.offset(m) : 0};
-  }
-};
-
-template <class T, int V>
-struct FusedRowBackward : RowBackward<T, V, const T*> {
-  static constexpr bool FUSED = true;
-  struct Begin {
-    int64_t dy, x, dh, residual;
-  };
-
-  Source bias;
-  RowReader<T, V, const T*> dh, residual;
-  T* dresidual;
-  Activation activation;
-  Acc<T> alpha;
-  bool centre;
-
-  __device__ __forceinline__ Begin begin(int64_t m, bool inside) const {
-    if (!inside) return {};
-    return {called_offset(this->dy.rows, m), called_offset(this->x.rows, m), called_offset(dh.rows, m),
-            called_offset(residual.rows, m)};
-  }
-  // Of dy, in its place.
-  __device__ __forceinline__ void to_dz(Acc<T> (&dy)[V], const Acc<T> (&x_hat)[V], const Acc<T> (&weight)[V], const Begin& row,
-                                        int64_t i) const {
-    if (activation == Activation::identity) return;
-    Acc<T> z[V];
-    load_or<T, V>(z, bias, i * V, 0);
-#pragma unroll
-    for (int j = 0; j < V; ++j) z[j] = affine(x_hat[j], weight[j], z[j]);
-    add_window(z, residual, row.residual, i);
-    with_activation(activation, [&](auto constant) { times_slope(constant, dy, z, alpha); });
   }
 };
 
@@ -239,12 +178,15 @@ struct Terms {
 
   template <class T, class P>
   __device__ __forceinline__ void load(const P& p, const typename P::Begin& row, int64_t i, A high, A low, A rstd) {
-    p.dy(dz, row.dy, i);
-    p.x(x_hat, row.x, i);
-    load_or<T, V>(g, p.weight, i * V, 1);
+    if constexpr (P::FUSED) {
+      p.read(dz, x_hat, g, row, i, high, low, rstd);
+    } else {
+      p.dy(dz, row.dy, i);
+      p.x(x_hat, row.x, i);
+      load_or<T, V>(g, p.weight, i * V, 1);
 #pragma unroll
-    for (int j = 0; j < V; ++j) x_hat[j] = normalize(x_hat[j], high, low, rstd);
-    if constexpr (P::FUSED) p.to_dz(dz, x_hat, g, row, i);
+      for (int j = 0; j < V; ++j) x_hat[j] = normalize(x_hat[j], high, low, rstd);
+    }
 #pragma unroll
     for (int j = 0; j < V; ++j) g[j] *= dz[j];
   }
@@ -305,7 +247,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 1) row_bwd_kernel(const __grid_c
         dbias[k][j] += t.dz[j];
       }
       if constexpr (FUSED)
-        if (p.dresidual) store<T, V>(p.dresidual, m * p.g.N + (begin + i) * V, t.dz);
+        if (p.dresidual) store<T, V>(p.dresidual + m * p.g.N + (begin + i) * V, t.dz);
     };
     if (WAY == Way::given) {
       if (windows > 0 && p.dx) c[0] = p.means[m], c[1] = p.means[p.g.M + m];
@@ -333,7 +275,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 1) row_bwd_kernel(const __grid_c
       A dx[V];
 #pragma unroll
       for (int j = 0; j < V; ++j) dx[j] = grad_input(t.g[j], t.x_hat[j], rstd, c[0], c[1]);
-      if constexpr (FUSED) add_window(dx, p.dh, row.dh, begin + i);
+      if constexpr (FUSED) p.add_dh(dx, row, begin + i);
       store<T, V>(p.dx + m * p.g.N + (begin + i) * V, dx);
     });
   }

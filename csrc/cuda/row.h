@@ -32,14 +32,14 @@ inline Shape shape(int64_t windows, int K) {
   return {std::min(team, MOST_THREADS), team <= WARP ? SHORT_THREADS : std::min(team, MOST_THREADS)};
 }
 
-template <class T, int V, class From = Source>
-RowReader<T, V, From> reader(const RowsInput& in) {
-  RowReader<T, V, From> r{{}, in.rows, in.columns, aligned(in.data) && in.columns.dense() && multiples(in.rows, V)};
-  if constexpr (std::is_pointer_v<From>)
-    r.from = static_cast<From>(in.data);
-  else
-    r.from = source<T>(in);
-  return r;
+template <int V>
+bool whole(const RowsInput& in) {
+  return aligned(in.data) && in.columns.dense() && multiples(in.rows, V);
+}
+
+template <class T, int V>
+RowReader<T, V> reader(const RowsInput& in) {
+  return {source<T>(in), in.rows, in.columns, whole<V>(in)};
 }
 
 // f(V): the elements of a window, as a constant.

@@ -6,6 +6,11 @@ namespace {
 
 bool one_stride(const RowsInput& in) { return !in.data || in.columns.rank == 1; }
 
+template <class T, int V>
+FusedRowReader<T, V> fused(const RowsInput& in) {
+  return {static_cast<const T*>(in.data), in.rows, in.columns, whole<V>(in)};
+}
+
 }  // namespace
 
 Error row_fused_fwd(const Place& place, Rows g, const RowsInput& x, const RowsInput& addend, const RowsInput& residual,
@@ -17,11 +22,10 @@ Error row_fused_fwd(const Place& place, Rows g, const RowsInput& x, const RowsIn
     using A = Acc<T>;
     return with_window<T>(g.N, one_stride(x) && one_stride(addend) && one_stride(residual), [&](auto window) {
       constexpr int V = window.value;
-      const auto narrow = [](const RowsInput& in) { return reader<T, V, const T*>(in); };
-      const FusedRowForward<T, V> p{{g, 0, narrow(x), source<T>(weight), source<T>(bias), static_cast<A>(eps),
-                                     static_cast<T*>(y.data), static_cast<A*>(mean), static_cast<A*>(rstd)},
-                                    narrow(addend), narrow(residual), static_cast<T*>(h.data), epilogue.activation,
-                                    static_cast<A>(epilogue.alpha), centre};
+      const FusedRowForward<T, V> p{g, 0, fused<T, V>(x), fused<T, V>(addend), fused<T, V>(residual), source<T>(weight),
+                                    source<T>(bias), epilogue.activation, static_cast<A>(epilogue.alpha), static_cast<A>(eps),
+                                    centre, static_cast<T*>(h.data), static_cast<T*>(y.data), static_cast<A*>(mean),
+                                    static_cast<A*>(rstd)};
       return forward<T, V>(place, p);
     });
   });
@@ -37,11 +41,13 @@ Error row_fused_bwd(const Place& place, Rows g, const RowsInput& dy, const RowsI
     const bool windows = one_stride(x) && one_stride(dy) && one_stride(dh) && one_stride(residual);
     return with_window<T>(g.N, windows, [&](auto window) {
       constexpr int V = window.value;
-      const auto narrow = [](const RowsInput& in) { return reader<T, V, const T*>(in); };
-      const FusedRowBackward<T, V> p{{g, 0, narrow(dy), narrow(x), source<T>(weight), static_cast<const A*>(mean),
-                                      static_cast<const A*>(rstd), nullptr, static_cast<T*>(dx.data), nullptr, nullptr},
-                                     source<T>(bias), narrow(dh), narrow(residual), static_cast<T*>(dresidual.data),
-                                     epilogue.activation, static_cast<A>(epilogue.alpha), centre};
+      const bool read = epilogue.activation != Activation::identity;  // what z is made of
+      const FusedRowBackward<T, V> p{g, 0, fused<T, V>(dy), fused<T, V>(x), fused<T, V>(dh),
+                                     fused<T, V>(read ? residual : RowsInput{}), source<T>(weight),
+                                     source<T>(read ? bias : ConstArray{}), epilogue.activation,
+                                     static_cast<A>(epilogue.alpha), centre, static_cast<const A*>(mean),
+                                     static_cast<const A*>(rstd), nullptr, static_cast<T*>(dx.data),
+                                     static_cast<T*>(dresidual.data), nullptr, nullptr};
       return backward<T, V>(place, p, dweight, dbias);
     });
   });

@@ -79,6 +79,13 @@ struct Sweep {
     for (int j = 0; j < V; ++j)
       out[j] = widened(from[LAST ? j * v.channel : V == 1 ? v.offset(v.space, s) : (s * V + j) * v.space.stride[0]]);
   }
+  // The same on its way; none where there is no tensor.
+  template <class T, bool CALLED>
+  __device__ __forceinline__ Bits<T, V> fetch(const View<const T, CALLED>& v) const {
+    if (!v.data) return {};
+    const int64_t stride = LAST ? v.channel : v.space.stride[0];
+    return cuda::fetch<T, V>(begins(v) + (LAST ? 0 : V == 1 ? v.offset(v.space, s) : s * V * stride), v.whole, stride);
+  }
   template <class T, bool CALLED>
   __device__ __forceinline__ void write(const View<T, CALLED>& v, const Acc<T> (&values)[V]) const {
     store<T, V>(begins(v) + (LAST ? 0 : s * V), values);

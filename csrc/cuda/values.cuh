@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 
 #include <cstring>
+#include <type_traits>
 
 #include "../kernels.h"
 
@@ -81,6 +82,44 @@ __device__ __forceinline__ void store(T* to, const Acc<T> (&values)[V]) {
   }
 }
 
+// One or V elements, 16 bytes, as they lie in memory. Only `widen` waits for them, so that several are on their way at once:
+// a load that is followed by a conversion holds up the next one where a branch is between.
+template <class T, int V>
+using Bits = std::conditional_t<V == 1, T, uint4>;
+
+template <class T, int V>
+__device__ __forceinline__ void widen(Acc<T> (&out)[V], const Bits<T, V>& bits) {
+  static_assert(sizeof bits == sizeof(T[V]));
+  T piece[V];
+  memcpy(piece, &bits, sizeof bits);
+#pragma unroll
+  for (int j = 0; j < V; ++j) out[j] = widened(piece[j]);
+}
+
+template <class T, int V>
+__device__ __forceinline__ void add_widened(Acc<T> (&to)[V], const Bits<T, V>& bits) {
+  Acc<T> more[V];
+  widen<T, V>(more, bits);
+#pragma unroll
+  for (int j = 0; j < V; ++j) to[j] += more[j];
+}
+
+// Of elements side by side at a multiple of 16 bytes, or every `stride`.
+template <class T, int V>
+__device__ __forceinline__ Bits<T, V> fetch(const T* from, bool whole, int64_t stride) {
+  if constexpr (V == 1) {
+    return *from;
+  } else {
+    if (whole) return *reinterpret_cast<const uint4*>(from);
+    T piece[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j, from += stride) piece[j] = *from;
+    uint4 bits;
+    memcpy(&bits, piece, sizeof bits);
+    return bits;
+  }
+}
+
 // A tensor of one of two dtypes: T, or Acc<T> where it is `wide`.
 struct Source {
   const void* data;
@@ -99,20 +138,10 @@ __device__ __forceinline__ void load(Acc<T> (&out)[V], Source from, int64_t i) {
     load<T, V>(out, static_cast<const T*>(from.data) + i);
 }
 
-template <class T, int V>
-__device__ __forceinline__ void load(Acc<T> (&out)[V], const T* from, int64_t i) {
-  load<T, V>(out, from + i);
-}
-
 template <class T>
 __device__ __forceinline__ Acc<T> load_one(Source from, int64_t i) {
   if (sizeof(T) < sizeof(Acc<T>) && from.wide) return static_cast<const Acc<T>*>(from.data)[i];
   return widened(static_cast<const T*>(from.data)[i]);
-}
-
-template <class T>
-__device__ __forceinline__ Acc<T> load_one(const T* from, int64_t i) {
-  return widened(from[i]);
 }
 
 template <class T, int V>
@@ -128,11 +157,6 @@ __device__ __forceinline__ void store(Target to, int64_t i, const Acc<T> (&value
     store<Acc<T>, V>(static_cast<Acc<T>*>(to.data) + i, values);
   else
     store<T, V>(static_cast<T*>(to.data) + i, values);
-}
-
-template <class T, int V>
-__device__ __forceinline__ void store(T* to, int64_t i, const Acc<T> (&values)[V]) {
-  store<T, V>(to + i, values);
 }
 
 // One element of any dtype that is no wider than the accumulate dtype A.

@@ -22,6 +22,18 @@ from .code import TOOLS
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 MOST_REGISTERS = {"row": 128, "channel": 255, "finish": 255, "merge": 255}  # a block of 512 threads, or of 256
 
+# Of what is fused, the 16-byte loads and stores of a window or unit: x, and what surrounds the norm.
+FUSED = {
+    "row_fwd_kernel": (3, 2),
+    "row_bwd_kernel": (3, 1),
+    "row_means_kernel": (3, 0),
+    "channel_fwd_kernel": (2, 1),
+    "channel_apply_kernel": (2, 1),
+    "channel_sums_kernel": (3, 1),
+    "channel_grad_kernel": (3, 2),
+    "channel_bwd_kernel": (3, 2),
+}
+
 _USAGE = re.compile(r"Function (\S+?):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9]*)((?:\.[A-Z0-9_]+)*)", re.M)
 # Conversions count as well: they take the units of FP64.
@@ -54,6 +66,17 @@ class Kernel:
         """Accesses of a thread to one tensor that are written out."""
         return max(1, int(self.arguments[2])) if self.name in ("row_fwd_kernel", "row_bwd_kernel") else 1
 
+    @property
+    def fused(self) -> bool:
+        return self.name in FUSED and self.arguments[-1] == "true"
+
+    @property
+    def wide_accesses(self) -> tuple[int, int]:
+        """16-byte loads and stores that there are at least, of each window."""
+        if self.fused:
+            return FUSED[self.name]
+        return 2 if re.search("bwd|sums|grad|means", self.name) else 1, not re.search("stats|sums|means", self.name)
+
 
 def violations(kernel: Kernel) -> list[str]:
     found = []
@@ -64,9 +87,8 @@ def violations(kernel: Kernel) -> list[str]:
     if kernel.registers > MOST_REGISTERS[kernel.name.partition("_")[0]]:
         found.append("REGISTERS")
     # Every way through a tensor has its 16-byte accesses, beside those one by one for other strides.
-    inputs = 2 if re.search("bwd|sums|grad|means", kernel.name) else 1
-    writes = not re.search("stats|sums|means", kernel.name)
-    if kernel.window > 1 and (kernel.loads[16] < inputs * kernel.windows or (writes and kernel.stores[16] < kernel.windows)):
+    loads, stores = (n * kernel.windows for n in kernel.wide_accesses)
+    if kernel.window > 1 and (kernel.loads[16] < loads or kernel.stores[16] < stores):
         found.append("NARROW")
     return found
 
@@ -127,7 +149,9 @@ def main(arch: str) -> int:
     seconds = time.monotonic() - start
     bad = [k for k in kernels if violations(k)]
     print(*table(kernels), sep="\n")
-    print(f"{arch}: {len(kernels)} CUDA kernels, {len(bad)} with violations, compiled and read in {seconds:.0f} s")
+    fused = sum(k.fused for k in kernels)
+    counts = f"{len(kernels)} CUDA kernels, {fused} of them fused, {len(bad)} with violations"
+    print(f"{arch}: {counts}, compiled and read in {seconds:.0f} s")
     return bool(bad or not kernels)
 
 
