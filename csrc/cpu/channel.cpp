@@ -2,18 +2,6 @@
 #include "channel.h"
 
 namespace fastnorm::cpu {
-namespace {
-
-// dx where mean and rstd are constants
-template <class T>
-void scale(Channels g, const ChannelsInput& dy, const Acc<T>* rstd, const Acc<T>* weight, T* dx) {
-  const Constants<Acc<T>, 1> constants(g.C);
-  for (int64_t c = 0; c < g.C; ++c) constants[0][c] = rstd[c] * weight[c];
-  with_sweep<T, 1>(g, {&dy}, [&](const auto& sweep) { sweep.apply(Scale<T>{}, constants, {dx}); });
-}
-
-}  // namespace
-
 void channel_stats(Channels g, const ChannelsInput& x, void* mean, void* deviation) {
   with_type(x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
@@ -41,7 +29,7 @@ void channel_apply(Channels g, const ChannelsInput& x, const void* mean, const v
     const Constants<A, 3> constants(g.C);
     const A *high = as<A>(mean), *low = high + g.C, *r = as<A>(rstd);
     for (int64_t c = 0; c < g.C; ++c) standardize_constants(constants, c, high[c], low[c], r[c], w[c], b[c]);
-    with_sweep<T, 1>(g, {&x}, [&](const auto& sweep) { sweep.apply(Standardize<T>{}, constants, {as<T>(y.data)}); });
+    with_sweep<T, 1>(g, {&x}, [&](const auto& sweep) { sweep.apply(Standardize<T>{}, constants, as<T>(y.data)); });
   });
 }
 
@@ -75,7 +63,7 @@ void channel_grad(Channels g, const ChannelsInput& dy, const ChannelsInput& x, c
       constants[4][c] = w[c];
     }
     with_sweep<T, 2>(g, {&dy, &x},
-                     [&](const auto& sweep) { sweep.apply(WeightedGradient<T>{}, constants, {as<T>(dx.data)}); });
+                     [&](const auto& sweep) { sweep.apply(WeightedGradient<T>{}, constants, as<T>(dx.data)); });
   });
 }
 
@@ -94,27 +82,9 @@ void channel_bwd(Channels g, const ChannelsInput& dy, const ChannelsInput& x, Co
   with_type(x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;
-    const auto w = Widened<A>::or_else(weight, g.C, 1);
-    A *high = as<A>(mean), *low = high + g.C, *r = as<A>(rstd);
-    const bool through_statistics = training && dx.data, sums_needed = through_statistics || dweight.data || dbias.data;
-    const Constants<A, 4> constants(g.C);
-    const Shifts<T> shifts(g.C, high, r);
-    const auto settle = [&](int64_t c, const std::array<double, 2>& sums) {
-      const double n = static_cast<double>(g.count()), sum_dz_x_hat = shifts.gradient_sum(c, sums);
-      if (dweight.data) set_element(dweight, c, sum_dz_x_hat);
-      if (dbias.data) set_element(dbias, c, sums[0]);
-      if (through_statistics)
-        gradient_constants<A>(constants, c, high[c], low[c], r[c], r[c] * w[c], sum_dz_x_hat / n, sums[0] / n);
-      return true;
-    };
-    if (sums_needed)
-      with_sweep<T, 2>(g, {&dy, &x}, [&](const auto& sweep) {
-        if (through_statistics)
-          sweep.template both<GradientTerms<T>>({shifts}, settle, Gradient<T>{}, constants, {as<T>(dx.data)});
-        else
-          sweep.template sum<GradientTerms<T>>({shifts}, settle);
-      });
-    if (dx.data && !training) scale<T>(g, dy, r, w, as<T>(dx.data));
+    backward<T>(g, dy, weight, as<A>(mean), as<A>(rstd), training, as<T>(dx.data), dweight, dbias, [&](const auto& passes) {
+      with_sweep<T, 2>(g, {&dy, &x}, [&](const auto& sweep) { passes(sweep, Nothing{}); });
+    });
   });
 }
 

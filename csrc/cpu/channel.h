@@ -113,7 +113,7 @@ void forward(Channels g, const Inputs<P>& in, const Value& value, ConstArray wei
   };
   if (!training) {
     for (int64_t c = 0; c < g.C; ++c) settle(c, element(running_mean, c), element(running_var, c));
-    return with_sweep<T, P>(g, in, [&](const auto& sweep) { sweep.apply(value, constants, {y}); });
+    return with_sweep<T, P>(g, in, [&](const auto& sweep) { sweep.apply(value, constants, y); });
   }
   const Buffer<A> shift(g.C);
   Statistics<T> statistics(g, *in[0], shift);
@@ -126,9 +126,44 @@ void forward(Channels g, const Inputs<P>& in, const Value& value, ConstArray wei
     return true;
   };
   with_sweep<T, P>(g, in, [&](const auto& sweep) {
-    sweep.template both<StatisticsTerms<T>>({shift}, settle_batch, value, constants, {y});
+    sweep.template both<StatisticsTerms<T>>({shift}, settle_batch, value, constants, y);
   });
   if (tracked) ++*tracked;
+}
+
+// dx where mean and rstd are constants
+template <class T>
+void scale(Channels g, const ChannelsInput& dy, const Acc<T>* rstd, const Acc<T>* weight, T* dx) {
+  const Constants<Acc<T>, 1> constants(g.C);
+  for (int64_t c = 0; c < g.C; ++c) constants[0][c] = rstd[c] * weight[c];
+  with_sweep<T, 1>(g, {&dy}, [&](const auto& sweep) { sweep.apply(Scale<T>{}, constants, dx); });
+}
+
+// The whole backward; go(passes) calls passes(sweep, before) with a sweep over dz and x, and what makes dz where it is not there.
+template <class T, class Go>
+void backward(Channels g, const ChannelsInput& dz, ConstArray weight, const Acc<T>* mean, const Acc<T>* rstd, bool training,
+              T* dx, Array dweight, Array dbias, const Go& go) {
+  using A = Acc<T>;
+  const auto w = Widened<A>::or_else(weight, g.C, 1);
+  const bool through_statistics = training && dx, sums_needed = through_statistics || dweight.data || dbias.data;
+  const Constants<A, 4> constants(g.C);
+  const Shifts<T> shifts(g.C, mean, rstd);
+  const auto settle = [&](int64_t c, const std::array<double, 2>& sums) {
+    const double n = static_cast<double>(g.count()), sum_dz_x_hat = shifts.gradient_sum(c, sums);
+    if (dweight.data) set_element(dweight, c, sum_dz_x_hat);
+    if (dbias.data) set_element(dbias, c, sums[0]);
+    if (through_statistics)
+      gradient_constants<A>(constants, c, mean[c], mean[g.C + c], rstd[c], rstd[c] * w[c], sum_dz_x_hat / n, sums[0] / n);
+    return true;
+  };
+  if (sums_needed)
+    go([&](const auto& sweep, const auto& before) {
+      if (through_statistics)
+        sweep.template both<GradientTerms<T>>({shifts}, settle, Gradient<T>{}, constants, dx, before);
+      else
+        sweep.template sum<GradientTerms<T>>({shifts}, settle, before);
+    });
+  if (dx && !training) scale<T>(g, dz, rstd, w, dx);
 }
 
 }  // namespace fastnorm::cpu

@@ -1,89 +1,84 @@
 // Batch norm with what comes after it, y = act(z + residual).
 //
-// In backward relu's dz costs so little that both passes make it anew. Any other is made once, in the memory of dresidual or of
-// dx, and the plain backward reads it there.
+// Backward makes dz a part at a time, in the memory of dresidual or of dx, and the sums of that part follow while it is in
+// cache; from then on it is the plain backward. Only relu's without a residual is not kept: made anew in the second pass, it
+// takes less time than it takes to write it.
 #include "channel.h"
 #include "epilogue.h"
 
 namespace fastnorm::cpu {
 namespace {
 
-// All of these have the first three constants of Standardize; a residual is the last input, where P has room for it.
+// These all have the constants of Standardize, and a residual as the last input where P has room for it.
 
 template <class T, size_t P_>
 struct Activated {  // y
-  static constexpr size_t P = P_, K = 3, OUTPUTS = 1;
+  static constexpr size_t P = P_, K = 3;
   static constexpr bool TOGETHER = true;
   using V = Vec<T>;
   Epilogue epilogue;
 
   template <size_t J, class C>
-  FN_INLINE void operator()(const InputGroup<T, P, J>& in, const C& c, OutputGroup<T, 1, J>& out) const {
+  FN_INLINE std::array<V, J> operator()(const InputGroup<T, P, J>& in, const C& c) const {
+    std::array<V, J> z;
     repeat<J>([&](auto j) FN_LAMBDA {
-      out[0][j] = Standardize<T>::value({in[j][0]}, c[j]);
-      if constexpr (P == 2) out[0][j] = out[0][j] + in[j][1];
+      z[j] = Standardize<T>::value({in[j][0]}, c[j]);
+      if constexpr (P == 2) z[j] = z[j] + in[j][1];
     });
-    activate_all(epilogue, out[0]);
+    activate_all(epilogue, z);
+    return z;
   }
 };
 
-// z + residual of dy, x and the residual, from x - high
-template <class V, size_t P>
-FN_INLINE V preactivation(const std::array<V, P>& v, V d, V slope, V intercept) {
-  const V z = affine(d, slope, intercept);
-  if constexpr (P == 3)
-    return z + v[2];
-  else
-    return z;
-}
-
 template <class T, size_t P_>
-struct Slope {  // dz of any activation
-  static constexpr size_t P = P_, K = 3, OUTPUTS = 1;
+struct Slope {  // dz
+  static constexpr size_t P = P_, K = 3;
   static constexpr bool TOGETHER = true;
   using V = Vec<T>;
   Epilogue epilogue;
 
   template <size_t J, class C>
-  FN_INLINE void operator()(const InputGroup<T, P, J>& in, const C& c, OutputGroup<T, 1, J>& out) const {
-    std::array<V, J> dy;
+  FN_INLINE std::array<V, J> operator()(const InputGroup<T, P, J>& in, const C& c) const {
+    std::array<V, J> dy, z;
     repeat<J>([&](auto j) FN_LAMBDA {
       dy[j] = in[j][0];
-      out[0][j] = preactivation(in[j], in[j][1] - c[j][0], c[j][1], c[j][2]);
+      z[j] = Standardize<T>::value({in[j][1]}, c[j]);
+      if constexpr (P == 3) z[j] = z[j] + in[j][2];
     });
-    grad_all(epilogue, dy, out[0]);
+    grad_all(epilogue, dy, z);
+    return z;
   }
 };
 
-// Relu's backward: high, rstd * weight, bias - low * rstd * weight
-template <class T, size_t P_>
+template <class T>
 struct ReluTerms {  // dz and dz * (x - high)
-  static constexpr size_t P = P_, K = 3;
+  static constexpr size_t P = 2, K = 3;
   static constexpr bool GUESS = false;
   using V = Vec<T>;
-  FN_INLINE static std::array<V, 2> terms(const std::array<V, P>& v, const std::array<V, 3>& c, int64_t) {
-    const V d = v[1] - c[0], dz = relu_grad(v[0], preactivation(v, d, c[1], c[2]));
+  FN_INLINE static std::array<V, 2> terms(const std::array<V, 2>& v, const std::array<V, 3>& c, int64_t) {
+    const V d = v[1] - c[0], dz = relu_grad(v[0], affine(d, c[1], c[2]));
     return {dz, dz * d};
   }
 };
-template <class T, size_t P_>
-struct ReluGradient {  // dx and dz; and after those constants Gradient's last two
-  static constexpr size_t P = P_, K = 5, OUTPUTS = 2;
+template <class T>
+struct ReluGradient {  // dx; after those constants Gradient's last two, in training
+  static constexpr size_t P = 2, K = 5;
   static constexpr bool TOGETHER = false;
   using V = Vec<T>;
   bool training;
 
   template <size_t J, class C>
-  FN_INLINE void operator()(const InputGroup<T, P, J>& in, const C& c, OutputGroup<T, 2, J>& out) const {
+  FN_INLINE std::array<V, J> operator()(const InputGroup<T, 2, J>& in, const C& c) const {
+    std::array<V, J> dx;
     repeat<J>([&](auto j) FN_LAMBDA {
-      const V d = in[j][1] - c[j][0];
-      out[1][j] = relu_grad(in[j][0], preactivation(in[j], d, c[j][1], c[j][2]));
-      out[0][j] = training ? grad_input(out[1][j], d, c[j][1], c[j][3], c[j][4]) : out[1][j] * c[j][1];
+      const V d = in[j][1] - c[j][0], dz = relu_grad(in[j][0], affine(d, c[j][1], c[j][2]));
+      dx[j] = training ? grad_input(dz, d, c[j][1], c[j][3], c[j][4]) : dz * c[j][1];
     });
+    return dx;
   }
 };
 
-// What of x's shape is dense, or dense (B, S, C).
+// A result of x's shape, dense or dense (B, S, C).
 ChannelsInput dense_channels(Channels g, ConstArray of) {
   const int64_t step = g.last ? g.C : 1;
   ChannelsInput in;
@@ -96,28 +91,26 @@ ChannelsInput dense_channels(Channels g, ConstArray of) {
   return in;
 }
 
-// The backward of one call.
-template <class T, size_t P>
+template <class T>
 struct FusedBackward {
   using A = Acc<T>;
   Channels g;
-  Inputs<P> in;
   ConstArray weight, bias;
-  Epilogue epilogue;
-  A *mean, *rstd;
+  const A *mean, *rstd;
   bool training;
-  Array dx, dweight, dbias, dresidual;
+  T* dx;
+  Array dweight, dbias;
 
   template <size_t K>
   void set_constants(const Constants<A, K>& constants) const {
     const auto w = Widened<A>::or_else(weight, g.C, 1), b = Widened<A>::or_else(bias, g.C, 0);
     for (int64_t c = 0; c < g.C; ++c) standardize_constants(constants, c, mean[c], mean[g.C + c], rstd[c], w[c], b[c]);
   }
+  bool sums_needed() const { return (training && dx) || dweight.data || dbias.data; }
 
-  void relu() const {
+  void relu(const ChannelsInput& dy, const ChannelsInput& x) const {
     const Constants<A, 5> constants(g.C);
     set_constants(constants);
-    const bool through_statistics = training && dx.data, sums_needed = through_statistics || dweight.data || dbias.data;
     const auto settle = [&](int64_t c, const std::array<double, 2>& sums) {
       const double n = static_cast<double>(g.count()), low = static_cast<double>(mean[g.C + c]);
       const double sum_dz_x_hat = (sums[1] - low * sums[0]) * static_cast<double>(rstd[c]);
@@ -129,31 +122,32 @@ struct FusedBackward {
       return true;
     };
     const std::array<A*, 3> of{constants[0], constants[1], constants[2]};
-    const std::array<T*, 2> out{as<T>(dx.data), as<T>(dresidual.data)};
-    const ReluGradient<T, P> gradient{training};
-    with_sweep<T, P>(g, in, [&](const auto& sweep) {
-      if (!sums_needed)
-        sweep.apply(gradient, constants, out);
-      else if (out[0] || out[1])
-        sweep.template both<ReluTerms<T, P>>(of, settle, gradient, constants, out);
+    const ReluGradient<T> gradient{training};
+    with_sweep<T, 2>(g, {&dy, &x}, [&](const auto& sweep) {
+      if (dx && sums_needed())
+        sweep.template both<ReluTerms<T>>(of, settle, gradient, constants, dx);
+      else if (dx)
+        sweep.apply(gradient, constants, dx);
       else
-        sweep.template sum<ReluTerms<T, P>>(of, settle);
+        sweep.template sum<ReluTerms<T>>(of, settle);
     });
   }
 
-  void others() const {
-    if (epilogue.activation == Activation::identity && !dresidual.data) return after(*in[0]);
-    const Array there = dresidual.data ? dresidual : dx;
-    const Buffer<T> own(there.data ? 0 : g.C * g.count());
-    T* dz = there.data ? as<T>(there.data) : own;
+  template <size_t P>
+  void others(const Inputs<P>& in, Epilogue epilogue, T* dresidual) const {
+    const Buffer<T> own(dresidual || dx ? 0 : g.C * g.count());
+    T* to = dresidual ? dresidual : dx ? dx : own;
+    const ChannelsInput dz = dense_channels(g, {to, dtype_of<T>});
+    const Slope<T, P> slope{epilogue};
     const Constants<A, 3> constants(g.C);
     set_constants(constants);
-    with_sweep<T, P>(g, in, [&](const auto& sweep) { sweep.apply(Slope<T, P>{epilogue}, constants, {dz}); });
-    after(dense_channels(g, {dz, dtype_of<T>}));
+    if (!sums_needed()) with_sweep<T, P>(g, in, [&](const auto& sweep) { sweep.apply(slope, constants, to); });
+    backward<T>(g, dz, weight, mean, rstd, training, dx, dweight, dbias, [&](const auto& passes) {
+      with_sweep<T, P>(g, in, [&](const auto& sweep) {
+        passes(sweep.over(Inputs<2>{&dz, in[1]}), sweep.maker(slope, constants, to));
+      });
+    });
   }
-  void after(const ChannelsInput& dz) const { channel_bwd(g, dz, *in[1], weight, mean, rstd, training, dx, dweight, dbias); }
-
-  void operator()() const { epilogue.activation == Activation::relu ? relu() : others(); }
 };
 
 }  // namespace
@@ -178,14 +172,18 @@ void channel_fused_fwd(Channels g, const ChannelsInput& x, const ChannelsInput& 
 void channel_fused_bwd(Channels g, const ChannelsInput& dy, const ChannelsInput& x, const ChannelsInput& residual,
                        ConstArray weight, ConstArray bias, Epilogue epilogue, const void* mean, const void* rstd, bool training,
                        Array dx, Array dweight, Array dbias, Array dresidual) {
+  if (epilogue.activation == Activation::identity && !dresidual.data)
+    return channel_bwd(g, dy, x, weight, mean, rstd, training, dx, dweight, dbias);
   with_type(x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;
-    A *m = as<A>(mean), *r = as<A>(rstd);
+    const FusedBackward<T> run{g, weight, bias, as<A>(mean), as<A>(rstd), training, as<T>(dx.data), dweight, dbias};
     if (residual.data)
-      FusedBackward<T, 3>{g, {&dy, &x, &residual}, weight, bias, epilogue, m, r, training, dx, dweight, dbias, dresidual}();
+      run.template others<3>({&dy, &x, &residual}, epilogue, as<T>(dresidual.data));
+    else if (epilogue.activation == Activation::relu && !dresidual.data)
+      run.relu(dy, x);
     else
-      FusedBackward<T, 2>{g, {&dy, &x}, weight, bias, epilogue, m, r, training, dx, dweight, dbias, dresidual}();
+      run.template others<2>({&dy, &x}, epilogue, as<T>(dresidual.data));
   });
 }
 

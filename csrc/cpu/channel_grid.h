@@ -25,9 +25,8 @@ class GridSweep {
 
   GridSweep(Channels g, const Inputs<P>& in) : g_(g), in_(in), flat_(side_by_side(g, in)) {
     fold_ = flat_ ? g.S : 1;
-    for (size_t p = 0; p < P; ++p) direct_[p] = flat_ || in[p]->channel == 1 || g.C == 1;
+    find_direct();
     direct_out_ = flat_ || g.last || g.C == 1;
-    read_in_place_ = std::all_of(direct_.begin(), direct_.end(), [](bool d) { return d; });
     positions_ = packed(g, in) ? positions_in_row(g) : 1;
     rows_ = flat_ ? g.B : g.count() / positions_;
     columns_ = g.C * fold_ * positions_;
@@ -44,6 +43,36 @@ class GridSweep {
     piece_ = std::clamp<int64_t>(65536 / width_ / TILE_ROWS * TILE_ROWS, 4 * TILE_ROWS, 1024);
     pieces_ = ceil_div(rows_, piece_);
     summed_rows_ = rows_ * columns_ <= SMALL ? 4 : TILE_ROWS;
+  }
+
+  // The same parts of other inputs, which are as dense as those of `like`.
+  template <size_t Q>
+  GridSweep(const GridSweep<T, Q>& like, const Inputs<P>& in)
+      : g_(like.g_),
+        in_(in),
+        flat_(like.flat_),
+        direct_out_(like.direct_out_),
+        fold_(like.fold_),
+        positions_(like.positions_),
+        rows_(like.rows_),
+        columns_(like.columns_),
+        width_(like.width_),
+        blocks_(like.blocks_),
+        piece_(like.piece_),
+        pieces_(like.pieces_),
+        summed_rows_(like.summed_rows_) {
+    find_direct();
+  }
+  template <size_t Q>
+  GridSweep<T, Q> over(const Inputs<Q>& in) const {
+    return GridSweep<T, Q>(*this, in);
+  }
+  // What makes a part of `out`.
+  template <class Value>
+  auto maker(const Value& value, const Constants<A, Value::K>& constants, T* out) const {
+    return [&, out, this](int64_t k, int64_t piece) {
+      apply_piece(Tiles(*this), piece, block(k), value, constants, out, false);
+    };
   }
 
   // A kilobyte, so that four rows a quarter of a piece apart can lie in different sets of a cache.
@@ -70,8 +99,8 @@ class GridSweep {
     return !g.last && g.B >= 16 && std::all_of(in.begin(), in.end(), dense);
   }
 
-  template <class Terms, class Settle>
-  void sum(const std::array<A*, Terms::K>& of, const Settle& settle) const {
+  template <class Terms, class Settle, class Before = Nothing>
+  void sum(const std::array<A*, Terms::K>& of, const Settle& settle, const Before& before = {}) const {
     const int64_t width = ceil_div(columns_, 16) * 16;
     const Buffer<double> partial(pieces_ * 2 * width);
     std::vector<char> settled(g_.C, 0);
@@ -79,9 +108,10 @@ class GridSweep {
       for (int64_t k = 0; k < blocks_; ++k) guess(block(k), of[0]);
     for (bool open = true; open;) {
       parallel_for(pieces_ * blocks_, elements(piece_ * width_), [&](int64_t begin, int64_t end) {
-        const Tiles tiles(*this, 0);
+        const Tiles tiles(*this);
         for (int64_t item = begin; item < end; ++item) {
           const Block b = block(item % blocks_);
+          before(item % blocks_, item / blocks_);
           double* s = partial + item / blocks_ * 2 * width + b.column;
           const Expanded<Terms::K> constants(*this, b, of);
           piece_sums<Terms>(tiles, item / blocks_, b, constants.all(), s, s + width);
@@ -95,30 +125,30 @@ class GridSweep {
   }
 
   template <class Value>
-  void apply(const Value& value, const Constants<A, Value::K>& constants, const Outputs<T, Value>& out) const {
+  void apply(const Value& value, const Constants<A, Value::K>& constants, T* out) const {
     const bool stream = streams_to(out);
     parallel_for(pieces_ * blocks_, elements(piece_ * width_), [&](int64_t begin, int64_t end) {
-      const Tiles tiles(*this, Value::OUTPUTS);
+      const Tiles tiles(*this);
       for (int64_t item = end - 1; item >= begin; --item)  // what was read last is in cache
         apply_piece(tiles, item / blocks_, block(item % blocks_), value, constants, out, stream);
       if (stream) stream_end();
     });
   }
 
-  template <class Terms, class Settle, class Value>
+  template <class Terms, class Settle, class Value, class Before = Nothing>
   void both(const std::array<A*, Terms::K>& of, const Settle& settle, const Value& value,
-            const Constants<A, Value::K>& constants, const Outputs<T, Value>& out) const {
+            const Constants<A, Value::K>& constants, T* out, const Before& before = {}) const {
     const int64_t bytes = rows_ * width_ * static_cast<int64_t>(sizeof(T) * P);
     const bool small = rows_ * columns_ <= SMALL;
     if (!small && (bytes > CACHE || blocks_ < 2 * threads())) {
-      sum<Terms>(of, settle);
+      sum<Terms>(of, settle, before);
       return apply(value, constants, out);
     }
     const bool stream = streams_to(out);
     parallel_for(blocks_, elements(rows_ * width_), [&](int64_t begin, int64_t end) {
-      const Tiles tiles(*this, Value::OUTPUTS);
+      const Tiles tiles(*this);
       for (int64_t k = begin; k < end; ++k) {
-        sum_block<Terms>(tiles, block(k), of, settle);
+        sum_block<Terms>(tiles, k, of, settle, before);
         for (int64_t piece = pieces_ - 1; piece >= 0; --piece)
           apply_piece(tiles, piece, block(k), value, constants, out, stream);
       }
@@ -129,10 +159,15 @@ class GridSweep {
  private:
   static int64_t elements(int64_t each) { return each * static_cast<int64_t>(P); }
 
-  template <size_t N>
-  bool streams_to(const std::array<T*, N>& out) const {
+  void find_direct() {
+    for (size_t p = 0; p < P; ++p) direct_[p] = flat_ || in_[p]->channel == 1 || g_.C == 1;
+    read_in_place_ = std::all_of(direct_.begin(), direct_.end(), [](bool d) { return d; });
+  }
+
+  bool streams_to(const T* out) const {
     const auto bytes = [](int64_t n) { return n * static_cast<int64_t>(sizeof(T)); };
-    return direct_out_ && bytes(width_) % 64 == 0 && stream_all_of(out, bytes(columns_), bytes(rows_ * columns_), P);
+    return direct_out_ && out != data<T>(*in_[0]) && bytes(width_) % 64 == 0 &&
+           streams(out, bytes(columns_), bytes(rows_ * columns_ * (P + 1)));
   }
 
   struct Block {
@@ -145,16 +180,14 @@ class GridSweep {
 
   // ------------------------------------------------------------ rows and tiles
 
-  // A thread's tiles: one for each input, and after them those of the outputs; empty where they are not needed.
+  // A thread's tiles: one for each input, and the last for the output; empty where they are not needed.
   struct Tiles {
-    static constexpr size_t MOST = P + 2;
-    std::array<Buffer<T>, MOST> tile;
-    Tiles(const GridSweep& s, size_t outputs) : tile(make(s, outputs, std::make_index_sequence<MOST>{})) {}
+    std::array<Buffer<T>, P + 1> tile;
+    explicit Tiles(const GridSweep& s) : tile(make(s, std::make_index_sequence<P + 1>{})) {}
     template <size_t... I>
-    static std::array<Buffer<T>, MOST> make(const GridSweep& s, size_t outputs, std::index_sequence<I...>) {
+    static std::array<Buffer<T>, P + 1> make(const GridSweep& s, std::index_sequence<I...>) {
       const int64_t elements = std::min(TURNED_ROWS, s.rows_) * TURNED_COLUMNS;
-      const auto turned = [&](size_t i) { return i < P ? !s.direct_[i] : i < P + outputs && !s.direct_out_; };
-      return {Buffer<T>(turned(I) ? elements : 0)...};
+      return {Buffer<T>((I < P ? s.direct_[std::min(I, P - 1)] : s.direct_out_) ? 0 : elements)...};
     }
   };
 
@@ -331,8 +364,10 @@ class GridSweep {
     return all;
   }
 
-  template <class Terms, class Settle>
-  void sum_block(const Tiles& tiles, const Block& k, const std::array<A*, Terms::K>& of, const Settle& settle) const {
+  template <class Terms, class Settle, class Before>
+  void sum_block(const Tiles& tiles, int64_t index, const std::array<A*, Terms::K>& of, const Settle& settle,
+                 const Before& before) const {
+    const Block k = block(index);
     std::vector<char> settled(k.channels, 0);
     std::vector<double> sums(2 * k.columns);
     alignas(64) double partial[2][MAX_COLUMNS];
@@ -341,6 +376,7 @@ class GridSweep {
       std::fill(sums.begin(), sums.end(), 0.0);
       const Expanded<Terms::K> constants(*this, k, of);
       for (int64_t piece = 0; piece < pieces_; ++piece) {
+        before(index, piece);
         piece_sums<Terms>(tiles, piece, k, constants.all(), partial[0], partial[1]);
         for (int q = 0; q < 2; ++q)
           for (int64_t i = 0; i < k.columns; ++i) sums[q * k.columns + i] += partial[q][i];
@@ -372,7 +408,7 @@ class GridSweep {
 
   template <class Value, size_t R>
   static void apply_rows(const Value& value, std::array<std::array<const T*, P>, R> at, int64_t n,
-                         std::array<const A*, Value::K> constants, std::array<Outputs<T, Value>, R> out, bool stream) {
+                         std::array<const A*, Value::K> constants, std::array<T*, R> out, bool stream) {
     constexpr size_t TOGETHER = Value::TOGETHER ? R : 1;  // rows
     for_groups<V, LOT<T>>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
       Same<Value::K, J> constant;
@@ -381,18 +417,15 @@ class GridSweep {
       });
       repeat<R / TOGETHER>([&](auto group) FN_LAMBDA {
         InputGroup<T, P, TOGETHER * J> in;
-        OutputGroup<T, Value::OUTPUTS, TOGETHER * J> v;
         repeat<TOGETHER * J>([&](auto k) FN_LAMBDA {
           const int64_t column = i + static_cast<int64_t>(k % J) * lanes<V>;
           in[k] = load_inputs<T, P>(at[group * TOGETHER + k / J], column, count);
         });
-        value(in, constant, v);
-        repeat<TOGETHER * Value::OUTPUTS>([&](auto k) FN_LAMBDA {
-          constexpr size_t r = k % TOGETHER, q = k / TOGETHER;
-          T* to = out[group * TOGETHER + r][q];
-          std::array<V, J> row;
-          repeat<J>([&](auto j) FN_LAMBDA { row[j] = v[q][r * J + j]; });
-          if (Value::OUTPUTS == 1 || to) put_all<T, J>(to + i, row, count, stream);
+        const auto all = value(in, constant);
+        repeat<TOGETHER>([&](auto r) FN_LAMBDA {
+          std::array<V, J> v;
+          repeat<J>([&](auto j) FN_LAMBDA { v[j] = all[r * J + j]; });
+          put_all<T, J>(out[group * TOGETHER + r] + i, v, count, stream);
         });
       });
     });
@@ -400,27 +433,27 @@ class GridSweep {
 
   template <class Value>
   void apply_piece(const Tiles& tiles, int64_t piece, const Block& k, const Value& value,
-                   const Constants<A, Value::K>& constants, const Outputs<T, Value>& out, bool stream) const {
+                   const Constants<A, Value::K>& constants, T* out, bool stream) const {
     const int64_t all = std::min(piece_, rows_ - piece * piece_);
     const Order ordered = order(piece, read_in_place_ && direct_out_);
     const Expanded<Value::K> expanded(*this, k, constants);
     for (int64_t begin = 0; begin < all; begin += TURNED_ROWS) {
       const int64_t rows = std::min(TURNED_ROWS, all - begin);
+      T* tile = tiles.tile[P];
       for_rows<P>(tiles, ordered, begin, rows, k, [&](auto R, int64_t i, const auto& at) {
-        std::array<Outputs<T, Value>, R> to{};
-        for (size_t r = 0; r < R; ++r)
-          for (size_t q = 0; q < Value::OUTPUTS; ++q) {
-            const int64_t index = i + static_cast<int64_t>(r);
-            if (!out[q]) continue;
-            to[r][q] = direct_out_ ? out[q] + ordered(begin + index) * columns_ + k.column
-                                   : tiles.tile[P + q] + index * TURNED_COLUMNS;
-          }
+        std::array<T*, R> to;
+        for (size_t r = 0; r < R; ++r) {
+          const int64_t index = i + static_cast<int64_t>(r);
+          to[r] = direct_out_ ? out + ordered(begin + index) * columns_ + k.column : tile + index * TURNED_COLUMNS;
+        }
         apply_rows<Value, R>(value, at, k.columns, expanded.all(), to, stream);
       });
-      for (size_t q = 0; q < Value::OUTPUTS; ++q)
-        if (!direct_out_ && out[q]) put(tiles.tile[P + q], ordered.first + begin, rows, k, out[q]);
+      if (!direct_out_) put(tile, ordered.first + begin, rows, k, out);
     }
   }
+
+  template <class, size_t>
+  friend class GridSweep;
 
   Channels g_;
   Inputs<P> in_;

@@ -28,22 +28,21 @@ struct GradientTerms {  // dz and dz * (x - shift); lanes that do not exist have
   }
 };
 
-// Element by element: values from P inputs and K constants of the channel, J vectors at a time of each; constants[j] belongs to
+// Element by element: a value from P inputs and K constants of the channel, for J vectors at a time; constants[j] belongs to
 // in[j]. Where a channel's constants meet, they are multiplied beforehand, in `Constants`; the low part of the mean is in the
 // last of them.
 template <class T, size_t P, size_t J>
 using InputGroup = std::array<std::array<Vec<T>, P>, J>;
-template <class T, size_t OUTPUTS, size_t J>
-using OutputGroup = std::array<std::array<Vec<T>, J>, OUTPUTS>;
 
-// One value whose vectors are made one by one, by Value::value.
+// What makes its vectors one by one, by Value::value.
 template <class T, class Value>
 struct OneByOne {
-  static constexpr size_t OUTPUTS = 1;
   static constexpr bool TOGETHER = false;  // nothing is gained by more than a few vectors at once
   template <size_t P, size_t J, class C>
-  FN_INLINE void operator()(const InputGroup<T, P, J>& in, const C& constants, OutputGroup<T, 1, J>& out) const {
-    repeat<J>([&](auto j) FN_LAMBDA { out[0][j] = Value::value(in[j], constants[j]); });
+  FN_INLINE std::array<Vec<T>, J> operator()(const InputGroup<T, P, J>& in, const C& constants) const {
+    std::array<Vec<T>, J> out;
+    repeat<J>([&](auto j) FN_LAMBDA { out[j] = Value::value(in[j], constants[j]); });
+    return out;
   }
 };
 template <class T>
@@ -99,21 +98,16 @@ constexpr bool PLAIN_FIRST = std::is_same_v<T, BFloat16>;
 
 template <size_t P>
 using Inputs = std::array<const ChannelsInput*, P>;
-// Of several outputs those that are not wanted are null.
-template <class T, class Value>
-using Outputs = std::array<T*, Value::OUTPUTS>;
-
 template <class T>
 const T* data(const ChannelsInput& in) {
   return static_cast<const T*>(in.data);
 }
 
-// Whether all outputs that are wanted are written past the caches: each of so many bytes, as each of P inputs is.
-template <class T, size_t N>
-bool stream_all_of(const std::array<T*, N>& out, int64_t row_bytes, int64_t bytes, size_t P) {
-  const int64_t each = static_cast<int64_t>(P) + std::count_if(out.begin(), out.end(), [](const T* p) { return p; });
-  return std::all_of(out.begin(), out.end(), [&](const T* p) { return streams(p, row_bytes, each * bytes); });
-}
+// What a sweep does before it takes the sums of a part of its inputs: nothing, or it makes that part.
+struct Nothing {
+  template <class... Part>
+  void operator()(Part...) const {}
+};
 
 // Inputs of a thread's part of the work that stay in its second-level cache between two passes; a size that all processors of
 // the last ten years have.

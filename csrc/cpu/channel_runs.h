@@ -28,14 +28,28 @@ class RunSweep {
     return !g.last && g.S >= 16 && std::all_of(in.begin(), in.end(), [](const auto* x) { return x->space.dense(); });
   }
 
-  template <class Terms, class Settle>
-  void sum(const std::array<A*, Terms::K>& of, const Settle& settle) const {
+  // The same parts of other inputs.
+  template <size_t Q>
+  RunSweep<T, Q> over(const Inputs<Q>& in) const {
+    return RunSweep<T, Q>(g_, in);
+  }
+  // What makes a part of `out`.
+  template <class Value>
+  auto maker(const Value& value, const Constants<A, Value::K>& constants, T* out) const {
+    return [&, out, this](int64_t channel, int64_t channels, int64_t piece) {
+      apply_piece({channel, channels}, piece, value, constants, out, false);
+    };
+  }
+
+  template <class Terms, class Settle, class Before = Nothing>
+  void sum(const std::array<A*, Terms::K>& of, const Settle& settle, const Before& before = {}) const {
     std::vector<Pair2> partial(pieces_ * g_.C);
     for (int64_t c = 0; Terms::GUESS && c < g_.C; ++c) of[0][c] = guess(c);
     const int64_t groups = ceil_div(g_.C, group_);
     parallel_for(groups * pieces_, elements(samples_ * positions_ * group_), [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
         const Group k = group(item / pieces_, group_);
+        before(k.channel, k.channels, item % pieces_);
         piece_sums<Terms>(k, item % pieces_, of, partial.data() + item % pieces_ * g_.C + k.channel);
       }
     });
@@ -47,7 +61,7 @@ class RunSweep {
   }
 
   template <class Value>
-  void apply(const Value& value, const Constants<A, Value::K>& constants, const Outputs<T, Value>& out) const {
+  void apply(const Value& value, const Constants<A, Value::K>& constants, T* out) const {
     const bool stream = streams_to(out);
     parallel_for(ceil_div(g_.C, group_) * pieces_, elements(samples_ * positions_ * group_), [&](int64_t begin, int64_t end) {
       for (int64_t item = end - 1; item >= begin; --item)  // what was read last is in cache
@@ -56,12 +70,12 @@ class RunSweep {
     });
   }
 
-  template <class Terms, class Settle, class Value>
+  template <class Terms, class Settle, class Value, class Before = Nothing>
   void both(const std::array<A*, Terms::K>& of, const Settle& settle, const Value& value,
-            const Constants<A, Value::K>& constants, const Outputs<T, Value>& out) const {
+            const Constants<A, Value::K>& constants, T* out, const Before& before = {}) const {
     const int64_t together = std::min(group_, CACHE / (g_.B * run() * static_cast<int64_t>(P)));
     if (together * run() < std::min(NARROWEST, group_ * run()) || g_.C < 4 * threads()) {
-      sum<Terms>(of, settle);
+      sum<Terms>(of, settle, before);
       return apply(value, constants, out);
     }
     const bool stream = streams_to(out);
@@ -70,7 +84,7 @@ class RunSweep {
         const Group k = group(item, together);
         for (int64_t j = 0; Terms::GUESS && j < k.channels; ++j) of[0][k.channel + j] = guess(k.channel + j);
         Pair2 sums[MOST];
-        channel_sums<Terms>(k, of, sums);
+        channel_sums<Terms>(k, of, sums, before);
         for (int64_t j = 0; j < k.channels; ++j) settle_alone<Terms>(k.channel + j, sums[j], of, settle);
         for (int64_t piece = pieces_ - 1; piece >= 0; --piece) apply_piece(k, piece, value, constants, out, stream);
       }
@@ -87,9 +101,8 @@ class RunSweep {
   static int64_t elements(int64_t each) { return each * static_cast<int64_t>(P); }
 
   int64_t run() const { return g_.S * static_cast<int64_t>(sizeof(T)); }  // bytes
-  template <size_t N>
-  bool streams_to(const std::array<T*, N>& out) const {
-    return stream_all_of(out, run(), g_.B * g_.C * run(), P);
+  bool streams_to(const T* out) const {
+    return out != data<T>(*in_[0]) && streams(out, run(), g_.B * g_.C * run() * static_cast<int64_t>(P + 1));
   }
 
   struct Group {
@@ -195,11 +208,12 @@ class RunSweep {
     for (int64_t j = 0; j < k.channels; ++j) out[j] = whole(open[j]);
   }
 
-  template <class Terms>
-  void channel_sums(Group k, const std::array<A*, Terms::K>& of, Pair2* sums) const {
+  template <class Terms, class Before = Nothing>
+  void channel_sums(Group k, const std::array<A*, Terms::K>& of, Pair2* sums, const Before& before = {}) const {
     std::fill_n(sums, k.channels, Pair2{});
     for (int64_t piece = 0; piece < pieces_; ++piece) {
       Pair2 more[MOST];
+      before(k.channel, k.channels, piece);
       piece_sums<Terms>(k, piece, of, more);
       for (int64_t j = 0; j < k.channels; ++j) add(sums[j], more[j]);
     }
@@ -219,25 +233,19 @@ class RunSweep {
 
   template <class Value>
   void apply_piece(Group k, int64_t piece, const Value& value, const Constants<A, Value::K>& constants,
-                   const Outputs<T, Value>& out, bool stream) const {
+                   T* out, bool stream) const {
     const Part w = part(piece);
     for (int64_t b = w.b; b < w.b + w.samples; ++b)
       for (int64_t c = k.channel; c < k.channel + k.channels; ++c) {
         Same<Value::K> constant;
         repeat<Value::K>([&](auto i) FN_LAMBDA { constant.constants[i] = V(constants[i][c]); });
         const auto at = place<P>(c, b, w.s);
-        const int64_t to = (b * g_.C + c) * g_.S + w.s;
-        if (k.channels > 1 && b + 1 < w.b + w.samples)
-          for (const T* p : out)
-            if (p) prefetch<true>(p + to + g_.C * g_.S, run());
+        T* to = out + (b * g_.C + c) * g_.S + w.s;
+        if (k.channels > 1 && b + 1 < w.b + w.samples) prefetch<true>(to + g_.C * g_.S, run());
         for_groups<V, 4>(w.positions, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
           InputGroup<T, P, J> in;
-          OutputGroup<T, Value::OUTPUTS, J> v;
           repeat<J>([&](auto j) FN_LAMBDA { in[j] = load_inputs<T, P>(at, i + static_cast<int64_t>(j) * lanes<V>, count); });
-          value(in, constant, v);
-          repeat<Value::OUTPUTS>([&](auto q) FN_LAMBDA {
-            if (Value::OUTPUTS == 1 || out[q]) put_all<T, J>(out[q] + to + i, v[q], count, stream);
-          });
+          put_all<T, J>(to + i, value(in, constant), count, stream);
         });
       }
   }

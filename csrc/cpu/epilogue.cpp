@@ -4,16 +4,31 @@
 namespace fastnorm::cpu {
 namespace {
 
+// f(std::integral_constant<Activation, A>) with the activation, so that its constants stay in registers over a loop.
+template <class F>
+void with_activation(Activation activation, const F& f) {
+  const auto each = [&](auto... a) { ((a == activation ? f(a) : void()), ...); };
+  using enum Activation;
+  each(std::integral_constant<Activation, leaky_relu>{}, std::integral_constant<Activation, silu>{},
+       std::integral_constant<Activation, gelu>{}, std::integral_constant<Activation, gelu_tanh>{},
+       std::integral_constant<Activation, sigmoid>{}, std::integral_constant<Activation, tanh>{},
+       std::integral_constant<Activation, elu>{});
+}
+
 template <class V>
 void activate_each(const Epilogue& epilogue, V* z, int64_t n) {
   const V alpha(static_cast<typename V::value_type>(epilogue.alpha));
-  for (int64_t k = 0; k < n; ++k) z[k] = activate(epilogue.activation, z[k], alpha);
+  with_activation(epilogue.activation, [&](auto activation) {
+    for (int64_t k = 0; k < n; ++k) z[k] = activate(activation(), z[k], alpha);
+  });
 }
 
 template <class V>
 void grad_each(const Epilogue& epilogue, const V* dy, V* z, int64_t n) {
   const V alpha(static_cast<typename V::value_type>(epilogue.alpha));
-  for (int64_t k = 0; k < n; ++k) z[k] = dy[k] * slope(epilogue.activation, z[k], alpha);
+  with_activation(epilogue.activation, [&](auto activation) {
+    for (int64_t k = 0; k < n; ++k) z[k] = dy[k] * slope(activation(), z[k], alpha);
+  });
 }
 
 }  // namespace

@@ -17,15 +17,27 @@ FN_INLINE V relu_grad(V dy, V z) {
   return Elementary<V>::at_most_zero(z, V(0), dy);
 }
 
-// Only copies have an address, and only where they are needed: z itself stays in registers.
+// A copy has an address, and is made where it is needed, so that z itself stays in registers; vector by vector, because gcc
+// copies arrays by halves of a vector, which the processor would wait for.
+template <class V, size_t J>
+struct InMemory {
+  V v[J];
+  explicit FN_INLINE InMemory(const std::array<V, J>& from) {
+    repeat<J>([&](auto j) FN_LAMBDA { v[j] = from[j]; });
+  }
+  FN_INLINE void read_back(std::array<V, J>& to) const {
+    repeat<J>([&](auto j) FN_LAMBDA { to[j] = v[j]; });
+  }
+};
+
 template <class V, size_t J>
 FN_INLINE void activate_all(const Epilogue& epilogue, std::array<V, J>& z) {
   if (epilogue.activation == Activation::relu) {
     repeat<J>([&](auto j) FN_LAMBDA { z[j] = activate(Activation::relu, z[j], V(0)); });
   } else if (epilogue.activation != Activation::identity) {
-    std::array<V, J> copy = z;
-    activate_others(epilogue, copy.data(), J);
-    z = copy;
+    InMemory<V, J> copy(z);
+    activate_others(epilogue, copy.v, J);
+    copy.read_back(z);
   }
 }
 
@@ -34,12 +46,12 @@ FN_INLINE void grad_all(const Epilogue& epilogue, const std::array<V, J>& dy, st
   if (epilogue.activation == Activation::relu) {
     repeat<J>([&](auto j) FN_LAMBDA { z[j] = relu_grad(dy[j], z[j]); });
   } else if (epilogue.activation == Activation::identity) {
-    z = dy;
+    repeat<J>([&](auto j) FN_LAMBDA { z[j] = dy[j]; });
   } else {
-    const std::array<V, J> dy_copy = dy;
-    std::array<V, J> copy = z;
-    grad_others(epilogue, dy_copy.data(), copy.data(), J);
-    z = copy;
+    const InMemory<V, J> dy_copy(dy);
+    InMemory<V, J> copy(z);
+    grad_others(epilogue, dy_copy.v, copy.v, J);
+    copy.read_back(z);
   }
 }
 

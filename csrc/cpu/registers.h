@@ -50,6 +50,11 @@ FN_INLINE void store_first(double* p, Doubles v, int64_t count) { v.store(p, sta
 FN_INLINE Floats keep_first(Floats v, int64_t count) { return _mm512_maskz_mov_ps(first(count), v); }
 FN_INLINE Doubles keep_first(Doubles v, int64_t count) { return Doubles::set(Doubles(0), v, count); }
 
+// 2^n, where the lowest nine bits of each word are n, from -126 to 127; 0 for -127.
+FN_INLINE Floats power_of_two(Floats n) {
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(n), 23), _mm512_set1_epi32(127 << 23)));
+}
+
 // Within each 128 bits: words of a and b in turn, from the lower or the upper half, and pairs of words likewise.
 FN_INLINE __m512 low_words(__m512 a, __m512 b) { return _mm512_unpacklo_ps(a, b); }
 FN_INLINE __m512 high_words(__m512 a, __m512 b) { return _mm512_unpackhi_ps(a, b); }
@@ -142,6 +147,10 @@ FN_INLINE void store_first(double* p, Doubles v, int64_t count) {
 }
 FN_INLINE Floats keep_first(Floats v, int64_t count) { return _mm256_and_ps(v, _mm256_castsi256_ps(first_words(count))); }
 FN_INLINE Doubles keep_first(Doubles v, int64_t count) { return _mm256_and_pd(v, _mm256_castsi256_pd(first_words(2 * count))); }
+
+FN_INLINE Floats power_of_two(Floats n) {
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(n), 23), _mm256_set1_epi32(127 << 23)));
+}
 
 FN_INLINE __m256 low_words(__m256 a, __m256 b) { return _mm256_unpacklo_ps(a, b); }
 FN_INLINE __m256 high_words(__m256 a, __m256 b) { return _mm256_unpackhi_ps(a, b); }

@@ -74,6 +74,16 @@ FN_INLINE void store_each(T* p, Floats v) {
   v.store(f);
   std::copy_n(f, lanes<Floats>, p);
 }
+FN_INLINE Floats power_of_two(Floats n) {
+  constexpr int64_t W = lanes<Floats>;
+  uint32_t bits[W];
+  float v[W];
+  n.store(v);
+  std::memcpy(bits, v, sizeof bits);
+  for (int64_t k = 0; k < W; ++k) bits[k] = (bits[k] << 23) + (127u << 23);
+  std::memcpy(v, bits, sizeof v);
+  return load(v);
+}
 FN_INLINE Floats load(const BFloat16* p) { return load_each(p); }
 FN_INLINE Floats load(const Half* p) { return load_each(p); }
 FN_INLINE void store(BFloat16* p, Floats v) { store_each(p, v); }
