@@ -32,7 +32,8 @@ def _gelu_slope(z, _):
 def _gelu_tanh_slope(z, _):
     inner = sqrt(2 / pi) * (z + 0.044715 * z * z * z)
     t = torch.tanh(inner)
-    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * sqrt(2 / pi) * (1 + 3 * 0.044715 * z * z)
+    square = z.square().clamp(max=1e4)  # beyond it 1 - t * t is 0, which an infinite square would make NaN
+    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * sqrt(2 / pi) * (1 + 3 * 0.044715 * square)
 
 
 def _silu_slope(z, _):

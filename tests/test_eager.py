@@ -192,12 +192,16 @@ def test_an_exception_in_a_second_backward_is_passed_on(direct):
     def fail(*args):
         raise Odd("this")
 
-    extension.load().set_differentiable(fail, fail)
+    extension.load().set_differentiable(fail, fail, fail, fail)
     try:
         x = tensor(4, 6).requires_grad_()
-        y = direct.layer_norm(x, (6,), None, None, 1e-5)
-        with pytest.raises(Odd, match="this"):
-            torch.autograd.grad(y.sum(), x, create_graph=True)
+        for y in (
+            direct.layer_norm(x, (6,), None, None, 1e-5),
+            direct.fused_rows(x, None, (6,), None, None, 1e-5, "relu", 0.0, None, True)[0],
+            direct.fused_batch_norm(x, None, None, None, None, True, 0.1, 1e-5, "relu", 0.0, None, None),
+        ):
+            with pytest.raises(Odd, match="this"):
+                torch.autograd.grad(y.sum(), x, create_graph=True)
     finally:
         extension.load().set_differentiable(*extension._differentiable)
 
