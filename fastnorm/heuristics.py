@@ -260,7 +260,7 @@ SLAB_FORWARD_ODD = {2: ((4096, 4), (16384, 16)), 4: ((4096, 4), (16384, 16)), 8:
 SLAB_BACKWARD = {2: ((4096, 8), (16384, 32)), 4: ((4096, 8), (16384, 16)), 8: ((2048, 8),)}
 # 32 warps of SKEWED rows spill on sm_90.
 SLAB_BACKWARD_SKEWED = {**SLAB_BACKWARD, 2: ((4096, 8), (16384, 16))}
-# Loads of a pointer each: 16384 spill on sm_100. So do those of 4 bytes with an activation, on sm_90 as well.
+# Loads of a pointer each: 16384 spill on sm_100. With an activation those of 4 bytes and SKEWED ones do, on sm_90 as well.
 SLAB_BACKWARD_NARROW = {2: ((4096, 8), (8192, 16)), 4: ((4096, 8), (8192, 16))}
 SLAB_CHANNELS_FASTEST = {2: ((8192, 8),), 4: ((8192, 8),), 8: ((2048, 4),)}
 # Channels loaded one by one: 8192 of 4 bytes spill on sm_80.
@@ -436,7 +436,7 @@ def slab(
     if channels_fastest:
         ladder = SLAB_CHANNELS_FASTEST_NARROW if width < 8 else SLAB_CHANNELS_FASTEST
     elif backward:
-        few = width < 8 or (fused and itemsize == 4)
+        few = width < 8 or (fused and (itemsize == 4 or skewed))
         ladder = SLAB_BACKWARD_NARROW if few else SLAB_BACKWARD_SKEWED if skewed else SLAB_BACKWARD
     else:
         ladder = SLAB_FORWARD_ODD if skewed or width < 8 else SLAB_FORWARD

@@ -112,7 +112,7 @@ FUSED_ROWS = (
     Surroundings("tanh", residual=True, addend=True, centre=False),
     Surroundings("identity", residual=False, addend=True, centre=False),
 )
-FUSED_CHANNELS = Surroundings("gelu", residual=True), Surroundings("relu", residual=True), Surroundings("tanh", residual=False)
+FUSED_CHANNELS = Surroundings("gelu", residual=True), Surroundings("tanh", residual=False)
 FUSED_DTYPES = ((bfloat16, bfloat16), (bfloat16, float32), (float32, float32), (float64, float64))
 FEW_FUSED_DTYPES = ((bfloat16, float32), (float32, float32))
 
@@ -225,8 +225,8 @@ def _fused_calls(few: bool) -> Iterator[Call]:
         call = lambda args=(512, N, dtype, parameter, around, alone): fused_rows(*args)
         yield Call(f"fused rows {N} {dtype} {parameter} {around}", wide, call)
     shapes = FEW_CHANNEL_SHAPES if few else CHANNEL_SHAPES
-    for (shape, layout), (dtype, parameter), around in itertools.product(shapes, dtypes, FUSED_CHANNELS[: 1 if few else 3]):
-        pieces = dtype == float32 if few else parameter in (dtype, float32) and around.activation != "relu"
+    for (shape, layout), (dtype, parameter), around in itertools.product(shapes, dtypes, FUSED_CHANNELS[: 1 if few else 2]):
+        pieces = dtype == float32 if few else parameter in (dtype, float32)
         call = lambda args=(shape, layout, dtype, parameter, around, pieces): fused_channels(*args)
         yield Call(f"fused channels {shape} {layout} {dtype} {parameter} {around}", _wide(shape, layout, dtype), call)
 
