@@ -9,11 +9,16 @@ from dataclasses import dataclass
 
 import torch
 
-from .convert import OURS
+from .nn import batch_norm_forward, layer_norm_forward
 
 DEVICES = ("cpu", "cuda")
-# The forward of SyncBatchNorm needs more of its class than kernelize takes along.
-SERVED = {cls: ours for cls, ours in OURS.items() if cls is not torch.nn.SyncBatchNorm}
+# Forwards with torch's own arguments, which need nothing of the module but what torch.nn's class has.
+SERVED = {
+    torch.nn.LayerNorm: layer_norm_forward,
+    torch.nn.BatchNorm1d: batch_norm_forward,
+    torch.nn.BatchNorm2d: batch_norm_forward,
+    torch.nn.BatchNorm3d: batch_norm_forward,
+}
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,9 @@ def register():
     """
     import kernels
 
-    for cls, ours in SERVED.items():
+    for cls, forward in SERVED.items():
         # kernelize wants layers without state and without other methods.
-        members = {"forward": ours.forward, "can_torch_compile": True, "__module__": __name__}
+        members = {"forward": forward, "can_torch_compile": True, "__module__": __name__}
         layer = _Layer(cls.__name__, type(cls.__name__, (torch.nn.Module,), members))
         kernels.register_kernel_mapping({layer.name: dict.fromkeys(DEVICES, layer)})
         kernels.replace_kernel_forward_from_hub(cls, layer.name, condition=_exactly(cls))

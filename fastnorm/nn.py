@@ -67,6 +67,33 @@ def _statistics(module):
         return module.running_mean, module.running_var, module.num_batches_tracked
 
 
+def _batch_norm(module, input, training, **extras):
+    (weight, bias), (mean, var, tracked) = _affine(module), _statistics(module)
+    if not training:
+        tracked = None
+    elif not module.track_running_stats:
+        mean = var = tracked = None
+    if tracked is not None and module.momentum is None:
+        return functional.cumulative_batch_norm(input, mean, var, weight, bias, tracked, module.eps, **extras)
+    momentum = 0.0 if module.momentum is None else module.momentum
+    if tracked is not None:
+        return functional.counting_batch_norm(input, mean, var, weight, bias, tracked, momentum, module.eps, **extras)
+    own_statistics = training or (mean is None and var is None)
+    return functional.batch_norm(input, mean, var, weight, bias, own_statistics, momentum, module.eps, **extras)
+
+
+def layer_norm_forward(self, input):
+    """torch.nn.LayerNorm's forward, for a module of that very class."""
+    weight, bias = _affine(self)
+    return functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+def batch_norm_forward(self, input):
+    """The forward of torch.nn.BatchNorm1d, 2d and 3d, for a module of that very class."""
+    self._check_input_dim(input)
+    return _batch_norm(self, input, self.training)
+
+
 @_with_options("activation")
 class LayerNorm(_Options, Scriptable, torch.nn.LayerNorm):
     """Layer normalization over the trailing ``normalized_shape`` of the input, on fused kernels.
@@ -177,29 +204,15 @@ class _BatchNorm(_Options, Scriptable):
                 return node
             residual = given(self, residual)
         self._check_input_dim(input)
-        if self.channel_axis == 1:
-            return self._normalize(input, residual)
-        shape = around(input.shape, self.channel_axis)
-        return self._normalize(input.reshape(shape), None if residual is None else residual.reshape(shape)).view(input.shape)
-
-    def _normalize(self, input, residual):
-        training, (weight, bias), (mean, var, tracked) = self.training, _affine(self), _statistics(self)
-        if self.frozen:
-            training = False
-        if not training:
-            tracked = None
-        elif not self.track_running_stats:
-            mean = var = tracked = None
-        extras = {}
+        training, extras = self.training and not self.frozen, {}
         if residual is not None or self.activation is not None:
             extras = {"activation": self.activation, "residual": residual}
-        if tracked is not None and self.momentum is None:
-            return functional.cumulative_batch_norm(input, mean, var, weight, bias, tracked, self.eps, **extras)
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if tracked is not None:
-            return functional.counting_batch_norm(input, mean, var, weight, bias, tracked, momentum, self.eps, **extras)
-        own_statistics = training or (mean is None and var is None)
-        return functional.batch_norm(input, mean, var, weight, bias, own_statistics, momentum, self.eps, **extras)
+        if self.channel_axis == 1:
+            return _batch_norm(self, input, training, **extras)
+        shape = around(input.shape, self.channel_axis)
+        if residual is not None:
+            extras["residual"] = residual.reshape(shape)
+        return _batch_norm(self, input.reshape(shape), training, **extras).view(input.shape)
 
 
 @_with_options("activation", "channel_axis", "frozen")
