@@ -34,6 +34,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("activation"), py::arg("alpha"), py::arg("running_mean"), py::arg("running_var"), py::arg("training"),
         py::arg("momentum"), py::arg("eps"), py::arg("num_batches_tracked") = py::none());
   m.def("channel_fused_bwd", &channel_fused_bwd, no_gil);
+  m.def("group_fwd", &group_fwd, no_gil);
+  m.def("group_bwd", &group_bwd, no_gil);
   if (PyModule_AddFunctions(m.ptr(), eager_functions) != 0) throw py::error_already_set();
   m.def("set_config", [](const py::object& config) { set_config(config.ptr()); });
   m.def("set_differentiable",

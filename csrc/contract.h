@@ -60,6 +60,12 @@ FusedGrads channel_fused_bwd(const Tensor& dy, const Tensor& x, const Maybe& res
                              const std::string& activation, double alpha, const Tensor& mean, const Tensor& rstd,
                              bool training, const FusedNeed& need);
 
+// Group norm of a dense (B, C, *), or of a copy that is dense.
+std::tuple<Tensor, Tensor, Tensor> group_fwd(const Tensor& x, const Maybe& weight, const Maybe& bias,
+                                             const std::string& activation, double alpha, double eps, int64_t groups);
+Grads group_bwd(const Tensor& dy, const Tensor& x, const Maybe& weight, const Maybe& bias, const std::string& activation,
+                double alpha, const Tensor& mean, const Tensor& rstd, const Need& need);
+
 // The forward passes with statistics in the caller's memory, for a tensor costs a quarter of a microsecond: mean, 2 n elements,
 // and rstd, n, of x's accumulate dtype, where n is the number of rows or of channels. They are asked for once y is there: small
 // memory taken first may be cut from what an earlier y has left, and this one would go to new pages.

@@ -25,9 +25,32 @@ RowsInput rows_beside(const Maybe& t, const char* name, int64_t N, const Tensor&
   return in;
 }
 
+// The parts of weight and bias, which are alike; see Rows.
+int64_t parts(const Maybe& weight, const Maybe& bias, Rows g) {
+  const int64_t n = weight ? weight->numel() : bias ? bias->numel() : g.N;
+  TORCH_CHECK(n % g.N == 0 && n > 0 && g.M % (n / g.N) == 0, "weight or bias with ", text(n), " elements is no part for each of ",
+              text(g.M), " rows of ", text(g.N));
+  return n / g.N;
+}
+
 FusedGrads given(Maybe dx, Maybe dweight, Maybe dbias, Maybe dresidual, const FusedNeed& need) {
   return {std::move(dx), wanted(std::move(dweight), std::get<1>(need)), wanted(std::move(dbias), std::get<2>(need)),
           std::move(dresidual)};
+}
+
+// Groups of the channels of x, M of them in all its samples.
+Groups groups_of(const Tensor& x, int64_t M) {
+  const int64_t B = x.size(0), C = channels_of(x);
+  TORCH_CHECK(M > 0 && M % B == 0 && C % (M / B) == 0, text(C), " channels are not ", text(M), " groups in ", text(B), " samples");
+  return {B, C, x.numel() / (B * C), C / (M / B)};
+}
+
+// A tensor of x's shape in x's dtype, dense; `keep` owns a copy.
+ConstArray dense_beside(const Tensor& t, const char* name, const Tensor& x, Tensor& keep) {
+  check_beside(t, name, x);
+  TORCH_CHECK(t.sizes() == x.sizes(), name, " should have x's shape ", text(x.sizes()), ", got ", text(t.sizes()));
+  keep = as(t, x.scalar_type()).contiguous();
+  return input(keep, name, x);
 }
 
 }  // namespace
@@ -39,15 +62,16 @@ std::tuple<Tensor, Maybe, Tensor, Tensor> row_fused_fwd(const Tensor& x, const M
   On on(x);
   TORCH_CHECK(N > 0 && x.numel() > 0 && x.numel() % N == 0, "x with ", text(x.numel()), " elements is not rows of ", text(N));
   Tensor keep, keep_addend, keep_residual, w, b;
-  const Rows g{x.numel() / N, N};
+  Rows g{x.numel() / N, N};
+  g.P = parts(weight, bias, g);
   const RowsInput in = rows_input(x, "x", N, x, keep), a = rows_beside(addend, "addend", N, x, keep_addend),
                   r = rows_beside(residual, "residual", N, x, keep_residual);
   const Maybe h = addend ? Maybe(empty_result(x, x.scalar_type())) : std::nullopt;
   Tensor y = empty_result(x, x.scalar_type());
   SavedStatistics saved;
   const Statistics s = saved.make(x, g.M);
-  on(&Kernels::row_fused_fwd, g, in, a, r, parameter(on, weight, "weight", N, x, w), parameter(on, bias, "bias", N, x, b),
-     epilogue(activation, alpha), centre, eps, maybe(h), output(y), s.mean, s.rstd);
+  on(&Kernels::row_fused_fwd, g, in, a, r, parameter(on, weight, "weight", g.P * N, x, w),
+     parameter(on, bias, "bias", g.P * N, x, b), epilogue(activation, alpha), centre, eps, maybe(h), output(y), s.mean, s.rstd);
   return {y, h, saved.mean, saved.rstd};
 }
 
@@ -57,15 +81,17 @@ FusedGrads row_fused_bwd(const Tensor& dy, const Maybe& dh, const Tensor& x, con
   On on(x);
   const int64_t M = rstd.numel();
   TORCH_CHECK(M > 0 && x.numel() > 0 && x.numel() % M == 0, "x with ", text(x.numel()), " elements is not ", text(M), " rows");
-  const Rows g{M, x.numel() / M};
+  Rows g{M, x.numel() / M};
+  g.P = parts(weight, bias, g);
   Tensor keep, keep_dy, keep_dh, keep_residual, w, b;
   const RowsInput in = rows_input(x, "x", g.N, x, keep), dy_in = rows_beside(dy, "dy", g.N, x, keep_dy),
                   dh_in = rows_beside(dh, "dh", g.N, x, keep_dh), r = rows_beside(residual, "residual", g.N, x, keep_residual);
   const auto result = [&](bool wanted) { return wanted ? Maybe(empty_result(x, x.scalar_type())) : std::nullopt; };
   const Maybe dx = result(std::get<0>(need)), dresidual = result(std::get<3>(need));
-  const Maybe dweight = empty_grad(on, x, std::get<1>(need), g.N), dbias = empty_grad(on, x, std::get<2>(need), g.N);
-  on(&Kernels::row_fused_bwd, g, dy_in, dh_in, in, r, parameter(on, weight, "weight", g.N, x, w),
-     parameter(on, bias, "bias", g.N, x, b), epilogue(activation, alpha), centre, statistic(mean, "mean", x, 2 * M),
+  const int64_t n = g.P * g.N;
+  const Maybe dweight = empty_grad(on, x, std::get<1>(need), n), dbias = empty_grad(on, x, std::get<2>(need), n);
+  on(&Kernels::row_fused_bwd, g, dy_in, dh_in, in, r, parameter(on, weight, "weight", n, x, w),
+     parameter(on, bias, "bias", n, x, b), epilogue(activation, alpha), centre, statistic(mean, "mean", x, 2 * M),
      statistic(rstd, "rstd", x, M), maybe(dx), maybe(dweight), maybe(dbias), maybe(dresidual));
   return given(dx, dweight, dbias, dresidual, need);
 }
@@ -111,6 +137,33 @@ FusedGrads channel_fused_bwd(const Tensor& dy, const Tensor& x, const Maybe& res
      parameter(on, bias, "bias", C, x, b), epilogue(activation, alpha), statistic(mean, "mean", x, 2 * C),
      statistic(rstd, "rstd", x, C), training, maybe(dx), maybe(dweight), maybe(dbias), maybe(dresidual));
   return given(dx, dweight, dbias, dresidual, need);
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_fwd(const Tensor& x, const Maybe& weight, const Maybe& bias,
+                                             const std::string& activation, double alpha, double eps, int64_t groups) {
+  On on(x);
+  channels_of(x);
+  const Groups g = groups_of(x, groups * x.size(0));
+  Tensor keep, w, b, y = empty_result(x, x.scalar_type());
+  SavedStatistics saved;
+  const Statistics s = saved.make(x, g.M());
+  on(&Kernels::group_fwd, g, dense_beside(x, "x", x, keep), parameter(on, weight, "weight", g.C, x, w),
+     parameter(on, bias, "bias", g.C, x, b), epilogue(activation, alpha), eps, output(y), s.mean, s.rstd);
+  return {y, saved.mean, saved.rstd};
+}
+
+Grads group_bwd(const Tensor& dy, const Tensor& x, const Maybe& weight, const Maybe& bias, const std::string& activation,
+                double alpha, const Tensor& mean, const Tensor& rstd, const Need& need) {
+  On on(x);
+  channels_of(x);
+  const Groups g = groups_of(x, rstd.numel());
+  Tensor keep, keep_dy, w, b;
+  const Maybe dx = std::get<0>(need) ? Maybe(empty_result(x, x.scalar_type())) : std::nullopt;
+  Maybe dweight = empty_grad(on, x, std::get<1>(need), g.C), dbias = empty_grad(on, x, std::get<2>(need), g.C);
+  on(&Kernels::group_bwd, g, dense_beside(dy, "dy", x, keep_dy), dense_beside(x, "x", x, keep),
+     parameter(on, weight, "weight", g.C, x, w), parameter(on, bias, "bias", g.C, x, b), epilogue(activation, alpha),
+     statistic(mean, "mean", x, 2 * g.M()), statistic(rstd, "rstd", x, g.M()), maybe(dx), maybe(dweight), maybe(dbias));
+  return {dx, wanted(std::move(dweight), std::get<1>(need)), wanted(std::move(dbias), std::get<2>(need))};
 }
 
 }  // namespace fastnorm

@@ -60,8 +60,10 @@ struct Walk {
   int64_t left(int64_t i) const { return rank == 0 ? 1 : size[rank - 1] - i % size[rank - 1]; }
 };
 
+// Where P is not 1, which it is for functions of fused rows alone, weight and bias are P parts of N elements: the first is for
+// the first M / P rows, and so on; there is a weight then.
 struct Rows {
-  int64_t M, N;
+  int64_t M, N, P = 1;
 };
 
 struct RowsInput : ConstArray {
@@ -78,6 +80,13 @@ struct Channels {
 struct ChannelsInput : ConstArray {
   int64_t sample = 0, channel = 0;  // strides of B and C
   Walk space, positions;            // over S, over B and S
+};
+
+// (B, C, S), all dense: the statistics are those of P neighbouring channels of a sample, and M is how many such groups there are.
+struct Groups {
+  int64_t B, C, S, P;
+  int64_t M() const { return B * C / P; }
+  int64_t count() const { return P * S; }
 };
 
 // Where a device's kernels run, and memory that is theirs until the call ends; the CPU's ask for none of it.
@@ -129,6 +138,11 @@ struct Kernels {
                              const ChannelsInput& residual, ConstArray weight, ConstArray bias, Epilogue epilogue,
                              const void* mean, const void* rstd, bool training, Array dx, Array dweight, Array dbias,
                              Array dresidual);
+  // Group norm; mean and rstd of M groups, weight and bias of C channels.
+  Error (*group_fwd)(const Place&, Groups g, ConstArray x, ConstArray weight, ConstArray bias, Epilogue epilogue, double eps,
+                     Array y, void* mean, void* rstd);
+  Error (*group_bwd)(const Place&, Groups g, ConstArray dy, ConstArray x, ConstArray weight, ConstArray bias, Epilogue epilogue,
+                     const void* mean, const void* rstd, Array dx, Array dweight, Array dbias);
   // Whether these are a GPU's: rows in two dtypes at once, as above; and every parameter is in x's dtype or in the accumulate
   // dtype, and no result but these is wider. Else y and dy have x's dtype, and parameters any.
   bool gpu;

@@ -17,8 +17,13 @@ The functions with `fused` in their names are a norm with what surrounds it, see
 * h = x + addend is what is normalised (rows only); y = act(z + residual) with z = x_hat * weight + bias. `addend`, `residual`
   and `dh` may be None; they, `dy`, `h` and `y` have x's shape and dtype, any strides in.
 * `activation` is a name of `activations.ACTIVATIONS`, and `alpha` its number. z is never stored: backward computes it anew.
+* `weight` and `bias` of rows may be P * N elements, P parts of which each is for the next M / P rows (adaptive layer norm).
+  The gradients have as many. Where there are both, they are alike; where P is not 1, there is a weight.
 * `centre`: False for RMSNorm, whose mean (and c2) is 0.
 * `need` has a fourth entry, True where dresidual is wanted: dz, rounded once to x's dtype, in the format of dx.
+
+Those with `group` in their names are a norm over `groups` of neighbouring channels of each sample (group norm), ended by an
+activation: x is (B, C, *), what it gives is contiguous; weight and bias have C elements, mean (2, B * groups) and rstd.
 
 No element count is ever zero here: functional.py hands empty inputs to torch.
 """
@@ -242,6 +247,14 @@ def _grad_epilogue(dy, z, residual, activation, alpha):
     return dy * ACTIVATIONS[activation].slope(z if residual is None else z + residual.to(z.dtype), alpha)
 
 
+def _by_rows(p, rows, dtype):
+    """Parameters beside (M, N): each part for its rows."""
+    if p is None:
+        return None
+    parts = p.reshape(-1, 1, rows.N).to(dtype)
+    return parts.view(rows.N) if parts.shape[0] == 1 else parts.expand(-1, rows.M // parts.shape[0], -1).reshape(rows.M, rows.N)
+
+
 def row_fused_fwd(x, addend, weight, bias, residual, activation, alpha, eps, N, centre=True):
     """y, h, mean (2, M), rstd (M,); h is None without an addend. Statistics are those of h as it is stored."""
     acc, rows = accumulate_dtype(x.dtype), Rows.of(x.shape, N)
@@ -249,26 +262,27 @@ def row_fused_fwd(x, addend, weight, bias, residual, activation, alpha, eps, N, 
     xf = rows.view(x if h is None else h).to(acc)
     n, mean, m2, scale = (moments if centre else squares)(xf, (1,))
     rstd = rstd_of(n, m2, scale, eps, acc)
-    flat = lambda p: None if p is None else p.reshape(N).to(acc)
-    z = affine(normalize(xf, mean, rstd), flat(weight), flat(bias))
+    z = affine(normalize(xf, mean, rstd), _by_rows(weight, rows, acc), _by_rows(bias, rows, acc))
     y = _epilogue(z, None if residual is None else rows.view(residual), activation, alpha)
     return _like(y, x, torch.contiguous_format), h, mean.squeeze(2), rstd.squeeze(1)
 
 
 def row_fused_bwd(dy, dh, x, residual, weight, bias, activation, alpha, mean, rstd, need, centre=True):
-    """dx, dweight (N,), dbias (N,), dresidual; x is h where there was an addend, and dx has dh, h's own gradient, in it."""
+    """dx, dweight and dbias (P * N,), dresidual; x is h where there was an addend, and dx has dh, h's own gradient, in it."""
     rows = Rows(rstd.numel(), x.numel() // rstd.numel())
-    acc, flat = rstd.dtype, lambda p: None if p is None else p.reshape(-1).to(rstd.dtype)
+    acc, w = rstd.dtype, _by_rows(weight, rows, rstd.dtype)
     x_hat = normalize(rows.view(x).to(acc), mean[:, :, None], rstd[:, None])
-    z = affine(x_hat, flat(weight), flat(bias))
+    z = affine(x_hat, w, _by_rows(bias, rows, acc))
     dz = _grad_epilogue(rows.view(dy).to(acc), z, None if residual is None else rows.view(residual), activation, alpha)
     dx = None
     if need[0]:
-        g = dz if weight is None else dz * flat(weight)
+        g = dz if w is None else dz * w
         dx = grad_input(g, x_hat, rstd[:, None], _mean(g * x_hat, (1,)), _mean(g, (1,)) if centre else 0.0)
         dx = _like(dx if dh is None else dx + rows.view(dh).to(acc), x, torch.contiguous_format)
-    dweight = None if need[1] is None else (dz * x_hat).sum(0, dtype=torch.float64).to(need[1])
-    dbias = None if need[2] is None else dz.sum(0, dtype=torch.float64).to(need[2])
+    parts = 1 if weight is None else weight.numel() // rows.N
+    total = lambda t: t.view(parts, -1, rows.N).sum(1, dtype=torch.float64).view(-1)
+    dweight = None if need[1] is None else total(dz * x_hat).to(need[1])
+    dbias = None if need[2] is None else total(dz).to(need[2])
     return dx, dweight, dbias, _like(dz, x, torch.contiguous_format) if need[3] else None
 
 
@@ -290,3 +304,38 @@ def channel_fused_bwd(dy, x, residual, weight, bias, activation, alpha, mean, rs
     dz = _grad_epilogue(dy.to(acc), z, residual, activation, alpha)
     dx, dweight, dbias = channel_bwd(dz, x.to(acc), weight, mean, rstd, training, need[:3])
     return None if dx is None else like(dx), dweight, dbias, like(dz) if need[3] else None
+
+
+# ---------------------------------------------------------------- groups of channels
+
+
+def _by_channels(p, shape, dtype):
+    return None if p is None else p.to(dtype).view(1, shape[1], 1)
+
+
+def group_fwd(x, weight, bias, activation, alpha, eps, groups):
+    """y, mean (2, B * groups), rstd (B * groups,)"""
+    acc, rows, c = accumulate_dtype(x.dtype), Rows.of(x.shape, x[0].numel() // groups), Channels.of(x.shape)
+    xf = rows.view(x).to(acc)
+    n, mean, m2, scale = moments(xf, (1,))
+    rstd = rstd_of(n, m2, scale, eps, acc)
+    x_hat = c.view(normalize(xf, mean, rstd))
+    y = _epilogue(affine(x_hat, _by_channels(weight, x.shape, acc), _by_channels(bias, x.shape, acc)), None, activation, alpha)
+    return _like(y, x, torch.contiguous_format), mean.squeeze(2), rstd.squeeze(1)
+
+
+def group_bwd(dy, x, weight, bias, activation, alpha, mean, rstd, need):
+    """dx, dweight (C,), dbias (C,)"""
+    acc, rows, c = rstd.dtype, Rows(rstd.numel(), x.numel() // rstd.numel()), Channels.of(x.shape)
+    x_hat = normalize(rows.view(x).to(acc), mean[:, :, None], rstd[:, None])
+    w = _by_channels(weight, x.shape, acc)
+    z = affine(c.view(x_hat), w, _by_channels(bias, x.shape, acc))
+    dz = _grad_epilogue(c.view(dy).to(acc), z, None, activation, alpha)
+    dx = None
+    if need[0]:
+        g = rows.view(dz if w is None else dz * w)
+        dx = grad_input(g, x_hat, rstd[:, None], _mean(g * x_hat, (1,)), _mean(g, (1,)))
+        dx = _like(dx, x, torch.contiguous_format)
+    total = lambda t: t.sum((0, 2), dtype=torch.float64)
+    dweight = None if need[1] is None else total(dz * c.view(x_hat)).to(need[1])
+    return dx, dweight, None if need[2] is None else total(dz).to(need[2])

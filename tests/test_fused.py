@@ -1,123 +1,17 @@
 """Fused norms, kernel by kernel: what surrounds a norm is at most as far from float64 as torch.nn's sequence of operators."""
 
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BF16, F16, F32, F64, LAYOUTS, Case
+from cases import BF16, F16, F32, F64, Case
 from compare import accumulate
+from sequences import Fused, cancelling, check, differentiated
 from torch._prims_common import suggest_memory_format
 
 from fastnorm import reference
 from fastnorm.activations import ACTIVATIONS
-
-DRAWS = 6
-
-
-@dataclass(frozen=True)
-class Fused:
-    """A norm of `case`, and what surrounds it."""
-
-    case: Case
-    activation: str = "identity"
-    alpha: float = 0.3
-    residual: str | None = None  # its layout
-    addend: bool = False
-    centre: bool = True
-    training: bool = True
-
-    def __str__(self):
-        names = (f"r_{self.residual}" if self.residual else "", "addend" * self.addend, "rms" * (not self.centre))
-        return "-".join(filter(None, (str(self.case), self.activation, *names, "" if self.training else "eval")))
-
-    def inputs(self, device, draw, rows):
-        """x, dy, weight, bias, addend, residual, dh; None where there is none"""
-        x, dy, weight, bias = (self.case.make_rows if rows else self.case.make_channels)(device, draw)
-        generator = torch.Generator().manual_seed(1000 + draw)
-        more = lambda: torch.randn(x.shape, generator=generator, dtype=F64).to(x.dtype).to(device)
-        addend, residual, dh = more(), more(), more()
-        residual = LAYOUTS[self.residual](residual) if self.residual else None
-        return x, dy, weight, bias, addend if self.addend else None, residual, dh if self.addend else None
-
-
-def sequence(kind, fused, dtype, x, weight, bias, addend, residual, nothing):
-    """y and h by torch's operators, one after the other, in this dtype; `nothing` is added to z, so that dz is its gradient."""
-    cast = lambda t: None if t is None else t.to(dtype)
-    h = cast(x) if addend is None else cast(x) + cast(addend)
-    if kind == "channels":
-        mean, var = (None, None) if fused.training else map(cast, fused.case.running(x.device))
-        weight = torch.ones_like(bias) if weight is None and bias is not None else weight  # see compare.torch_results
-        z = F.batch_norm(h, mean, var, cast(weight), cast(bias), fused.training, 0.1, fused.case.eps)
-    elif fused.centre:
-        z = F.layer_norm(h, fused.case.normalized_shape, cast(weight), cast(bias), fused.case.eps)
-    else:
-        z = F.rms_norm(h, fused.case.normalized_shape, cast(weight), fused.case.eps)
-        z = z if bias is None else z + cast(bias)
-    z = z + nothing if residual is None else z + cast(residual) + nothing
-    return ACTIVATIONS[fused.activation].value(z, fused.alpha), None if addend is None else h
-
-
-def differentiated(kind, fused, dtype, x, dy, weight, bias, addend, residual, dh):
-    """y, h, dx, dweight, dbias, dresidual by autograd, as far as they exist, and dz."""
-    leaf = lambda t: None if t is None else t.detach().to(dtype).requires_grad_()
-    leaves = {"dx": leaf(x), "dweight": leaf(weight), "dbias": leaf(bias), "daddend": leaf(addend), "dresidual": leaf(residual)}
-    leaves["dz"] = torch.zeros_like(x, dtype=dtype).requires_grad_()
-    y, h = sequence(kind, fused, dtype, *leaves.values())
-    outputs, gradients = ([y, h], [dy.to(dtype), dh.to(dtype)]) if h is not None else ([y], [dy.to(dtype)])
-    leaves = {name: t for name, t in leaves.items() if t is not None}
-    found = dict(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), gradients), strict=True))
-    found.pop("daddend", None)
-    return {"y": y.detach(), **({} if h is None else {"h": h.detach()}), **found}
-
-
-def cancelling(kind, fused, h, weight, dz):
-    """The largest of what cancels in dx, and is rounded before it does: dz * weight * rstd, as in oracle.py."""
-    h, axes = h.double(), tuple(range(h.dim() - fused.case.dims, h.dim()))
-    if kind == "channels":
-        axes = (0, *range(2, h.dim()))
-        weight = None if weight is None else weight.view(-1, *[1] * (h.dim() - 2))
-    var = h.var(axes, correction=0, keepdim=True) if fused.centre else h.square().mean(axes, keepdim=True)
-    if not fused.training:
-        var = fused.case.running(h.device)[1].double().view(1, -1, *[1] * (h.dim() - 2))
-    g = dz if weight is None else dz * weight.double()
-    return size(g * torch.rsqrt(var + fused.case.eps))
-
-
-def size(t):
-    return max(t.abs().max().item(), 1e-300)
-
-
-@cache
-def torch_errors(kind, fused, device):
-    """The largest error of torch's sequence of several draws, relative to the size of each result.
-
-    In float64 it is the truth, which is as rough as what it is to judge: its error is that of float32, so many times smaller.
-    """
-    dtype, scale, taken = fused.case.dtype, 1.0, lambda t: t
-    if dtype == F64:
-        dtype, scale = F32, torch.finfo(F64).eps / torch.finfo(F32).eps
-        taken = lambda t: None if t is None else t.to(F32)
-    worst = {}
-    for draw in range(DRAWS):
-        inputs = [taken(t) for t in fused.inputs(device, draw, kind == "rows")]
-        truth = differentiated(kind, fused, F64, *inputs)
-        for name, t in differentiated(kind, fused, dtype, *inputs).items():
-            worst[name] = max(worst.get(name, 0), scale * size(t.double() - truth[name]) / size(truth[name]))
-    return worst
-
-
-def check(kind, fused, results, truth, device, terms):
-    """Each result is off by at most what torch's is and one unit in the last place; `terms` are those that cancel in dx."""
-    errors = torch_errors(kind, fused, device)
-    for name, got in results.items():
-        expected = truth[name]
-        assert got.shape == expected.shape, name
-        summed = 2 * torch.finfo(accumulate(fused.case.dtype)).eps * max(size(expected), terms if name == "dx" else 0)
-        one = max(torch.finfo(got.dtype).eps * size(expected), summed)
-        error, theirs = size(got.double() - expected), errors[name] * size(expected)
-        assert error <= theirs + one, f"{name}: error {error:.3g}, torch's {theirs:.3g} + one ulp {one:.3g}"
 
 
 def dtypes(weight, bias):
@@ -128,6 +22,8 @@ SAME = lambda dtype: {"dtype": dtype, "weight": dtype, "bias": dtype}
 SMALL, HALF = Case((6, 33)), Case((5, 40), **SAME(BF16))
 ROW_SHAPES = [(3, 1), (5, 7), (9, 15), (33, 64), (2, 3, 100), (3, 768), (3, 4097), (2, 6000), (2, 9001), (2, 10000),
               (2, 33000)]  # fmt: skip
+# Shapes and parts: of one row, of a few, of more rows than a program has, and of rows that are split.
+PARTED = [((3, 7), 3), ((6, 16), 2), ((4, 9, 33), 4), ((2, 70, 768), 2), ((4, 2, 4100), 4), ((2, 3, 10000), 2), ((4, 33000), 2)]
 ROWS = [
     *(Fused(SMALL, a) for a in ACTIVATIONS),
     *(Fused(HALF, a, residual="dense") for a in ACTIVATIONS),
@@ -144,6 +40,11 @@ ROWS = [
     Fused(Case((2, 5, 6, 4), dims=2), "sigmoid", residual="transposed"),
     Fused(Case((4, 512), offset=1e4), "silu", residual="dense"),
     *(Fused(Case((4, 48), scale=scale), "leaky_relu", centre=centre) for scale in (1e-4, 1e4) for centre in (True, False)),
+    *(Fused(Case(s, **SAME(d)), parts=p) for d in (F32, BF16) for s, p in PARTED),
+    *(Fused(Case((4, 6, 24), layout=layout), "silu", residual=layout, addend=True, centre=c, parts=4)
+      for layout, c in (("dense", True), ("dense", False), ("transposed", True), ("mT", True), ("expanded", True))),
+    Fused(Case((4, 6, 24), bias=None), parts=4),
+    *(Fused(Case((6, 5, 32), dtype=x, weight=p, bias=p), parts=3) for x, p in ((BF16, F32), (F16, F16), (F64, F64))),
 ]  # fmt: skip
 
 PIXELS, FEW_CHANNELS = Case((4, 6, 5, 7)), Case((16, 3, 40, 40))
@@ -211,7 +112,7 @@ def test_rows(fused, backend, device):
     assert [name for name in names if name in results] == [n for n, w in zip(names, need, strict=True) if w]
     for name in ("dweight", "dbias"):
         if name in results:
-            results[name] = results[name].view(case.normalized_shape)
+            results[name] = results[name].view(truth[name].shape)
     assert all(t.is_contiguous() and t.dtype == x.dtype for name, t in results.items() if name not in ("dweight", "dbias"))
     check("rows", fused, results, truth, device, cancelling("rows", fused, x if h is None else h, weight, truth["dz"]))
 

@@ -1,4 +1,4 @@
-// What row_*.cpp and channel*.cpp implement: the functions of ../kernels.h, which ask for no place.
+// What row_*.cpp, channel*.cpp and group.cpp implement: the functions of ../kernels.h, which ask for no place.
 #pragma once
 
 #include "../kernels.h"
@@ -32,5 +32,9 @@ void channel_fused_fwd(Channels g, const ChannelsInput& x, const ChannelsInput& 
 void channel_fused_bwd(Channels g, const ChannelsInput& dy, const ChannelsInput& x, const ChannelsInput& residual,
                        ConstArray weight, ConstArray bias, Epilogue epilogue, const void* mean, const void* rstd, bool training,
                        Array dx, Array dweight, Array dbias, Array dresidual);
+void group_fwd(Groups g, ConstArray x, ConstArray weight, ConstArray bias, Epilogue epilogue, double eps, Array y, void* mean,
+               void* rstd);
+void group_bwd(Groups g, ConstArray dy, ConstArray x, ConstArray weight, ConstArray bias, Epilogue epilogue, const void* mean,
+               const void* rstd, Array dx, Array dweight, Array dbias);
 
 }  // namespace fastnorm::cpu

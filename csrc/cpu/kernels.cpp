@@ -30,6 +30,8 @@ const Kernels KERNELS = {
     Anywhere<row_fused_bwd>::call,
     Anywhere<channel_fused_fwd>::call,
     Anywhere<channel_fused_bwd>::call,
+    Anywhere<group_fwd>::call,
+    Anywhere<group_bwd>::call,
     false,
 };
 

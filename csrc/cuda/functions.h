@@ -22,5 +22,7 @@ Function<decltype(Kernels::row_fused_fwd)> row_fused_fwd;
 Function<decltype(Kernels::row_fused_bwd)> row_fused_bwd;
 Function<decltype(Kernels::channel_fused_fwd)> channel_fused_fwd;
 Function<decltype(Kernels::channel_fused_bwd)> channel_fused_bwd;
+Function<decltype(Kernels::group_fwd)> group_fwd;
+Function<decltype(Kernels::group_bwd)> group_bwd;
 
 }  // namespace fastnorm::cuda

@@ -6,8 +6,10 @@
 
 namespace fastnorm::cuda {
 
-const Kernels KERNELS = {row_fwd,     row_bwd,       channel_stats, channel_apply,     channel_sums,      channel_grad, channel_fwd,
-                         channel_bwd, row_fused_fwd, row_fused_bwd, channel_fused_fwd, channel_fused_bwd, true};
+const Kernels KERNELS = {
+    row_fwd,     row_bwd,     channel_stats, channel_apply, channel_sums,      channel_grad,      channel_fwd,
+    channel_bwd, row_fused_fwd, row_fused_bwd, channel_fused_fwd, channel_fused_bwd, group_fwd, group_bwd, true,
+};
 
 }  // namespace fastnorm::cuda
 
