@@ -4,7 +4,8 @@ from . import functional
 from .convert import convert, revert
 from .dispatch import use_backend
 from .fold import fold
-from .functional import add_layer_norm, add_rms_norm, batch_norm, layer_norm, rms_norm
+from .functional import add_layer_norm, add_rms_norm, batch_norm, layer_norm, modulated_layer_norm, rms_norm
+from .group import group_norm
 from .instance import instance_norm
 from .keras import from_keras
 from .lint import lint
@@ -14,10 +15,12 @@ from .nn import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
+    GroupNorm,
     InstanceNorm1d,
     InstanceNorm2d,
     InstanceNorm3d,
     LayerNorm,
+    ModulatedLayerNorm,
     RMSNorm,
 )
 from .settings import config
@@ -30,10 +33,12 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
+    "ModulatedLayerNorm",
     "RMSNorm",
     "SyncBatchNorm",
     "__version__",
@@ -45,9 +50,11 @@ __all__ = [
     "fold",
     "from_keras",
     "functional",
+    "group_norm",
     "instance_norm",
     "layer_norm",
     "lint",
+    "modulated_layer_norm",
     "revert",
     "rms_norm",
     "use_backend",

@@ -54,7 +54,7 @@ ACTIVATIONS = {
         lambda z, _: torch.sigmoid(z), lambda z, _: torch.sigmoid(z) * (1 - torch.sigmoid(z)), lambda _: nn.Sigmoid()
     ),
     "tanh": Activation(lambda z, _: torch.tanh(z), lambda z, _: 1 - torch.tanh(z).square(), lambda _: nn.Tanh()),
-    "elu": Activation(F.elu, lambda z, alpha: torch.where(z > 0, 1.0, alpha * torch.exp(z)), nn.ELU, alpha=1.0),
+    "elu": Activation(F.elu, lambda z, alpha: torch.where(z > 0, 1.0, alpha * torch.exp(z.clamp(max=0))), nn.ELU, alpha=1.0),
 }
 
 
@@ -64,8 +64,10 @@ def parse(activation) -> tuple[str, float]:
     Raises:
         ValueError: it is none of these.
     """
-    name, *rest = activation if isinstance(activation, tuple) else (activation or "identity",)
-    if name not in ACTIVATIONS:
+    if activation is None:
+        return "identity", 0.0
+    name, *rest = activation if isinstance(activation, tuple) and activation else (activation,)
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"fastnorm has no activation {activation!r}; choose None or one of {', '.join(ACTIVATIONS)}")
     if rest and (not ACTIVATIONS[name].alpha or len(rest) != 1 or type(rest[0]) not in (int, float)):
         raise ValueError(f"activation={activation!r}: only leaky_relu and elu take one number, as in ('leaky_relu', 0.2)")

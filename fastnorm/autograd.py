@@ -161,6 +161,28 @@ class FusedBatchNormFunction(torch.autograd.Function):
         return dx, dweight, dbias, dy if dresidual and ctx.plain else dz, *[None] * 9
 
 
+class GroupNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, activation, alpha, eps, groups, backend):
+        y, mean, rstd = backend.group_fwd(x, weight, bias, activation, alpha, eps, groups)
+        plain = activation == "identity"
+        ctx.save_for_backward(x, weight, None if plain else bias, mean, rstd)
+        ctx.options, ctx.bias_dtype = (activation, alpha, eps, groups, backend), _dtype(bias)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        activation, alpha, eps, groups, backend = ctx.options
+        dx, *parameters = ctx.needs_input_grad[:3]
+        need = (dx, *_parameter_dtypes(ctx, weight, parameters))
+        if is_differentiable(dy):
+            grads = composite.group_norm_backward(dy, x, weight, bias, activation, alpha, eps, groups, need)
+        else:
+            grads = backend.group_bwd(dy, x, weight, bias, activation, alpha, mean, rstd, need)
+        return *grads, None, None, None, None, None
+
+
 def _parameter_dtypes(ctx, weight, needed):
     return weight.dtype if needed[0] else None, ctx.bias_dtype if needed[1] else None
 
@@ -172,6 +194,7 @@ def apply_of(function):
 
 layer_norm, batch_norm = apply_of(LayerNormFunction), apply_of(BatchNormFunction)
 fused_rows, fused_batch_norm = apply_of(FusedRowsFunction), apply_of(FusedBatchNormFunction)
+group_norm = apply_of(GroupNormFunction)
 extension.differentiate_with(
     composite.layer_norm_backward,
     composite.batch_norm_backward,

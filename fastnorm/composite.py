@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from . import reference
 from .activations import ACTIVATIONS
 from .geometry import Channels, Rows
-from .reference import accumulate_dtype, grad_input, moments, normalize, rstd_of
+from .reference import accumulate_dtype, grad_input, moments, normalize, rstd_of, squares
 
 
 def layer_norm_backward(dy, x, weight, N, eps, need):
@@ -107,6 +107,11 @@ def rows_in_sequence(x, addend, normalized_shape, weight, bias, eps, activation,
     return _ended(z, residual, activation, alpha), None if addend is None else h
 
 
+def modulated_in_sequence(x, normalized_shape, scale, shift, weight, bias, eps, activation, alpha):
+    """y, by torch's own functions."""
+    return _ended(F.layer_norm(x, normalized_shape, weight, bias, eps) * (1 + scale) + shift, None, activation, alpha)
+
+
 def channels_in_sequence(x, running_mean, running_var, weight, bias, training, momentum, eps, activation, alpha, residual):
     """y, by torch's own functions; what the sum refuses it refuses before the running statistics are updated."""
     alike = isinstance(residual, torch.Tensor) and residual.shape == x.shape and residual.device == x.device
@@ -116,41 +121,26 @@ def channels_in_sequence(x, running_mean, running_var, weight, bias, training, m
     return _ended(z, residual, activation, alpha)
 
 
-def _derivatives(outputs, gradients, inputs, need):
-    """By each input that a derivative is needed by, else None."""
-    outputs, gradients = zip(*((y, g) for y, g in zip(outputs, gradients, strict=True) if g is not None), strict=True)
-    wanted = [t for t, n in zip(inputs, need, strict=True) if n]
-    found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=torch.is_grad_enabled()))
-    return tuple(next(found) if n else None for n in need)
-
-
 def fused_rows_backward(dy, dh, x, weight, bias, residual, activation, alpha, eps, N, centre, need):
-    """dx, dweight, dbias, dresidual of row_fused_fwd(x, None, ...), dh added to dx; they can be differentiated again."""
-    with torch.enable_grad():
-        own = _own_graph((x, weight, _or_zeros(bias, x, N, need), residual))
-        y = reference.row_fused_fwd(own[0], None, *own[1:], activation, alpha, eps, N, centre)[0]
-        dx, *others = _derivatives((y,), (dy,), own, need)
-    return (dx if dh is None or dx is None else dx + dh, *others)
+    """dx, dweight, dbias, dresidual as in row_fused_bwd; they can be differentiated again, through the statistics as well."""
+    rows, acc = Rows.of(x.shape, N), accumulate_dtype(x.dtype)
+    n, mean, m2, scale = (moments if centre else squares)(rows.view(x).to(acc), (1,))
+    saved = mean.squeeze(2), rstd_of(n, m2, scale, eps, acc).squeeze(1)
+    return reference.row_fused_bwd(dy, dh, x, residual, weight, bias, activation, alpha, *saved, need, centre)
 
 
 def fused_batch_norm_backward(dy, x, weight, bias, residual, activation, alpha, mean, rstd, training, eps, need):
-    """dx, dweight, dbias, dresidual of channel_fused_fwd; they can be differentiated again."""
-    with torch.enable_grad():
-        own = _own_graph((x, weight, _or_zeros(bias, x, x.shape[1], need), residual))
-        if training:
-            y = reference.channel_fused_fwd(*own, activation, alpha, None, None, True, 0.0, eps)[0]
-        else:
-            wide = own[0].to(rstd.dtype)
-            z = reference.channel_apply(wide, mean, rstd, *own[1:3])
-            y = _ended(z, None if residual is None else own[3].to(z.dtype), activation, alpha).to(x.dtype)
-        return _derivatives((y,), (dy,), own, need)
+    """dx, dweight, dbias, dresidual as in channel_fused_bwd; they can be differentiated again."""
+    if training:
+        c, acc = Channels.of(x.shape), accumulate_dtype(x.dtype)
+        n, mean, m2, scale = moments(c.view(x).to(acc), (0, 2))
+        mean, rstd = mean.view(2, c.C), rstd_of(n, m2, scale, eps, acc).view(c.C)
+    return reference.channel_fused_bwd(dy, x, residual, weight, bias, activation, alpha, mean, rstd, training, need)
 
 
-def _or_zeros(bias, x, size, need):
-    """A bias to differentiate by, where its values were not saved, because without an activation nothing depends on them."""
-    return x.new_zeros(size, dtype=need[2]) if bias is None and need[2] is not None else bias
-
-
-def _own_graph(inputs):
-    """Views of the inputs: where one tensor is two of them, each has a derivative of its own."""
-    return [t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]
+def group_norm_backward(dy, x, weight, bias, activation, alpha, eps, groups, need):
+    """dx, dweight, dbias as in group_bwd; they can be differentiated again."""
+    rows, acc = Rows.of(x.shape, x[0].numel() // groups), accumulate_dtype(x.dtype)
+    n, mean, m2, scale = moments(rows.view(x).to(acc), (1,))
+    saved = mean.squeeze(2), rstd_of(n, m2, scale, eps, acc).squeeze(1)
+    return reference.group_bwd(dy, x, weight, bias, activation, alpha, *saved, need)

@@ -25,6 +25,7 @@ from .nn import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
+    GroupNorm,
     InstanceNorm1d,
     InstanceNorm2d,
     InstanceNorm3d,
@@ -35,9 +36,9 @@ from .sync import SyncBatchNorm
 from .tracing import counterpart, extras
 
 BATCH_NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
-CLASSES = (LayerNorm, RMSNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, *BATCH_NORMS)
+CLASSES = (LayerNorm, RMSNorm, GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, *BATCH_NORMS)
 OURS = {counterpart(cls): cls for cls in CLASSES}
-NORMS = (torch.nn.LayerNorm, torch.nn.RMSNorm, _BatchNorm, _InstanceNorm)
+NORMS = (torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.GroupNorm, _BatchNorm, _InstanceNorm)
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ class Report:
 
 
 def convert(model) -> Report:
-    """Make every norm of `model` fastnorm's, in place: torch.nn's LayerNorm, RMSNorm, InstanceNorm1d/2d/3d,
-    BatchNorm1d/2d/3d and SyncBatchNorm, and subclasses of them.
+    """Make every norm of `model` fastnorm's, in place: torch.nn's LayerNorm, RMSNorm, GroupNorm,
+    InstanceNorm1d/2d/3d, BatchNorm1d/2d/3d and SyncBatchNorm, and subclasses of them.
 
     A subclass is changed when it has torch.nn's forward, or one that fastnorm knows (`fastnorm.known`: torchvision's, timm's
     and transformers'); otherwise it is left alone and named in the report. So is a module whose forward was replaced on the

@@ -300,6 +300,31 @@ def add_layer_norm(input, residual, normalized_shape, weight=None, bias=None, ep
     return fused.rows(input, residual, normalized_shape, weight, bias, eps, activation, None)
 
 
+def modulated_layer_norm(input, normalized_shape, scale, shift, weight=None, bias=None, eps=1e-5, *, activation=None):
+    r"""Adaptive layer normalization (Peebles and Xie, 2022, "Scalable Diffusion Models with Transformers"): a scale and a shift
+    for each sample, made by the condition.
+
+    Equivalent to: ``activation(layer_norm(input, normalized_shape, weight, bias, eps) * (1 + scale) + shift)``
+
+    One pass over input, forward and backward; the gradients of scale and shift are sums over a sample's rows. ``1 + scale`` is
+    not rounded to a half type on the way, as torch's sequence does.
+
+    Args:
+        input: ``(B, *, *normalized_shape)``.
+        normalized_shape, weight, bias, eps, activation: as `layer_norm`'s.
+        scale, shift: ``(B, 1, ..., 1, *normalized_shape)``, of as many dimensions as input. Shapes that broadcast otherwise are
+            left to torch.
+
+    Returns:
+        A contiguous tensor of input's shape and dtype; what torch's operators make of it where they serve.
+
+    Raises:
+        RuntimeError, TypeError: torch's own, with torch's message, for shapes, devices and types that do not fit.
+        ValueError: there is no such activation.
+    """
+    return fused.modulated_rows(input, normalized_shape, scale, shift, weight, bias, eps, activation)
+
+
 def add_rms_norm(input, residual, normalized_shape, weight=None, eps=None, *, activation=None):
     """`add_layer_norm` with RMSNorm.
 

@@ -12,7 +12,8 @@ from torch.overrides import has_torch_function_variadic
 from . import activations, composite
 from .autograd import Rows, fused_batch_norm, fused_rows, traced
 from .dispatch import direct, select
-from .gate import autocasts, channels_fit, covers, needs_grad, rows_fit
+from .gate import autocasts, channels_fit, covers, needs_grad, parts_fit, rows_fit
+from .reference import accumulate_dtype
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -44,6 +45,25 @@ def rows(x, addend, normalized_shape, weight, bias, eps, activation, residual, c
     if needs_grad(x, weight, bias, addend, residual):
         return fused_rows(x, addend, weight, bias, residual, options)
     return backend.row_fused_fwd(x, addend, weight, bias, residual, activation, alpha, eps, options.N, centre)[:2]
+
+
+def modulated_rows(x, normalized_shape, scale, shift, weight, bias, eps, activation):
+    """y = activation(layer_norm(x) * (1 + scale) + shift), where scale and shift are the same for the rows of a sample."""
+    activation, alpha = activations.parse(activation)
+    backend = None if _is_compiling() else _backend(x, (), (scale, shift, weight, bias))
+    fits = backend is not None and not autocasts(x) and rows_fit(x, normalized_shape, weight, bias, eps)
+    if not (fits and scale.shape == shift.shape and parts_fit(x, normalized_shape, scale)):
+        return composite.modulated_in_sequence(x, normalized_shape, scale, shift, weight, bias, eps, activation, alpha)
+    acc = accumulate_dtype(x.dtype)  # 1 + scale is not rounded to a narrower one, in which small scales would be lost
+    factor, offset = scale.to(acc) + 1, shift
+    if bias is not None:
+        offset = torch.addcmul(shift.to(acc), bias.to(acc), factor)
+    if weight is not None:
+        factor = factor * weight.to(acc)
+    options = Rows(torch.Size(normalized_shape).numel(), eps, activation, alpha, True, backend)
+    if needs_grad(x, factor, offset):
+        return fused_rows(x, None, factor, offset, None, options)[0]
+    return backend.row_fused_fwd(x, None, factor, offset, None, activation, alpha, eps, options.N)[0]
 
 
 def batch_norm(

@@ -53,6 +53,15 @@ def rows_fit(x, normalized_shape, weight, bias, eps) -> bool:
     return (weight is None or weight.shape == shape) and (bias is None or bias.shape == shape)
 
 
+def parts_fit(x, normalized_shape, parameter) -> bool:
+    """Whether this is one for each index of x's first dimensions, and of length 1 along the others before the last ones."""
+    d = x.dim() - len(normalized_shape)
+    leading = parameter.shape[:d]
+    while leading and leading[-1] == 1:
+        leading = leading[:-1]
+    return parameter.dim() == x.dim() and parameter.shape[d:] == x.shape[d:] and leading == x.shape[: len(leading)]
+
+
 def channels_fit(x, running_mean, running_var, weight, bias, training, momentum, eps) -> bool:
     if type(eps) not in (float, int) or type(momentum) not in (float, int) or type(training) is not bool or x.dim() < 2:
         return False

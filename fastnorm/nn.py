@@ -8,7 +8,7 @@ import inspect
 import torch
 from torch.fx import Proxy
 
-from . import activations, functional, instance
+from . import activations, functional, group, instance
 from .geometry import around
 from .tracing import OPTIONS, Scriptable, extras, given, leaf
 
@@ -169,6 +169,34 @@ class AddRMSNorm(RMSNorm):
     def forward(self, input, residual):
         extras = {"activation": self.activation}
         return functional.add_rms_norm(input, residual, self.normalized_shape, self._factor(), self.eps, **extras)
+
+
+class ModulatedLayerNorm(LayerNorm):
+    """`LayerNorm` with a scale and a shift for each sample, ``norm(x, scale, shift)``: adaLN of diffusion transformers.
+
+    Equivalent to: ``activation(torch.nn.LayerNorm(...)(x) * (1 + scale) + shift)``; see
+    `fastnorm.functional.modulated_layer_norm`.
+    """
+
+    modulated = True
+
+    def forward(self, input, scale, shift):
+        options, extras = (*_affine(self), self.eps), {"activation": self.activation}
+        return functional.modulated_layer_norm(input, self.normalized_shape, scale, shift, *options, **extras)
+
+
+@_with_options("activation")
+class GroupNorm(_Options, Scriptable, torch.nn.GroupNorm):
+    """Group normalization of ``(B, C, *)`` inputs, on fused kernels.
+
+    Equivalent to: ``torch.nn.GroupNorm(num_groups, num_channels, eps, affine, device, dtype)``, and the activation after it;
+    see `fastnorm.group_norm`.
+    """
+
+    def forward(self, input):
+        if isinstance(input, Proxy) and (node := leaf(self, input)) is not None:
+            return node
+        return group.group_norm(input, self.num_groups, *_affine(self), self.eps, activation=self.activation)
 
 
 class _InstanceNorm(Scriptable):

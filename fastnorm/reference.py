@@ -294,12 +294,12 @@ def channel_fused_fwd(
     z, mean, rstd = channel_fwd(wide, weight, bias, running_mean, running_var, training, momentum, eps, num_batches_tracked)
     r = None if residual is None else residual.to(acc)
     y = _epilogue(z, r, activation, alpha)
-    return torch.empty_like(x, memory_format=suggest_memory_format(x)).copy_(y), mean, rstd
+    return _like(y, x, suggest_memory_format(x)), mean, rstd
 
 
 def channel_fused_bwd(dy, x, residual, weight, bias, activation, alpha, mean, rstd, training, need):
     """dx, dweight (C,), dbias (C,), dresidual"""
-    acc, like = rstd.dtype, lambda t: torch.empty_like(x, memory_format=suggest_memory_format(x)).copy_(t)
+    acc, like = rstd.dtype, lambda t: _like(t, x, suggest_memory_format(x))
     z = channel_apply(x.to(acc), mean, rstd, weight, bias)
     dz = _grad_epilogue(dy.to(acc), z, residual, activation, alpha)
     dx, dweight, dbias = channel_bwd(dz, x.to(acc), weight, mean, rstd, training, need[:3])

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import collective, functional, reference
 from .dispatch import DTYPES, select
-from .nn import _BatchNorm, _Options
+from .nn import _batch_norm, _BatchNorm, _Options
 from .tracing import Scriptable, extras, leaf
 
 TorchBatchNorm = torch.nn.modules.batchnorm._BatchNorm
@@ -54,7 +54,7 @@ class SyncBatchNorm(_BatchNorm, torch.nn.SyncBatchNorm):
         self._check_non_zero_input_channels(input)
         group = self._synchronised_group()
         if group is None:
-            return super().forward(input)
+            return _batch_norm(self, input, self.training)
         running_mean, running_var = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
         named = {"running_mean": running_mean, "running_var": running_var, "weight": self.weight, "bias": self.bias}
         _check(input, named)

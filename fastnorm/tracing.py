@@ -20,7 +20,14 @@ def counterpart(cls):
     return vars(cls).get("_stands_for", cls)
 
 
-OPTIONS = {"activation": None, "zero_centred": False, "addend": False, "channel_axis": 1, "frozen": False}
+OPTIONS = {
+    "activation": None,
+    "zero_centred": False,
+    "addend": False,
+    "modulated": False,
+    "channel_axis": 1,
+    "frozen": False,
+}
 
 
 def extras(module):

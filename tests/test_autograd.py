@@ -72,7 +72,18 @@ def test_tensor_subclasses_and_functions_modes(backend, device):
     assert fastnorm.layer_norm in seen
 
 
-@pytest.mark.parametrize("norm", [fastnorm.LayerNorm, fastnorm.BatchNorm1d])
+PLAIN_NORMS = (fastnorm.LayerNorm, fastnorm.BatchNorm1d)
+
+
+def _with_activation(norm):
+    return lambda n, device: norm(n, activation="gelu", device=device)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [*PLAIN_NORMS, fastnorm.RMSNorm, *map(_with_activation, PLAIN_NORMS)],
+    ids=["layer", "batch", "rms", "layer-gelu", "batch-gelu"],
+)
 def test_dynamo_traces_the_backward(norm, backend, device):
     """Compiled autograd, with Dynamo, without graph breaks."""
     m = norm(6, device=device)

@@ -62,6 +62,31 @@ def _norms():
             lambda x, r, w, b: (bn(x, x.new_zeros(4), x.new_ones(4), w, b) + r).tanh(),
             (x, x, c, c),
         ),
+        "modulated_layer_norm": (
+            lambda x, s, t: fastnorm.modulated_layer_norm(x, ln, s, t),
+            lambda x, s, t: F.layer_norm(x, ln) * (1 + s) + t,
+            (x, (3, 1, 6), (3, 1, 6)),
+        ),
+        "modulated_layer_norm with all": (
+            lambda x, s, t, w, b: fastnorm.modulated_layer_norm(x, ln, s, t, w, b, 1e-3, activation="gelu"),
+            lambda x, s, t, w, b: F.gelu(F.layer_norm(x, ln, w, b, 1e-3) * (1 + s) + t),
+            (x, (3, 1, 6), (3, 1, 6), n, n),
+        ),
+        "modulated_layer_norm of each row": (
+            lambda x, s, t, w: fastnorm.modulated_layer_norm(x, ln, s, t, w),
+            lambda x, s, t, w: F.layer_norm(x, ln, w) * (1 + s) + t,
+            (x, x, x, n),
+        ),
+        "group_norm": (
+            lambda x, w, b: fastnorm.group_norm(x, 2, w, b, 1e-3, activation="silu"),
+            lambda x, w, b: F.silu(F.group_norm(x, 2, w, b, 1e-3)),
+            (x, c, c),
+        ),
+        "group_norm without an activation": (
+            lambda x, w, b: fastnorm.group_norm(x, 2, w, b),
+            lambda x, w, b: F.group_norm(x, 2, w, b),
+            (x, c, c),
+        ),
         "instance_norm": (
             lambda x, w, b: fastnorm.instance_norm(x, None, None, w, b),
             lambda x, w, b: F.instance_norm(x, None, None, w, b),
@@ -71,6 +96,14 @@ def _norms():
 
 
 NORMS = _norms()
+
+
+@pytest.fixture(autouse=True)
+def _groups_of_any_size(monkeypatch):
+    monkeypatch.setattr(fastnorm.group, "LEAST", 1)
+    monkeypatch.setattr(fastnorm.group, "LEAST_POSITIONS", 1)
+
+
 every_norm = pytest.mark.parametrize("name", list(NORMS))
 
 
@@ -190,7 +223,10 @@ def test_residuals_that_the_kernels_do_not_take(change, backend, device):
         assert ours == theirs
 
 
-@pytest.mark.parametrize("activation", ["swish", ("relu", 1.0), ("elu", "a"), ("elu", 1.0, 2.0), 3])
+NO_ACTIVATIONS = ["swish", ("relu", 1.0), ("elu", "a"), ("elu", 1.0, 2.0), 3, "", (), ["relu"], (["relu"],), F.relu, False]
+
+
+@pytest.mark.parametrize("activation", NO_ACTIVATIONS)
 def test_activations_that_are_not_there(activation, backend, device):
     x, running = torch.randn(4, 6, device=device), torch.zeros(6, device=device)
     for call in (

@@ -53,6 +53,16 @@ def test_without_process_group_it_is_batch_norm(backend, device, shape, training
         assert torch.equal(t, plain.state_dict()[name])
 
 
+def test_an_attribute_is_no_option():
+    """One that a model's author has set for himself means nothing to this norm, in training and in evaluation alike."""
+    norm, x = fastnorm.SyncBatchNorm(6), torch.randn(8, 6)
+    norm.activation, norm.frozen, norm.channel_axis = "relu", True, 0
+    for training in (True, False):
+        plain = fastnorm.BatchNorm1d(6).train(training)
+        plain.load_state_dict(norm.state_dict())
+        assert torch.equal(norm.train(training)(x), plain(x))
+
+
 def net():
     """Every kind of batch norm; one module in two places, and one with children of its own."""
     shared = fastnorm.BatchNorm1d(6, momentum=None)

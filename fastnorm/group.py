@@ -1,0 +1,65 @@
+"""group_norm: one call of a backend, or torch's own function and then the activation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import has_torch_function_variadic
+
+from . import activations, autograd
+from .autograd import traced
+from .dispatch import select
+from .gate import autocasts, covers, needs_grad, savable
+
+# Fewer elements in all, and fewer positions of a channel, are left to torch: its call costs less.
+LEAST, LEAST_POSITIONS = 1 << 14, 16
+
+
+def _backend(input, num_groups, weight, bias, eps):
+    """The backend that serves the call; None where torch has to."""
+    if torch.compiler.is_compiling() or has_torch_function_variadic(input, weight, bias) or traced():
+        return None
+    if not covers(input, weight, bias) or input.dim() < 3 or not input.is_contiguous() or not savable(input, weight, bias):
+        return None
+    if type(num_groups) is not int or num_groups < 1 or input.shape[1] % num_groups or type(eps) not in (float, int) or eps < 0:
+        return None
+    if any(p is not None and p.shape != input.shape[1:2] for p in (weight, bias)) or autocasts(input):
+        return None
+    if bias is not None and needs_grad(input, weight, bias) and bias.is_inference():
+        return None
+    if input.numel() < LEAST or input[0, 0].numel() < LEAST_POSITIONS:
+        return None
+    return select(input.device.type)
+
+
+def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, *, activation=None):
+    r"""Group normalization (Wu and He, 2018): statistics over the positions of neighbouring channels of a sample.
+
+    Equivalent to: ``activation(torch.nn.functional.group_norm(input, num_groups, weight, bias, eps))``
+
+    .. math:: y = (x - \mathrm{mean}) \cdot \mathrm{rstd} \cdot \mathrm{weight} + \mathrm{bias},
+              \quad \mathrm{rstd} = 1 / \sqrt{\mathrm{var} + \mathrm{eps}}
+
+    with the mean and the biased variance of each group.
+
+    Args:
+        input: ``(B, C, *)``, float64, float32, bfloat16 or float16. What is not contiguous, is small, or has few positions goes
+            to torch.
+        num_groups: C is a multiple of it.
+        weight, bias: ``(C,)`` or None; their dtypes may differ from input's.
+        eps: added to the variance.
+        activation: as `functional.layer_norm`'s. Backward computes it anew: only x and the statistics are saved.
+
+    Returns:
+        A tensor of input's shape, dtype and, where torch gives it that, memory format.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: torch's own, with torch's message; ValueError where there is no such activation.
+    """
+    activation, alpha = activations.parse(activation)
+    backend = _backend(input, num_groups, weight, bias, eps)
+    if backend is None:
+        return activations.ACTIVATIONS[activation].value(F.group_norm(input, num_groups, weight, bias, eps), alpha)
+    if needs_grad(input, weight, bias):
+        return autograd.group_norm(input, weight, bias, activation, alpha, eps, num_groups, backend)
+    return backend.group_fwd(input, weight, bias, activation, alpha, eps, num_groups)[0]
