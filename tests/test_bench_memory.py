@@ -1,0 +1,54 @@
+"""bench/memory.py: it runs, it refuses blocks that are wrong, and what it calls the most is the most."""
+
+import json
+
+import cases  # puts bench on the path
+import pytest
+import torch
+
+import fastnorm
+
+pytest.importorskip("tqdm", reason="the bench extra is not installed")
+import memory
+
+assert cases
+
+
+def test_figures(tmp_path, monkeypatch):
+    small = memory.Block("bottleneck", (4, 32, 14, 14), lambda *args: memory.Bottleneck(8, *args), memory.NORMS["batch"])
+    monkeypatch.setattr(memory, "BLOCKS", (small,))
+    path = tmp_path / "out.json"
+    assert memory.main(["--device", "cpu", "--threads", "1", "--json", str(path)]) == 0
+    rows = {row["norms"]: row for row in json.loads(path.read_text())["rows"]}
+    one = 4 * 14 * 14 * 4  # bytes of a channel
+    # What each norm is of: 8, 8 and 32 channels; what each relu is of or gives, which the convolutions keep as well; the sum.
+    assert rows["torch.nn"]["saved"] - rows["fused"]["saved"] == pytest.approx(0, abs=64 * one)
+    assert rows["fused"]["saved"] <= rows["torch.nn"]["saved"]
+    assert all(row["peak"] > row["saved"] > 48 * one for row in rows.values())
+
+
+@pytest.mark.parametrize("block", memory.BLOCKS, ids=lambda b: b.name)
+def test_every_block_is_torchs(block):
+    """On smaller inputs."""
+    _, C, *rest = block.shape
+    x = torch.randn(2, C, 8, 8) if len(rest) == 2 else torch.randn(2, 8, *rest)
+    torchs, *others = (memory.step(module, x) for module in memory.variants(block, torch.float32, "cpu").values())
+    assert all(memory.matches(other, torchs) for other in others)
+
+
+def test_a_wrong_block_is_refused(monkeypatch):
+    real = fastnorm.AddLayerNorm.forward
+    monkeypatch.setattr(fastnorm.AddLayerNorm, "forward", lambda self, x, r: real(self, x * 1.1, r))
+    block = memory.Block("small", (2, 8, 768), memory.BLOCKS[1].make, memory.NORMS["layer"])
+    *_, fused = memory.measure(block, "fp32", "cpu")
+    assert "not those of torch.nn" in fused["refused"]
+
+
+def test_the_most_at_once():
+    def run():
+        a = torch.empty(1 << 20)
+        b = torch.empty(1 << 20)
+        del a
+        return b, torch.empty(1 << 19)
+
+    assert memory.peak(run, "cpu") == 8 << 20
