@@ -139,7 +139,8 @@ void scale(Channels g, const ChannelsInput& dy, const Acc<T>* rstd, const Acc<T>
   with_sweep<T, 1>(g, {&dy}, [&](const auto& sweep) { sweep.apply(Scale<T>{}, constants, dx); });
 }
 
-// The whole backward; go(passes) calls passes(sweep, before) with a sweep over dz and x, and what makes dz where it is not there.
+// The whole backward; go(passes) calls passes(sweep, before) with a sweep over dz and x, and what makes dz where it is not
+// there.
 template <class T, class Go>
 void backward(Channels g, const ChannelsInput& dz, ConstArray weight, const Acc<T>* mean, const Acc<T>* rstd, bool training,
               T* dx, Array dweight, Array dbias, const Go& go) {

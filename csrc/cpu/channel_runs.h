@@ -232,8 +232,8 @@ class RunSweep {
   };
 
   template <class Value>
-  void apply_piece(Group k, int64_t piece, const Value& value, const Constants<A, Value::K>& constants,
-                   T* out, bool stream) const {
+  void apply_piece(Group k, int64_t piece, const Value& value, const Constants<A, Value::K>& constants, T* out,
+                   bool stream) const {
     const Part w = part(piece);
     for (int64_t b = w.b; b < w.b + w.samples; ++b)
       for (int64_t c = k.channel; c < k.channel + k.channels; ++c) {

@@ -202,6 +202,7 @@ class Widened {
 template <class T>
 class InLots {
  public:
+  InLots() = default;
   InLots(ConstArray a, int64_t n, int64_t begin = 0) {
     if (!a.data) return;
     with_type(a.dtype, [&](auto* t) {

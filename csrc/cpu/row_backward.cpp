@@ -66,8 +66,8 @@ struct RowBackward {
 
   // dx of elements [i0, i0 + n) of rows [m, m + rows), and their part of dw and db; w, dw and db start at i0.
   template <class Parameter>
-  void grad_block(const Place* at, const T* const* dh_at, int64_t m, int64_t rows, int64_t i0, int64_t n, const Constants& c, const Parameter* w,
-                  A* dw, A* db) const {
+  void grad_block(const Place* at, const T* const* dh_at, int64_t m, int64_t rows, int64_t i0, int64_t n, const Constants& c,
+                  const Parameter* w, A* dw, A* db) const {
     const A *high = mean + m, *low = high + g.M;
     const int64_t N = g.N;
     for_groups<V, 8>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
@@ -99,12 +99,14 @@ struct RowBackward {
       });
     });
     for (int64_t k = 0; c.extreme && k < rows; ++k)
-      if (c.rstd[k] != rstd[m + k]) grad_extreme(at[k], FUSED && dh.data ? dh_at[k] : nullptr, m + k, i0, n, c.c1[k], c.c2[k], w, dw);
+      if (c.rstd[k] != rstd[m + k])
+        grad_extreme(at[k], FUSED && dh.data ? dh_at[k] : nullptr, m + k, i0, n, c.c1[k], c.c2[k], w, dw);
   }
 
   // dx and dw of a row that the constants leave out, in steps that stay inside the range of A. Of db nothing is left out.
   template <class Parameter>
-  void grad_extreme(const Place& at, const T* dh_m, int64_t m, int64_t i0, int64_t n, A c1, A c2, const Parameter* w, A* dw) const {
+  void grad_extreme(const Place& at, const T* dh_m, int64_t m, int64_t i0, int64_t n, A c1, A c2, const Parameter* w,
+                    A* dw) const {
     for (int64_t i = 0; i < n; ++i) {
       const A dz = static_cast<A>(at[0][i]), weight_i = w ? static_cast<A>(w[i]) : A(1);
       const A x_hat = normalize(static_cast<A>(at[1][i]), mean[m], mean[g.M + m], rstd[m]);
@@ -153,16 +155,18 @@ struct RowBackward {
 
   // Few long rows: the sums of all of them piece by piece, then each piece of all rows, so that dweight is whole at once.
   void long_rows(const RowsInput& dz) const {
-    const int64_t pieces = ceil_div(g.N, PIECE);
+    const int64_t pieces = ceil_div(g.N, PIECE), rows = g.M / g.P;
     std::vector<double> sum_gd(g.M * pieces, 0.0), sum_g(g.M * pieces, 0.0);
     if (dx)
       parallel_for(pieces, 2 * g.M * PIECE, [&](int64_t begin, int64_t end) {
         const PairReader<T> read(dz, x, 1, PIECE);
         for (int64_t item = begin; item < end; ++item) {
           const int64_t i = item * PIECE, n = std::min(PIECE, g.N - i);
-          const InLots<T> w(weight, n, i);
-          for (int64_t m = 0; m < g.M; ++m)
-            this->template add_sums<1, 4>({read(m, 0, i, n)}, m, n, w, &sum_gd[m * pieces + item], &sum_g[m * pieces + item]);
+          for (int64_t p = 0; p < g.P; ++p) {
+            const InLots<T> w(weight, n, p * g.N + i);
+            for (int64_t m = p * rows; m < (p + 1) * rows; ++m)
+              this->template add_sums<1, 4>({read(m, 0, i, n)}, m, n, w, &sum_gd[m * pieces + item], &sum_g[m * pieces + item]);
+          }
         }
       });
     for (int64_t m = 0; m < g.M; ++m) {
@@ -171,8 +175,8 @@ struct RowBackward {
         (*sum)[m] = std::accumulate(first, first + pieces, 0.0);
       }
     }
-    Constants c;
-    set_constants(0, g.M, sum_gd.data(), sum_g.data(), c);
+    std::vector<Constants> constants(g.P);
+    for (int64_t p = 0, m = 0; p < g.P; ++p, m += rows) set_constants(m, rows, &sum_gd[m], &sum_g[m], constants[p]);
     parallel_for(pieces, 2 * g.M * PIECE, [&](int64_t begin, int64_t end) {
       const PairReader<T> read(dz, x, g.M, PIECE);
       const Reader<T> read_dh(dh, g.M, PIECE);
@@ -184,11 +188,15 @@ struct RowBackward {
         const T* dh_at[FEW];
         for (int64_t m = 0; m < g.M; ++m) at[m] = read(m, m, i, n);
         find_dh(read_dh, 0, g.M, i, n, dh_at);
-        std::fill_n(static_cast<A*>(partial), 2 * PIECE, A(0));
-        with_parameters<T>(weight, {}, i, n,
-                           [&](const auto* w, const auto*) { grad_block(at, dh_at, 0, g.M, i, n, c, w, dw, db); });
-        if (dw) set_elements(dweight, i, n, dw);
-        if (db) set_elements(dbias, i, n, db);
+        for (int64_t p = 0, m = 0; p < g.P; ++p, m += rows) {
+          const int64_t parameter = p * g.N + i;
+          std::fill_n(static_cast<A*>(partial), 2 * PIECE, A(0));
+          with_parameters<T>(weight, {}, parameter, n, [&](const auto* w, const auto*) {
+            grad_block(at + m, dh_at + m, m, rows, i, n, constants[p], w, dw, db);
+          });
+          if (dw) set_elements(dweight, parameter, n, dw);
+          if (db) set_elements(dbias, parameter, n, db);
+        }
       }
       if (stream) stream_end();
     });
@@ -222,44 +230,56 @@ struct RowBackward {
       return long_rows(dy);
     }
     // Segments depend on the shape alone, so the sums do not depend on the threads; at most 128 rows, so that plain
-    // additions will do; long rows in longer segments, whose partial sums are then little beside them.
-    const int64_t rows_each = std::clamp<int64_t>(std::max(ceil_div(g.M, 32), g.N / 64), 32, 128);
-    const int64_t segments = ceil_div(g.M, rows_each), width = ceil_div(g.N, 64) * 64;
+    // additions will do; long rows in longer segments, whose partial sums are then little beside them. Each part of the rows
+    // has its own.
+    const int64_t rows = g.M / g.P, rows_each = std::clamp<int64_t>(std::max(ceil_div(rows, 32), g.N / 64), 32, 128);
+    const int64_t segments = ceil_div(rows, rows_each), width = ceil_div(g.N, 64) * 64;
     const int64_t block_each = block_rows(block_bytes(), 2 * g.N * sizeof(T));
-    const bool sums = dweight.data || dbias.data;
-    const Buffer<A> partial(sums ? segments * 2 * width : 0);
-    const InLots<T> lots(weight, g.N);
-    with_parameters<T>(weight, {}, 0, g.N, [&](const auto* w, const auto*) {
-      parallel_for(segments, 2 * rows_each * g.N, [&](int64_t begin, int64_t end) {
+    const bool sums = dweight.data || dbias.data, at_once = segments == 1;
+    const Buffer<A> partial(sums && !at_once ? g.P * segments * 2 * width : 0);
+    std::vector<InLots<T>> lots(g.P);
+    parallel_for(g.P, g.N, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) lots[p] = InLots<T>(weight, g.N, p * g.N);
+    });
+    with_parameters<T>(weight, {}, 0, g.P * g.N, [&](const auto* w, const auto*) {
+      parallel_for(g.P * segments, 2 * std::min(rows, rows_each) * g.N, [&](int64_t begin, int64_t end) {
         const auto read = reader(block_each);
         const Reader<T> read_dh(dh, block_each, g.N);
-        for (int64_t k = begin; k < end; ++k) {
-          A* dw = sums ? partial + 2 * width * k : nullptr;
+        const Buffer<A> own(sums && at_once ? 2 * width : 0);
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t p = item / segments, first = p * rows + item % segments * rows_each;
+          const int64_t last = std::min((p + 1) * rows, first + rows_each);
+          A* dw = !sums ? nullptr : at_once ? own : partial + 2 * width * item;
           if (sums) std::fill_n(dw, 2 * width, A(0));
-          const int64_t last = std::min(g.M, (k + 1) * rows_each);
-          for (int64_t m = k * rows_each; m < last; m += block_each)
-            block(read, read_dh, m, std::min(block_each, last - m), w, lots, dweight.data ? dw : nullptr,
+          for (int64_t m = first; m < last; m += block_each)
+            block(read, read_dh, m, std::min(block_each, last - m), w ? w + p * g.N : w, lots[p], dweight.data ? dw : nullptr,
                   dbias.data ? dw + width : nullptr);
+          if (at_once && dweight.data) set_elements(dweight, p * g.N, g.N, dw);
+          if (at_once && dbias.data) set_elements(dbias, p * g.N, g.N, dw + width);
         }
         if (stream) stream_end();
       });
     });
-    if (!sums) return;
+    if (!sums || at_once) return;
     constexpr int64_t COLUMNS = 512;
-    parallel_for(ceil_div(g.N, COLUMNS), segments * COLUMNS, [&](int64_t begin, int64_t end) {
-      finish(partial, segments, width, dweight, begin * COLUMNS, std::min(g.N, end * COLUMNS));
-      finish(partial + width, segments, width, dbias, begin * COLUMNS, std::min(g.N, end * COLUMNS));
+    const int64_t cuts = ceil_div(g.N, COLUMNS);
+    parallel_for(g.P * cuts, segments * COLUMNS, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t p = item / cuts, i = item % cuts * COLUMNS, n = std::min(COLUMNS, g.N - i);
+        const A* of = partial + 2 * width * segments * p + i;
+        finish(of, segments, width, dweight, p * g.N + i, n);
+        finish(of + width, segments, width, dbias, p * g.N + i, n);
+      }
     });
   }
 
-  // Columns [begin, end) of a gradient: the sum over the segments.
-  static void finish(const A* partial, int64_t segments, int64_t width, Array out, int64_t begin, int64_t end) {
+  // Elements [i, i + n) of a gradient: the sum over the segments.
+  static void finish(const A* partial, int64_t segments, int64_t width, Array out, int64_t i, int64_t n) {
     if (!out.data) return;
-    if (segments == 1) return set_elements(out, begin, end - begin, partial + begin);
-    std::vector<double> sum(end - begin, 0.0);
+    std::vector<double> sum(n, 0.0);
     for (int64_t k = 0; k < segments; ++k)
-      for (int64_t i = begin; i < end; ++i) sum[i - begin] += static_cast<double>(partial[2 * width * k + i]);
-    set_elements(out, begin, end - begin, sum.data());
+      for (int64_t j = 0; j < n; ++j) sum[j] += static_cast<double>(partial[2 * width * k + j]);
+    set_elements(out, i, n, sum.data());
   }
 };
 
@@ -284,7 +304,8 @@ void row_fused_bwd(Rows g, const RowsInput& dy, const RowsInput& dh, const RowsI
                            slopes, as<A>(mean), as<A>(rstd), as<T>(dx.data), dweight, dbias}();
     };
     if (epilogue.activation == Activation::identity && !dresidual.data) return run(nullptr);
-    const Slopes<T> slopes{g,           residual,    Widened<A>(weight, g.N), Widened<A>(bias, g.N), epilogue,
+    const int64_t n = g.P * g.N;
+    const Slopes<T> slopes{g,           residual,    Widened<A>(weight, n), Widened<A>(bias, n), epilogue,
                            as<A>(mean), as<A>(rstd), as<T>(dresidual.data)};
     run(&slopes);
   });

@@ -1,78 +1,18 @@
 // Layer norm forward, and what is fused with it: the moments of a block of rows, then y.
 #include <cstring>
-#include <limits>
 
 #include "row_fused.h"
+#include "row_moments.h"
 
 namespace fastnorm::cpu {
 
-template <class T>
-Moments<double> moments_about_mean(const T* row, int64_t n, double mean) {
-  using V = Vec<T>;
-  const Acc<T> shift = static_cast<Acc<T>>(mean);
-  double sums[1][2];
-  const auto terms = [s = V(shift)](auto, int64_t, int64_t count, const std::array<V, 1>& x) FN_LAMBDA {
-    const V d = only(x[0] - s, count);
-    return std::array<V, 2>{d, d * d};
-  };
-  sum_up<2, 4>(std::array<std::array<const T*, 1>, 1>{{{row}}}, n, terms, sums);
-  return moments_about(static_cast<double>(shift), static_cast<double>(n), sums[0][0], sums[0][1]);
-}
-
-// Moments of the rows of a block: arrays, so that several rows are finished at once.
-struct BlockMoments {
-  double mean[MAX_BLOCK], m2[MAX_BLOCK];
-  Moments<double> get(int64_t k, int64_t n) const { return {static_cast<double>(n), mean[k], m2[k]}; }
-  void set(int64_t k, const Moments<double>& m) { mean[k] = m.mean, m2[k] = m.m2; }
-};
-
-static_assert(FEW <= MAX_BLOCK);
-
-// Whether the moments of n elements from sums about zero are not to be trusted.
-template <class T>
-bool unfit(const Moments<double>& m) {
-  constexpr double DEVIATIONS = sizeof(T) == 2 ? 8 : 1;  // little beside the rounding of y in each dtype
-  return !(m.m2 <= std::numeric_limits<double>::max()) | too_far(0, m, DEVIATIONS);
-}
-
-// In one pass, from plain sums of powers; in a second one, about the mean, where it is too far from zero for that. Without
-// `centre` the mean is zero.
-template <class T>
-void moments_of(const T* const* rows, int64_t count, int64_t n, bool centre, BlockMoments& out) {
-  double sum[MAX_BLOCK], squares[MAX_BLOCK];
-  for_sums(n, count, [&](auto R, auto CHAINS, int64_t k) {
-    std::array<std::array<const T*, 1>, R> at;
-    double sums[R][2];
-    for (size_t r = 0; r < R; ++r) at[r] = {rows[k + r]};
-    sum_up<2, CHAINS>(at, n, Products<T, 1>{}, sums);
-    for (size_t r = 0; r < R; ++r) sum[k + r] = sums[r][0], squares[k + r] = sums[r][1];
-  });
-  // Two plain loops, which become vectors. That this product is not the quotient counts where the mean is far from zero only.
-  const double share = 1 / static_cast<double>(n);
-  for (int64_t k = 0; k < count; ++k) {
-    out.mean[k] = centre ? sum[k] * share : 0.0;
-    out.m2[k] = std::max(squares[k] - sum[k] * out.mean[k], 0.0);
-  }
-  int64_t again = 0;
-  for (int64_t k = 0; k < count; ++k) again += unfit<T>(out.get(k, n)) ? 1 : 0;
-  if (again == 0) return;
-  for (int64_t k = 0; k < count; ++k) {
-    const auto m = out.get(k, n);
-    if (!unfit<T>(m)) continue;
-    if (!std::isfinite(m.m2))
-      out.set(k, moments_in_double(n, [&](int64_t i) { return static_cast<double>(rows[k][i]); }, centre));
-    else
-      out.set(k, moments_about_mean(rows[k], n, m.mean));
-  }
-}
-
-// x_hat of the rows of a block, from x, each row's mean pair and its rstd.
+// x_hat of the rows of a block, from x, each row's mean pair, its rstd and its m2.
 template <class T>
 struct WideXHats {
   using A = Acc<T>;
   using V = Vec<T>;
   const A *high, *low, *rstd;
-  WideXHats(const A* h, const A* l, const A* r, const BlockMoments&, int64_t) : high(h), low(l), rstd(r) {}
+  WideXHats(const A* h, const A* l, const A* r, const double*, int64_t) : high(h), low(l), rstd(r) {}
   FN_INLINE auto operator[](int64_t k) const {
     return [h = V(high[k]), l = V(low[k]), r = V(rstd[k])](V x) FN_LAMBDA { return normalize(x, h, l, r); };
   }
@@ -84,8 +24,8 @@ template <class T>
 struct HalfXHats {
   using V = Vec<T>;
   float slope[MAX_BLOCK], shift[MAX_BLOCK];
-  HalfXHats(const float* high, const float*, const float* rstd, const BlockMoments& moments, int64_t rows) {
-    for (int64_t k = 0; k < rows; ++k) slope[k] = moments.m2[k] == 0 ? cut(rstd[k]) : rstd[k];
+  HalfXHats(const float* high, const float*, const float* rstd, const double* m2, int64_t rows) {
+    for (int64_t k = 0; k < rows; ++k) slope[k] = m2[k] == 0 ? cut(rstd[k]) : rstd[k];
     for (int64_t k = 0; k < rows; ++k) shift[k] = -high[k] * slope[k];
   }
   static float cut(float v) {
@@ -139,9 +79,9 @@ struct RowForward {
 
   // Elements [i0, i0 + n) of rows [m, m + rows), which x and the residuals point to; w and b start at i0.
   template <class Parameter>
-  void normalize_block(const T* const* x, const T* const* residuals, const BlockMoments& moments, int64_t m, int64_t rows,
-                       int64_t i0, int64_t n, const Parameter* w, const Parameter* b) const {
-    const XHats<T> x_hats(mean + m, mean + g.M + m, rstd + m, moments, rows);
+  void normalize_block(const T* const* x, const T* const* residuals, const double* m2, int64_t m, int64_t rows, int64_t i0,
+                       int64_t n, const Parameter* w, const Parameter* b) const {
+    const XHats<T> x_hats(mean + m, mean + g.M + m, rstd + m, m2, rows);
     const int64_t N = g.N;
     for_groups<V, 8>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
       constexpr int64_t W = lanes<V>;
@@ -188,7 +128,7 @@ struct RowForward {
       for (int64_t k = 0; k < rows; ++k) moments.set(k, merge(moments.get(k, i), more.get(k, n)));
     }
     save(m, rows, moments);
-    normalize_block(x, residuals, moments, m, rows, 0, g.N, w, b);
+    normalize_block(x, residuals, moments.m2, m, rows, 0, g.N, w, b);
   }
 
   // Few long rows: the statistics of all of them piece by piece, then each piece of all rows.
@@ -220,9 +160,11 @@ struct RowForward {
         const T *at[FEW], *residuals[FEW];
         for (int64_t m = 0; m < g.M; ++m) at[m] = read(m, m, i, n);
         find_residuals(read, 0, g.M, i, n, residuals);
-        with_parameters<T>(weight, bias, i, n, [&](const auto* w, const auto* b) {
-          normalize_block(at, residuals, moments, 0, g.M, i, n, w, b);
-        });
+        const int64_t rows = g.M / g.P;
+        for (int64_t p = 0, m = 0; p < g.P; ++p, m += rows)
+          with_parameters<T>(weight, bias, p * g.N + i, n, [&](const auto* w, const auto* b) {
+            normalize_block(at + m, residuals + m, moments.m2 + m, m, rows, i, n, w, b);
+          });
       }
       if (stream) stream_end();
     });
@@ -231,11 +173,14 @@ struct RowForward {
   void operator()() const {
     if (split_rows(g)) return long_rows();
     constexpr int64_t BYTES = 1 << 14;  // half of a first-level cache
-    const int64_t each = block_rows(BYTES, g.N * sizeof(T));
-    with_parameters<T>(weight, bias, 0, g.N, [&](const auto* w, const auto* b) {
-      parallel_for(ceil_div(g.M, each), each * g.N, [&](int64_t begin, int64_t end) {
+    const int64_t rows = g.M / g.P, each = std::min(rows, block_rows(BYTES, g.N * sizeof(T))), blocks = ceil_div(rows, each);
+    with_parameters<T>(weight, bias, 0, g.P * g.N, [&](const auto* w, const auto* b) {
+      parallel_for(g.P * blocks, each * g.N, [&](int64_t begin, int64_t end) {
         const auto read = reader(x, h, each, g.N);
-        for (int64_t k = begin; k < end; ++k) block(read, k * each, std::min(each, g.M - k * each), w, b);
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t p = item / blocks, k = item % blocks * each, at = p * g.N;  // in the p-th part of the rows
+          block(read, p * rows + k, std::min(each, rows - k), w ? w + at : w, b ? b + at : b);
+        }
         if (stream) stream_end();
       });
     });

@@ -60,7 +60,8 @@ struct Slopes {
   void operator()(int64_t m, int64_t begin, int64_t n, const T* dy_m, const T* x_m, const T* residual_m, T* dz_m) const {
     using V = Vec<T>;
     const V high(mean[m]), low(mean[g.M + m]), r(rstd[m]);
-    const A *w = weight ? weight + begin : nullptr, *b = bias ? bias + begin : nullptr;
+    const int64_t parameter = m / (g.M / g.P) * g.N + begin;
+    const A *w = weight ? weight + parameter : nullptr, *b = bias ? bias + parameter : nullptr;
     for_groups<V, 4>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
       constexpr int64_t W = lanes<V>;
       std::array<V, J> dy, z;
