@@ -36,6 +36,7 @@ class Fused:
     torchs: Callable
     in_place: Callable | None = None
     beside: int = 0
+    parameter: tuple[int, ...] | None = None  # the shape of weight and of bias, where it is another than (N,) or (C,)
     layout: str = "dense"
 
     def __str__(self):
@@ -44,6 +45,10 @@ class Fused:
     @property
     def rows(self) -> bool:
         return "LN" in self.name or "RMS" in self.name
+
+    @property
+    def parameters(self) -> tuple[int, ...]:
+        return self.parameter or ((self.shape[-1],) if self.rows else (self.shape[1],))
 
 
 def _layer_norm(x, w, b):
@@ -114,6 +119,32 @@ def _channels(shape, layout="dense"):
     yield Fused("BN+silu", shape, partial(_ours, "silu"), lambda x, w, b: F.silu(_batch_norm(x, w, b)), layout=layout)
 
 
+def _modulated(shape):
+    yield Fused(
+        "LN*(1+s)+t",
+        shape,
+        lambda x, s, t: fastnorm.modulated_layer_norm(x, x.shape[-1:], s, t, eps=EPS),
+        lambda x, s, t: _layer_norm(x, None, None) * (1 + s) + t,
+        parameter=(shape[0], 1, shape[-1]),
+    )
+
+
+def _groups(shape):
+    yield Fused(
+        "GN",
+        shape,
+        lambda x, w, b: fastnorm.group_norm(x, 32, w, b, EPS),
+        lambda x, w, b: F.group_norm(x, 32, w, b, EPS),
+    )
+    yield Fused(
+        "GN+silu",
+        shape,
+        lambda x, w, b: fastnorm.group_norm(x, 32, w, b, EPS, activation="silu"),
+        lambda x, w, b: F.silu(F.group_norm(x, 32, w, b, EPS)),
+        lambda x, w, b: F.silu(F.group_norm(x, 32, w, b, EPS), inplace=True),
+    )
+
+
 def _reshaped(shape):
     yield Fused(
         "IN",
@@ -128,20 +159,21 @@ FUSED = (
     *(row for shape in ((16, 64, 56, 56), (64, 256, 14, 14), (64, 512, 7, 7)) for row in _channels(shape)),
     *_channels((16, 64, 56, 56), "channels_last"),
     *_reshaped((8, 128, 32, 32)),
+    *(row for shape in ((8, 256, 1152), (2, 1024, 3072)) for row in _modulated(shape)),
+    *(row for shape in ((4, 320, 64, 64), (4, 1280, 16, 16)) for row in _groups(shape)),
 )
 
 
 def make(row: Fused, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
     """x, those beside it, weight, bias: leaves, with float32 parameters beside half inputs of channels"""
     torch.manual_seed(0)
-    parameter = dtype if row.rows or dtype == torch.float64 else torch.float32
-    size = row.shape[-1] if row.rows else row.shape[1]
+    parameter = torch.float32 if row.name.startswith("BN") and dtype != torch.float64 else dtype
     tensors = [torch.randn(row.shape, device=device).to(dtype) for _ in range(1 + row.beside)]
     if row.layout == "channels_last":
         tensors = [t.contiguous(memory_format=torch.channels_last) for t in tensors]
-    if row.name == "IN":
-        parameter = dtype
-    return [t.requires_grad_() for t in (*tensors, *(torch.randn(size, device=device).to(parameter) for _ in range(2)))]
+    return [
+        t.requires_grad_() for t in (*tensors, *(torch.randn(row.parameters, device=device).to(parameter) for _ in range(2)))
+    ]
 
 
 def results(function, inputs, gradients):
@@ -166,7 +198,7 @@ def disagreement(row, inputs, gradients) -> str | None:
 
 def saved(function, inputs) -> float:
     """Bytes that autograd keeps of a call, in copies of x; the inputs themselves are among them, parameters are not."""
-    known, kept = {t.data_ptr() for t in inputs if t.dim() == 1}, {}
+    known, kept = {t.data_ptr() for t in inputs[-2:]}, {}
 
     def pack(t):
         if t.data_ptr() not in known:
