@@ -42,7 +42,8 @@ class Backend:
 BACKENDS = (
     Backend("triton", "fastnorm.kernels", "fused Triton kernels", ("cuda",)),
     Backend("native", "fastnorm.native", "fused C++ and CUDA kernels", ("cpu", "cuda")),
-    Backend("reference", "fastnorm.reference", "plain torch operators", ("cpu", "cuda")),
+    # Not chosen unasked: it is several times slower than torch's own norms, which then serve.
+    Backend("reference", "fastnorm.reference", "plain torch operators", ()),
 )
 NAMES = tuple(b.name for b in BACKENDS)
 DEVICES = frozenset(device for b in BACKENDS for device in b.automatic)
@@ -165,4 +166,7 @@ def _choose(device_type: str):
                 warnings.warn(f"{what}: {'; '.join(missed)}", RuntimeWarning, stacklevel=4)
             return backend.load()
         missed.append(f"the backend {backend.name!r} is not used, {reason}")
+    if missed:
+        what = f"fastnorm leaves norms of {device_type} tensors to torch itself"
+        warnings.warn(f"{what}: {'; '.join(missed)}", RuntimeWarning, stacklevel=4)
     return None

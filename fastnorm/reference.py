@@ -1,4 +1,4 @@
-"""The backend contract in plain torch: the last-resort backend, on any device, in any floating dtype.
+"""The backend contract in plain torch: a backend for any device, which is right rather than fast, in any floating dtype.
 
 This file is also where the contract is written down. Every backend has these functions with these shapes:
 

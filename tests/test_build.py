@@ -22,7 +22,7 @@ with warnings.catch_warnings(record=True) as caught:
 assert torch.allclose(y, torch.nn.BatchNorm1d(4)(torch.nn.LayerNorm(4)(x)), atol=1e-3)
 messages = [str(w.message) for w in caught if "fastnorm" in str(w.message)]
 print(len(messages), *messages)
-print(fastnorm.dispatch.select("cpu").__name__)
+print(getattr(fastnorm.dispatch.select("cpu"), "__name__", None))
 """
 
 
@@ -70,9 +70,9 @@ def test_no_compiler_is_one_warning_and_right_results(tmp_path):
     assert run.returncode == 0, run.stderr
     count, message = run.stdout.split("\n")[0].split(" ", 1)
     assert count == "1", run.stdout
-    assert "plain torch operators" in message
+    assert "leaves norms of cpu tensors to torch itself" in message
     assert "no C++ compiler was found" in message
-    assert run.stdout.split("\n")[1] == "fastnorm.reference"
+    assert run.stdout.split("\n")[1] == "None"
 
 
 def test_no_triton_is_no_matter_on_a_cpu(tmp_path):

@@ -30,6 +30,7 @@ def test_every_backend_has_the_contract(served):
     module, _ = served
     functions = ["row_fwd", "row_bwd", "channel_fwd", "channel_bwd"]
     functions += ["channel_stats", "channel_apply", "channel_sums", "channel_grad"]
+    functions += ["row_fused_fwd", "row_fused_bwd", "channel_fused_fwd", "channel_fused_bwd", "group_fwd", "group_bwd"]
     assert all(callable(getattr(module, name)) for name in functions)
 
 
@@ -153,7 +154,7 @@ LAYERS = [
     {"gate"},
     {"fused"},
     {"functional", "collective"},
-    {"instance"},
+    {"instance", "group"},
     {"nn", "known"},
     {"sync"},
     {"convert", "hub", "keras"},
