@@ -44,6 +44,7 @@ struct RowForward {
   __device__ __forceinline__ Residual fetch_residual(Begin, int64_t) const { return {}; }
   __device__ __forceinline__ void read(Acc<T> (&out)[V], Fetched, Begin row, int64_t i) const { x(out, row, i); }
   __device__ __forceinline__ void read_again(Acc<T> (&out)[V], Begin row, int64_t i) const { x(out, row, i); }
+  __device__ static __forceinline__ int64_t part(Begin) { return 0; }
   __device__ __forceinline__ void write(int64_t m, int64_t i, const Acc<T> (&values)[V]) const {
     store<T, V>(y, m * g.N + i * V, values);
   }
@@ -124,8 +125,8 @@ __global__ void __launch_bounds__(MOST_THREADS, FUSED && K == 1 ? 2 : 1)
       if (K == 0) residual[k] = p.fetch_residual(row, i);
       if (K == 0) p.read_again(held[k], row, i);
       A weight[V], bias[V];
-      load_or<T, V>(weight, p.weight, i * V, 1);
-      load_or<T, V>(bias, p.bias, i * V, 0);
+      load_or<T, V>(weight, p.weight, p.part(row) + i * V, 1);
+      load_or<T, V>(bias, p.bias, p.part(row) + i * V, 0);
 #pragma unroll
       for (int j = 0; j < V; ++j) z[j] = affine(normalize(held[k][j], c.high, c.low, rstd), weight[j], bias[j]);
       if constexpr (FUSED) p.add_residual(z, residual[k]);
@@ -161,11 +162,12 @@ struct RowBackward {
   const Acc<T>*mean, *rstd;
   Acc<T>* means;  // (2, M): c1 and c2, see GIVEN
   T* dx;
-  Acc<T>*dweight, *dbias;  // (programs, N), or null
+  Acc<T>*dweight, *dbias;  // (programs, P * N), or null
 
   __device__ __forceinline__ Begin begin(int64_t m, bool inside) const {
     return {inside ? dy.rows.offset(m) : 0, inside ? x.rows.offset(m) : 0};
   }
+  __device__ __forceinline__ BlockRows block_rows() const { return {0, g.M, blockIdx.y * g.N, blockIdx.x}; }
 };
 
 template <class T, int V, bool FUSED>
@@ -218,21 +220,24 @@ __global__ void __launch_bounds__(MOST_THREADS, 1) row_means_kernel(const __grid
 }
 
 // HELD: x and dy stay in registers between the row's sums and dx. AGAIN: they are read again, from L1. GIVEN: the sums are
-// there, and a block has the columns of its place along the grid's x alone.
+// there, and a block has a chunk of the columns alone.
 enum class Way { held, again, given };
 
-// Rows of the block's place along the grid's y, one after another; dweight and dbias stay in registers until the last one.
+// Rows of the block's place along the grid's y, one after another; dweight and dbias stay in registers until the last one. The
+// grid's x goes through the chunks of columns of each part of the weight.
 template <class T, int V, int K, Way WAY, bool FUSED>
 __global__ void __launch_bounds__(MOST_THREADS, 1) row_bwd_kernel(const __grid_constant__ RowBackwardOf<T, V, FUSED> p) {
   using A = Acc<T>;
   const Team team(p.team);
-  const int64_t begin = WAY == Way::given ? static_cast<int64_t>(blockIdx.x) * team.size * K : 0;
+  const BlockRows mine = p.block_rows();
+  const int64_t begin = WAY == Way::given ? static_cast<int64_t>(mine.chunk) * team.size * K : 0;
   const int64_t all = p.g.N / V - begin;
   A dweight[K][V] = {}, dbias[K][V] = {};
   Terms<A, V> held[WAY == Way::held ? K : 1];
   int parity = 0;
-  for (int64_t first = static_cast<int64_t>(blockIdx.y) * team.rows; first < p.g.M; first += gridDim.y * int64_t{team.rows}) {
-    const int64_t m = first + team.row, windows = m < p.g.M ? all : 0;
+  for (int64_t first = mine.begin + static_cast<int64_t>(blockIdx.y) * team.rows; first < mine.end;
+       first += gridDim.y * int64_t{team.rows}) {
+    const int64_t m = first + team.row, windows = m < mine.end ? all : 0;
     const auto row = p.begin(m, windows > 0);
     A high = 0, low = 0, rstd = 0, c[2] = {0, 0};
     if (windows > 0) high = p.mean[m], low = p.mean[p.g.M + m], rstd = p.rstd[m];
@@ -279,14 +284,14 @@ __global__ void __launch_bounds__(MOST_THREADS, 1) row_bwd_kernel(const __grid_c
       store<T, V>(p.dx + m * p.g.N + (begin + i) * V, dx);
     });
   }
-  const auto partial = [&](A (&mine)[K][V], A* to) {
+  const auto partial = [&](A (&sum)[K][V], A* to) {
     if (!to) return;
-    to += static_cast<int64_t>(blockIdx.y) * p.g.N + begin * V;
+    to += mine.sums + begin * V;
     A* const sums = shared<A>() + 2 * TEAM_SHARED<2>;  // (rows of the block, N)
     if (team.rows > 1) {
       each_window<K>(all, team, [&](int k, int64_t i) {
 #pragma unroll
-        for (int j = 0; j < V; ++j) sums[team.row * p.g.N + i * V + j] = mine[k][j];
+        for (int j = 0; j < V; ++j) sums[team.row * p.g.N + i * V + j] = sum[k][j];
       });
       __syncthreads();
       for (int64_t column = threadIdx.x; column < p.g.N; column += blockDim.x) {
@@ -296,7 +301,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 1) row_bwd_kernel(const __grid_c
       }
       __syncthreads();
     } else {
-      each_window<K>(all, team, [&](int k, int64_t i) { store<A, V>(to + i * V, mine[k]); });
+      each_window<K>(all, team, [&](int k, int64_t i) { store<A, V>(to + i * V, sum[k]); });
     }
   };
   partial(dweight, p.dweight);

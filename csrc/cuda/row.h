@@ -78,21 +78,24 @@ Error backward(const Place& place, P p, int64_t most_programs, Array dweight, Ar
   Shape s = shape(windows, K);
   if (WAY == Way::given) s = {COLUMN_THREADS, COLUMN_THREADS};
   p.team = s.team;
-  const int64_t parts = WAY == Way::given ? ceil_div(windows, int64_t{K} * s.team) : 1;
+  const int64_t chunks = WAY == Way::given ? ceil_div(windows, int64_t{K} * s.team) : 1, blocks = chunks * p.g.P;
+  if (blocks > MOST_BLOCKS) return "CUDA error: more blocks than a grid has room for";
+  if constexpr (P::FUSED) p.chunks = static_cast<unsigned>(chunks);
   const bool sums = dweight.data || dbias.data;
   // Without sums over rows there is nothing to keep from row to row.
-  const int64_t wanted = sums ? std::max<int64_t>(most_programs * (BACKWARD_THREADS / s.threads) / parts, 1) : 65535;
-  const int64_t programs = std::min({ceil_div(p.g.M, s.rows()), wanted, int64_t{65535}});
+  const int64_t wanted = sums ? std::max<int64_t>(most_programs * (BACKWARD_THREADS / s.threads) / blocks, 1) : 65535;
+  const int64_t programs = std::min({ceil_div(p.g.M / p.g.P, s.rows()), wanted, int64_t{65535}});
+  const int64_t width = p.g.P * p.g.N;
   if (sums) {
-    A* const partial = place.take<A>((dweight.data && dbias.data ? 2 : 1) * programs * p.g.N);
+    A* const partial = place.take<A>((dweight.data && dbias.data ? 2 : 1) * programs * width);
     if (dweight.data) p.dweight = partial;
-    if (dbias.data) p.dbias = dweight.data ? partial + programs * p.g.N : partial;
+    if (dbias.data) p.dbias = dweight.data ? partial + programs * width : partial;
   }
   const size_t shared_values = 2 * TEAM_SHARED<2> + (s.rows() > 1 ? static_cast<size_t>(s.rows() * p.g.N) : 0);
-  const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(programs));
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(programs));
   if (Error e = launch(place, &row_bwd_kernel<T, V, K, WAY, P::FUSED>, grid, s.threads, shared_values * sizeof(A), p)) return e;
   if (!sums) return nullptr;
-  return finish<A>(place, {p.dweight, p.dbias, programs, p.g.N, 0, dweight, dbias, {}, nullptr, nullptr, 1});
+  return finish<A>(place, {p.dweight, p.dbias, programs, width, 0, dweight, dbias, {}, nullptr, nullptr, 1});
 }
 
 template <class T, int V, class P>

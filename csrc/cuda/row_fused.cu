@@ -42,7 +42,7 @@ Error row_fused_bwd(const Place& place, Rows g, const RowsInput& dy, const RowsI
     return with_window<T>(g.N, windows, [&](auto window) {
       constexpr int V = window.value;
       const bool read = epilogue.activation != Activation::identity;  // what z is made of
-      const FusedRowBackward<T, V> p{g, 0, fused<T, V>(dy), fused<T, V>(x), fused<T, V>(dh),
+      const FusedRowBackward<T, V> p{g, 0, 1, fused<T, V>(dy), fused<T, V>(x), fused<T, V>(dh),
                                      fused<T, V>(read ? residual : RowsInput{}), source<T>(weight),
                                      source<T>(read ? bias : ConstArray{}), epilogue.activation,
                                      static_cast<A>(epilogue.alpha), centre, static_cast<const A*>(mean),

@@ -21,12 +21,15 @@ struct FusedRowReader {
   }
 };
 
+// Where the elements of weight and bias for the row m begin, see Rows.
+__device__ __forceinline__ int64_t part_of(const Rows& g, int64_t m) { return g.P == 1 ? 0 : m / (g.M / g.P) * g.N; }
+
 // Rows are those of h = x + addend where there is an h.
 template <class T, int V>
 struct FusedRowForward {
   static constexpr bool FUSED = true;
   struct Begin {
-    int64_t x, addend, residual, h;
+    int64_t x, addend, residual, h, part;
   };
   struct Fetched {
     Bits<T, V> x, addend;
@@ -45,7 +48,7 @@ struct FusedRowForward {
 
   __device__ __forceinline__ Begin begin(int64_t m, bool inside) const {
     if (!inside) return {};
-    return {x.begin(m), addend.begin(m), residual.begin(m), m * g.N};
+    return {x.begin(m), addend.begin(m), residual.begin(m), m * g.N, part_of(g, m)};
   }
   __device__ __forceinline__ Fetched fetch(const Begin& row, int64_t i) const {
     return {x.fetch(row.x, i), addend.fetch(row.addend, i)};
@@ -68,20 +71,28 @@ struct FusedRowForward {
   __device__ __forceinline__ void add_residual(Acc<T> (&z)[V], const Residual& fetched) const {
     if (residual.from) add_widened<T, V>(z, fetched);
   }
+  __device__ static __forceinline__ int64_t part(const Begin& row) { return row.part; }
   __device__ __forceinline__ void write(int64_t m, int64_t i, const Acc<T> (&values)[V]) const {
     store<T, V>(y + m * g.N + i * V, values);
   }
+};
+
+// A block's share in a backward: its rows, where its sums over them begin, and its chunk of the columns.
+struct BlockRows {
+  int64_t begin, end, sums;
+  unsigned chunk;
 };
 
 template <class T, int V>
 struct FusedRowBackward {
   static constexpr bool FUSED = true;
   struct Begin {
-    int64_t dy, x, dh, residual;
+    int64_t dy, x, dh, residual, part;
   };
 
   Rows g;
   int team;
+  unsigned chunks = 1;  // of the columns, a block each, see GIVEN
   FusedRowReader<T, V> dy, x, dh, residual;
   Source weight, bias;
   Activation activation;
@@ -94,14 +105,19 @@ struct FusedRowBackward {
 
   __device__ __forceinline__ Begin begin(int64_t m, bool inside) const {
     if (!inside) return {};
-    return {dy.begin(m), x.begin(m), dh.begin(m), residual.begin(m)};
+    return {dy.begin(m), x.begin(m), dh.begin(m), residual.begin(m), part_of(g, m)};
+  }
+  // Those of one part.
+  __device__ __forceinline__ BlockRows block_rows() const {
+    const int64_t part = blockIdx.x / chunks, n = g.M / g.P;
+    return {part * n, (part + 1) * n, (blockIdx.y * g.P + part) * g.N, blockIdx.x % chunks};
   }
   __device__ __forceinline__ void read(Acc<T> (&dz)[V], Acc<T> (&x_hat)[V], Acc<T> (&w)[V], const Begin& row, int64_t i,
                                        Acc<T> high, Acc<T> low, Acc<T> r) const {
     const auto dy_bits = dy.fetch(row.dy, i), x_bits = x.fetch(row.x, i), more = residual.fetch(row.residual, i);
     Acc<T> z[V];
-    load_or<T, V>(w, weight, i * V, 1);
-    load_or<T, V>(z, bias, i * V, 0);
+    load_or<T, V>(w, weight, row.part + i * V, 1);
+    load_or<T, V>(z, bias, row.part + i * V, 0);
     widen<T, V>(dz, dy_bits);
     widen<T, V>(x_hat, x_bits);
 #pragma unroll
