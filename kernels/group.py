@@ -137,7 +137,7 @@ def group_bwd(dy, x, weight, bias, activation, alpha, mean, rstd, need):
     if dw is not None or db is not None:
         partial = torch.empty((2, channels.B, channels.C), dtype=rstd.dtype, device=x.device)
     vec = vector(x.element_size(), channels.S)
-    config = heuristics.group_backward(channels.C // groups, channels.S, x.element_size())
+    config = heuristics.group_backward(channels.C // groups, channels.S, x.element_size(), vec * x.element_size())
     args = (dy.contiguous(), x, dense(weight), None if activation == "identity" else dense(bias), dense(mean), dense(rstd), dx,
             partial, dw, db, M, groups, channels.C // groups, channels.S // vec, number(activation, alpha))  # fmt: skip
     options = dict(BLOCK_C=config.block_c, BLOCK_S=config.block_s, VEC=vec, ACTIVATION=activation,

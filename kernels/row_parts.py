@@ -49,33 +49,40 @@ def load_statistics(mean_ptr, rstd_ptr, rows, M, end=None):
 
 
 @triton.jit
-def load_parameter(ptr, cols, mask, LONGEST: tl.constexpr):
+def load_parameter(ptr, cols, mask, LONGEST: tl.constexpr, TIMES: tl.constexpr = 1):
     """In the layout of x, whatever the dtype: that takes `cols` of the shape of x, and vectors no longer than those of x.
 
-    None where there is no pointer.
+    Each value TIMES times, one after the other. None where there is no pointer.
     """
     value = None
     if ptr is not None:
         value = tl.load(tl.max_contiguous(ptr + cols, (1, LONGEST)), mask=mask, other=0.0)
+        if TIMES > 1:
+            several = tl.broadcast_to(value[:, :, None], (value.shape[0], value.shape[1], TIMES))
+            value = tl.reshape(several, (value.shape[0], value.shape[1] * TIMES))
     return value
 
 
 @triton.jit
-def parameter_places(rows, start, cols, N, T, S_v, OF: tl.constexpr, VEC_S: tl.constexpr):
-    """Where the parameters of columns start + cols of rows are. OF: of what a row has its parameters.
+def parameter_places(rows, start, N, end, T, S_v, OF: tl.constexpr, BLOCK: tl.constexpr, VEC_S: tl.constexpr,
+                     TIMES: tl.constexpr):  # fmt: skip
+    """Where the parameters of BLOCK columns from `start` on are, one for TIMES columns, and whether they exist; `end`: of rows.
 
-    "row": all rows have the same, one of a column. "part": each T rows have N of their own. "group": a row is one of the T
-    groups of a sample, and its parameters are of channels, each of S_v * VEC_S columns; `start` is a multiple of VEC_S.
+    OF: of what a row has its parameters. "row": all rows have the same, one of a column. "part": each T rows have N of their
+    own. "group": a row is one of the T groups of a sample, and its parameters are of channels, each of S_v * VEC_S columns;
+    `start` is a multiple of VEC_S, which TIMES divides.
     """
+    cols = tl.arange(0, BLOCK // TIMES)[None, :]
+    inside = cols * TIMES < N - start
     if OF == "part":
-        return (rows // T)[:, None] * N + (start + cols)
+        return (rows // T)[:, None] * N + (start + cols), inside & (rows < end)[:, None]
     elif OF == "group":
-        # Places of one vector are in one channel: the compiler divides once for them.
-        channel = (start // VEC_S + cols // VEC_S).to(tl.uint32) // tl.cast(S_v, tl.uint32)
-        return (rows % T * (N // (S_v * VEC_S))).to(tl.int32)[:, None] + channel.to(tl.int32)
+        # Neighbours in one vector are of one channel: the compiler divides once for them.
+        channel = (start // VEC_S + cols * TIMES // VEC_S).to(tl.uint32) // tl.cast(S_v, tl.uint32)
+        return (rows % T * (N // (S_v * VEC_S))).to(tl.int32)[:, None] + channel.to(tl.int32), inside & (rows < end)[:, None]
     else:
         tl.static_assert(OF == "row")
-        return start + cols + (rows * 0).to(tl.int32)[:, None]
+        return start + cols + (rows * 0).to(tl.int32)[:, None], inside
 
 
 @triton.jit
