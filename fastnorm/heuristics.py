@@ -108,6 +108,18 @@ class Slab:
 
 
 @dataclass(frozen=True)
+class GroupBackward:
+    """Tiles of block_c channels x block_s positions of a group; `whole`: one tile is all of it."""
+
+    block_c: int
+    block_s: int
+    warps: int
+    stages: int
+    registers: int
+    whole: bool
+
+
+@dataclass(frozen=True)
 class Finalise:
     """One program sums block_p partial rows at a time, for block_c columns."""
 
@@ -201,6 +213,12 @@ FUSED_FORWARD, FUSED_BACKWARD = {2: 16384, 4: 16384, 8: 4096}, {2: 8192, 4: 4096
 FUSED_CHUNK_STAGES, FUSED_SUMS_STAGES = 3, 2
 # Bytes that a program of a backward prefetches into at the most.
 PREFETCHED = 64 << 10
+
+# Groups of channels, backward. itemsize -> the most elements of a tile that is a whole group, GROUP_THREAD a thread; fewer with
+# loads narrower than 8 bytes, each of which holds a pointer.
+GROUP_WHOLE, GROUP_WHOLE_NARROW, GROUP_THREAD = {2: 8192, 4: 8192, 8: 4096}, {2: 4096, 4: 4096, 8: 2048}, 16
+# itemsize -> (elements of a tile, warps, stages, programs per SM) of a larger group, which is read twice; 64 KB are prefetched.
+GROUP_TILE = {2: (4096, 8, 3, 2), 4: (2048, 8, 3, 2), 8: (1024, 8, 1, 1)}
 
 # Partial rows times channels of a block, up to which every program of the second reading merges those of its block itself, and
 # how many at a time.
@@ -338,14 +356,43 @@ def row_fused_forward(N: int, itemsize: int) -> RowForward:
     return replace(config, registers=None, stages=1, ahead=0, programs=0)
 
 
-def row_fused_backward(M: int, N: int, itemsize: int, sm_count: int, tensors: int) -> RowBackward | RowBackwardSplit:
-    """`tensors`: how many are read."""
+def group_forward(N: int, itemsize: int) -> RowForward:
+    """As fused rows; told nothing, the assembler aims at fewer registers than the places of the parameters leave it."""
+    config = row_fused_forward(N, itemsize)
+    return replace(config, registers=registers(config.warps))
+
+
+def row_fused_backward(
+    M: int, N: int, itemsize: int, sm_count: int, tensors: int, parts: int = 1
+) -> RowBackward | RowBackwardSplit:
+    """`tensors`: how many are read. `parts`: of the rows, each with `partial_rows` programs of its own: one at the least, and
+    together about as many as there are without."""
     config = row_backward(M, N, itemsize, sm_count, easy=False)
     if isinstance(config, RowBackwardSplit) or config.block > FUSED_BACKWARD[itemsize]:
-        return replace(_row_backward_split(M, N, itemsize, sm_count), sums_stages=FUSED_SUMS_STAGES)
+        config = replace(_row_backward_split(M, N, itemsize, sm_count), sums_stages=FUSED_SUMS_STAGES)
+    if parts > 1:
+        programs = max(1, config.partial_rows // parts)
+        config = replace(config, partial_rows=min(programs, cdiv(M // parts, config.rows)))
+    if isinstance(config, RowBackwardSplit):
+        return config
     tile = tensors * config.rows * config.block * itemsize
     stages = max(1, min(config.stages, 1 + PREFETCHED // tile))
     return replace(config, stages=stages, registers=registers(config.warps) if config.registers else None)
+
+
+def group_backward(P: int, S: int, itemsize: int, width: int) -> GroupBackward:
+    """P channels of S positions; `width`: bytes of a load. A function of the layer alone: no sample depends on its batch."""
+    narrow = width < 8
+    elements = power_of_two(P) * power_of_two(S)
+    if elements <= (GROUP_WHOLE_NARROW if narrow else GROUP_WHOLE)[itemsize]:
+        warps = max(1, elements // (32 * GROUP_THREAD))
+        return GroupBackward(power_of_two(P), power_of_two(S), warps, 1, registers(warps), whole=True)
+    elements, warps, stages, per_sm = GROUP_TILE[itemsize]
+    if narrow:
+        elements, stages, per_sm = elements // 2, 1, 1
+    block_s = _positions(S, elements, itemsize)
+    block_c = min(power_of_two(P), elements // block_s)
+    return GroupBackward(block_c, block_s, warps, stages, registers(warps * per_sm), whole=False)
 
 
 def _row_backward_split(M: int, N: int, itemsize: int, sm_count: int) -> RowBackwardSplit:

@@ -18,6 +18,7 @@ from .channel import (
     channel_stats,
     channel_sums,
 )
+from .group import group_bwd, group_fwd
 from .launch import INTERPRETED, check
 from .row import row_bwd, row_fwd
 from .row_fused import row_fused_bwd, row_fused_fwd
@@ -32,6 +33,8 @@ __all__ = [
     "channel_stats",
     "channel_sums",
     "forget",
+    "group_bwd",
+    "group_fwd",
     "row_bwd",
     "row_fused_bwd",
     "row_fused_fwd",

@@ -9,7 +9,7 @@ from .chain import let_next_start, wait_for_previous
 from .launch import assembles, launch, overlaps
 from .math import grad_input, inverse, normalize, quotient, sum2
 from .prefetch import hidden, prefetch_row
-from .row_parts import load_parameter, load_statistics, store_sums
+from .row_parts import load_parameter, load_statistics, part_of, store_sums
 
 
 @triton.jit
@@ -123,42 +123,43 @@ def _row_bwd_sums_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c_ptr, M
     tl.store(c_ptr + M + rows, quotient(c2, N.to(ACC)))
 
 
-@triton.jit(do_not_specialize=["P", "M", "N_v", "dy_stride_v", "x_stride_v", "dh_stride_v"])
+@triton.jit(do_not_specialize=["P", "M", "N_v", "dy_stride_v", "x_stride_v", "dh_stride_v", "T"])
 def _row_bwd_columns_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c_ptr, dx_ptr, partial_ptr, dw_ptr, db_ptr, P, M,
-                            N_v, dy_stride_v, x_stride_v, dh_ptr, dh_stride_v, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                            VEC: tl.constexpr, STAGES: tl.constexpr, LEADS: tl.constexpr, FOLLOWS: tl.constexpr):  # fmt: skip
-    """BLOCK columns of every P-th tile of rows: dx with the known c1 and c2, plus dh where it is given, and one partial row of
-    dw and db.
+                            N_v, dy_stride_v, x_stride_v, dh_ptr, dh_stride_v, T, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                            VEC: tl.constexpr, STAGES: tl.constexpr, LEADS: tl.constexpr, FOLLOWS: tl.constexpr,
+                            PARTED: tl.constexpr):  # fmt: skip
+    """BLOCK columns of every P-th tile of rows, of one part where PARTED is set: dx with the known c1 and c2, plus dh where it
+    is given, and one partial row of dw and db.
 
     From the last row on: those are in L2, if any are.
     """
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     N = N_v * VEC
     blocks = tl.cdiv(N, BLOCK)
-    p = tl.program_id(0) // blocks
+    part, first, end, p, _, parts = part_of(tl.program_id(0) // blocks, tl.num_programs(0) // blocks, M, T, PARTED)
     first_col = (tl.program_id(0) % blocks) * BLOCK
     r = tl.arange(0, ROWS)
     cols = first_col + tl.arange(0, BLOCK)[None, :]
     dw = tl.zeros((ROWS, BLOCK), ACC)
     db = tl.zeros((ROWS, BLOCK), ACC)
     if dx_ptr is not None and weight_ptr is not None:
-        weight = load_parameter(weight_ptr, cols + (r * 0)[:, None], cols < N, VEC)
+        weight = load_parameter(weight_ptr, part * N + cols + (r * 0)[:, None], cols < N, VEC)
     let_next_start(LEADS)
     wait_for_previous(FOLLOWS)
-    groups = tl.cdiv(M, ROWS)
+    groups = tl.cdiv(T if PARTED else M, ROWS)
     for i in tl.range(p, groups, P, num_stages=STAGES):
-        rows = ((groups - 1 - i) * ROWS + r).to(tl.int64)
-        mask = (cols < N) & (rows < M)[:, None]
+        rows = first + ((groups - 1 - i) * ROWS + r).to(tl.int64)
+        mask = (cols < N) & (rows < end)[:, None]
         x = tl.load(x_ptr + rows[:, None] * x_stride_v * VEC + cols, mask=mask, other=0.0).to(ACC)
         dz = tl.load(dy_ptr + rows[:, None] * dy_stride_v * VEC + cols, mask=mask, other=0.0).to(ACC)
-        high, low, rstd = load_statistics(mean_ptr, rstd_ptr, rows, M)
+        high, low, rstd = load_statistics(mean_ptr, rstd_ptr, rows, M, end)
         x_hat = normalize(x, high, low, rstd)
         if dx_ptr is not None:
             g = dz
             if weight_ptr is not None:
                 g = dz * weight.to(ACC)
-            c1 = tl.load(c_ptr + rows, mask=rows < M, other=0.0)[:, None]
-            c2 = tl.load(c_ptr + M + rows, mask=rows < M, other=0.0)[:, None]
+            c1 = tl.load(c_ptr + rows, mask=rows < end, other=0.0)[:, None]
+            c2 = tl.load(c_ptr + M + rows, mask=rows < end, other=0.0)[:, None]
             dx = grad_input(g, x_hat, rstd, c1, c2)
             if dh_ptr is not None:
                 dx += tl.load(dh_ptr + rows[:, None] * dh_stride_v * VEC + cols, mask=mask, other=0.0).to(ACC)
@@ -168,7 +169,7 @@ def _row_bwd_columns_kernel(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, c_ptr
         if db_ptr is not None:
             db += dz
     at = first_col + tl.arange(0, BLOCK)
-    store_sums(partial_ptr, dw_ptr, db_ptr, dw, db, p, P, at, at < N, N)
+    store_sums(partial_ptr, dw_ptr, db_ptr, dw, db, p, P, part * N + at, at < N, parts * N)
 
 
 # ---------------------------------------------------------------- launchers
@@ -196,11 +197,14 @@ def split_bwd(config, inputs, results, sizes, vec, early):
     return columns_bwd(config, inputs, c, results, sizes, vec, early)
 
 
-def columns_bwd(config, inputs, c, results, sizes, vec, early, dh=None, dh_stride_v=None):
-    """The second half of split_bwd; `c` is what a launch just before it fills, None where dx is not wanted."""
+def columns_bwd(config, inputs, c, results, sizes, vec, early, dh=None, dh_stride_v=None, parts=1):
+    """The second half of split_bwd; `c` is what a launch just before it fills, None where dx is not wanted.
+
+    `parts`: of the rows, each of which has parameters and partial rows of its own.
+    """
     x, N = inputs[1], sizes[1] * vec
-    launch(_row_bwd_columns_kernel, config.partial_rows * heuristics.cdiv(N, config.block), x.device, *inputs, c, *results,
-           *sizes, dh, dh_stride_v, ROWS=config.rows, BLOCK=config.block, VEC=vec, STAGES=config.stages, LEADS=early,
-           FOLLOWS=c is not None and overlaps(x.device), warps=config.warps, stages=config.stages,
-           registers=config.registers)  # fmt: skip
+    launch(_row_bwd_columns_kernel, parts * config.partial_rows * heuristics.cdiv(N, config.block), x.device, *inputs, c,
+           *results, *sizes, dh, dh_stride_v, None if parts == 1 else sizes[0] // parts, ROWS=config.rows, BLOCK=config.block,
+           VEC=vec, STAGES=config.stages, LEADS=early, FOLLOWS=c is not None and overlaps(x.device), PARTED=parts > 1,
+           warps=config.warps, stages=config.stages, registers=config.registers)  # fmt: skip
     return config.partial_rows

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .math import add_shifted, sum2
+from .activations import slope
+from .math import add_shifted, affine, sum2
 
 
 @triton.jit
@@ -38,9 +39,9 @@ def store_statistics(mean_ptr, rstd_ptr, rows, M, high, low, rstd):
 
 
 @triton.jit
-def load_statistics(mean_ptr, rstd_ptr, rows, M):
-    """high, low, rstd of rows, each [rows, 1]; 0 from row M on."""
-    mask = rows < M
+def load_statistics(mean_ptr, rstd_ptr, rows, M, end=None):
+    """high, low, rstd of rows, each [rows, 1]; 0 from row `end` on, which is M where it is not given."""
+    mask = rows < (M if end is None else end)
     high = tl.load(mean_ptr + rows, mask=mask, other=0.0)
     low = tl.load(mean_ptr + M + rows, mask=mask, other=0.0)
     rstd = tl.load(rstd_ptr + rows, mask=mask, other=0.0)
@@ -48,15 +49,66 @@ def load_statistics(mean_ptr, rstd_ptr, rows, M):
 
 
 @triton.jit
-def load_parameter(ptr, cols, mask, LONGEST: tl.constexpr):
+def load_parameter(ptr, cols, mask, LONGEST: tl.constexpr, TIMES: tl.constexpr = 1):
     """In the layout of x, whatever the dtype: that takes `cols` of the shape of x, and vectors no longer than those of x.
 
-    None where there is no pointer.
+    Each value TIMES times, one after the other. None where there is no pointer.
     """
     value = None
     if ptr is not None:
         value = tl.load(tl.max_contiguous(ptr + cols, (1, LONGEST)), mask=mask, other=0.0)
+        if TIMES > 1:
+            several = tl.broadcast_to(value[:, :, None], (value.shape[0], value.shape[1], TIMES))
+            value = tl.reshape(several, (value.shape[0], value.shape[1] * TIMES))
     return value
+
+
+@triton.jit
+def parameter_places(rows, start, N, end, T, S_v, OF: tl.constexpr, BLOCK: tl.constexpr, VEC_S: tl.constexpr,
+                     TIMES: tl.constexpr):  # fmt: skip
+    """Where the parameters of BLOCK columns from `start` on are, one for TIMES columns, and whether they exist; `end`: of rows.
+
+    OF: of what a row has its parameters. "row": all rows have the same, one of a column. "part": each T rows have N of their
+    own. "group": a row is one of the T groups of a sample, and its parameters are of channels, each of S_v * VEC_S columns;
+    `start` is a multiple of VEC_S, which TIMES divides.
+    """
+    cols = tl.arange(0, BLOCK // TIMES)[None, :]
+    inside = cols * TIMES < N - start
+    if OF == "part":
+        return (rows // T)[:, None] * N + (start + cols), inside & (rows < end)[:, None]
+    elif OF == "group":
+        # Neighbours in one vector are of one channel: the compiler divides once for them.
+        channel = (start // VEC_S + cols * TIMES // VEC_S).to(tl.uint32) // tl.cast(S_v, tl.uint32)
+        return (rows % T * (N // (S_v * VEC_S))).to(tl.int32)[:, None] + channel.to(tl.int32), inside & (rows < end)[:, None]
+    else:
+        tl.static_assert(OF == "row")
+        return start + cols + (rows * 0).to(tl.int32)[:, None], inside
+
+
+@triton.jit
+def part_of(pid, programs, M, T, PARTED: tl.constexpr):
+    """Of a program: its part of the rows, the first of these and the one after them, its number among the programs of that part
+    and how many those are, and how many parts there are. Without PARTED there is one, else T rows are one."""
+    if PARTED:
+        parts = M // T
+        sharing = programs // parts
+        part = (pid // sharing).to(tl.int64)
+        first = part * T
+        return part, first, first + T, pid % sharing, sharing, parts
+    else:
+        return 0, 0, M, pid, programs, 1
+
+
+@triton.jit
+def load_dz(dy_ptr, residual_ptr, dy_at, residual_at, mask, x_hat, weight, bias, alpha, ACTIVATION: tl.constexpr):
+    """dz = dy * act'(z + residual), 0 outside."""
+    dz = tl.load(dy_ptr + dy_at, mask=mask, other=0.0).to(x_hat.dtype)
+    if ACTIVATION != "identity":
+        z = affine(x_hat, weight, bias)
+        if residual_ptr is not None:
+            z = z + tl.load(residual_ptr + residual_at, mask=mask, other=0.0).to(z.dtype)
+        dz = dz * slope(z, alpha, ACTIVATION)
+    return dz
 
 
 @triton.jit

@@ -179,6 +179,40 @@ def test_long_fused_rows_fit_shared_memory(itemsize):
     assert H.COLUMN_PROGRAMS_PER_SM * (H.COLUMN_STAGES - 1) * 3 * rows * block * itemsize <= SHARED
 
 
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+def test_parts_of_rows_share_the_programs(itemsize):
+    """As many as rows without parts have, or one a part; a part's rows are reduced as they are without parts."""
+    for N, (M, parts) in itertools.product((16, 100, 1152, 20000), ((8192, 32), (8192, 8192), (6, 2), (4096, 1000), (300, 3))):
+        whole, c = (H.row_fused_backward(M, N, itemsize, 132, 2, p) for p in (1, parts))
+        assert dataclasses.replace(c, partial_rows=whole.partial_rows) == whole
+        assert 1 <= c.partial_rows <= H.cdiv(M // parts, c.rows)
+        assert c.partial_rows == 1 or c.partial_rows * parts <= whole.partial_rows
+        if (M, parts, N) == (8192, 32, 1152):
+            assert c.partial_rows * parts >= 132
+
+
+# P, S
+GROUPS = [(1, 1), (40, 64), (10, 4096), (16, 196), (16, 49), (10000, 1), (3, 35), (8, 333 * 333), (4, 1 << 18), (20, 1024)]
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=str)
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+@pytest.mark.parametrize("vector", [1, 2, 8])
+def test_tiles_of_groups(group, itemsize, vector):
+    """A whole group, or tiles whose x and dy are prefetched in shared memory; few elements a thread."""
+    P, S = group
+    c = H.group_backward(P, S, itemsize, min(16, vector * itemsize))
+    assert power_of_two(c.block_c)
+    assert power_of_two(c.block_s)
+    assert power_of_two(c.warps)
+    assert c.whole == (c.block_c >= P and c.block_s >= S)
+    tile = c.block_c * c.block_s
+    assert 2 * tile * max(4, itemsize) // 4 <= 0.65 * 32 * c.warps * c.registers
+    if not c.whole:
+        assert 2 * (c.stages - 1) * tile * itemsize <= H.PREFETCHED // H.GROUP_TILE[itemsize][3]
+        assert c.block_s < 2 * S
+
+
 @pytest.mark.parametrize("reading", ["sums", "y", "dx"])
 def test_fused_channels_differ_in_registers_alone(reading):
     for itemsize, channels_fastest, width in itertools.product((2, 4), (False, True), (4, 16)):
@@ -363,6 +397,7 @@ def test_few_channels_still_fill_the_gpu():
 
 def test_configurations_are_frozen_and_printable():
     configs = [H.row_forward(768, 2, 132), H.row_backward(10, 768, 2, 132), H.row_backward(10, 10**5, 2, 132), H.finalise(64),
+               H.group_backward(40, 64, 2, 16),
                H.slab(8, 3, 49, 4, folded=False, channels_fastest=False, width=4, backward=True),
                H.channel(2, 3, 49, 4, 132, "sums", folded=False, channels_fastest=False, width=4)]  # fmt: skip
     for c in configs:

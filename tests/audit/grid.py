@@ -113,6 +113,16 @@ FUSED_ROWS = (
     Surroundings("identity", residual=False, addend=True, centre=False),
 )
 FUSED_CHANNELS = Surroundings("gelu", residual=True), Surroundings("tanh", residual=False)
+# Parts of the weights, and lengths: rows that share a program, whole loads of few warps, and split rows.
+PARTS, PARTED_LENGTHS = 32, (64, 1000, 1152, 4096, 20000)
+FEW_PARTED_LENGTHS = (64, 1152, 20000)
+# (shape, groups): a group in one tile, in several, positions that vectors do not divide, and channels without positions.
+GROUPS = (
+    ((8, 1280, 8, 8), 32), ((8, 640, 32, 32), 32), ((8, 320, 64, 64), 32), ((8, 1280, 16, 16), 32), ((16, 512, 14, 14), 32),
+    ((16, 512, 7, 7), 32), ((2, 64, 1000), 4), ((64, 4096), 32), ((2, 6, 5, 7), 3), ((2, 20000), 2), ((2, 32, 99, 99), 4),
+    ((2, 32, 333, 333), 4), ((4, 64, 56, 56), 2),
+)  # fmt: skip
+FEW_GROUPS = GROUPS[0], GROUPS[2], GROUPS[4], GROUPS[10]
 FUSED_DTYPES = ((bfloat16, bfloat16), (bfloat16, float32), (float32, float32), (float64, float64))
 FEW_FUSED_DTYPES = ((bfloat16, float32), (float32, float32))
 
@@ -162,6 +172,23 @@ def fused_rows(M, N, dtype, parameter, around, alone=False):
     needs += [(False, None, None, True), (False, parameter, parameter, False)] if alone else []
     for need in needs:
         K.row_fused_bwd(y, h, x, residual, p, p, around.activation, 0.0, mean, rstd, need, around.centre)
+
+
+def parted_rows(M, N, dtype, parameter, around, parts=PARTS):
+    """As fused_rows, with weight and bias in parts."""
+    x, p = torch.empty(M, N, dtype=dtype), torch.empty(parts, N, dtype=parameter)
+    addend, residual = around.tensors(x)
+    y, h, mean, rstd = K.row_fused_fwd(x, addend, p, p, residual, around.activation, 0.0, 1e-5, N, around.centre)
+    need = (True, parameter, parameter, around.residual)
+    K.row_fused_bwd(y, h, x, residual, p, p, around.activation, 0.0, mean, rstd, need, around.centre)
+
+
+def groups(shape, count, dtype, parameter, activation, alone=False):
+    """Forward and backward of `count` groups, and with `alone` gradients that are wanted alone."""
+    x, p = torch.empty(shape, dtype=dtype), torch.empty(shape[1], dtype=parameter)
+    y, mean, rstd = K.group_fwd(x, p, p, activation, 0.0, 1e-5, count)
+    for need in ((True, parameter, parameter), *(((True, None, None), (False, parameter, parameter)) if alone else ())):
+        K.group_bwd(y, x, p, p, activation, 0.0, mean, rstd, need)
 
 
 def fused_channels(shape, layout, dtype, parameter, around, pieces=False):
@@ -231,6 +258,22 @@ def _fused_calls(few: bool) -> Iterator[Call]:
         yield Call(f"fused channels {shape} {layout} {dtype} {parameter} {around}", _wide(shape, layout, dtype), call)
 
 
+def _parted_calls(few: bool) -> Iterator[Call]:
+    kinds = itertools.product(FEW_PARTED_LENGTHS if few else PARTED_LENGTHS, FEW_FUSED_DTYPES if few else FUSED_DTYPES)
+    for (N, (dtype, parameter)), around in itertools.product(kinds, FUSED_ROWS[:1] if few else FUSED_ROWS):
+        wide = ALL if N % (16 // dtype.itemsize) == 0 else ()
+        call = lambda args=(1024, N, dtype, parameter, around): parted_rows(*args)
+        yield Call(f"rows {N} in parts {dtype} {parameter} {around}", wide, call)
+    kinds, ends = (
+        itertools.product(FEW_GROUPS if few else GROUPS, FEW_FUSED_DTYPES if few else FUSED_DTYPES),
+        ("gelu", "identity"),
+    )
+    for ((shape, count), (dtype, parameter)), activation in itertools.product(kinds, ends[: 1 if few else 2]):
+        wide = ALL if prod(shape[2:]) % (16 // dtype.itemsize) == 0 else ()
+        call = lambda args=(shape, count, dtype, parameter, activation, not few): groups(*args)
+        yield Call(f"{count} groups {shape} {dtype} {parameter} {activation}", wide, call)
+
+
 def _wide(shape, layout, dtype):
     vector, (C, *positions) = 16 // dtype.itemsize, shape[1:]
     S = prod(positions)
@@ -243,4 +286,5 @@ def _wide(shape, layout, dtype):
 
 def calls(few: bool = False) -> list[Call]:
     """A variant is judged by the first call that reaches it: those that allow wide accesses come first."""
-    return sorted(itertools.chain(_row_calls(few), _channel_calls(few), _fused_calls(few)), key=lambda call: -len(call.wide))
+    every = itertools.chain(_row_calls(few), _channel_calls(few), _fused_calls(few), _parted_calls(few))
+    return sorted(every, key=lambda call: -len(call.wide))

@@ -27,6 +27,11 @@ CALLS = {
     "slab NCHW": lambda B: grid.channels((B, 8, 2, 2), "dense", float32, float16),
     "slab of rows that start anywhere": lambda B: grid.channels((B, 4, 5), "dense", float32, float16),
     "odd slab": lambda B: grid.channels((B, 5, 7), "dense", float32, float32),
+    "rows in parts": lambda M: grid.parted_rows(4 * M, 1000, float16, float32, grid.FUSED_ROWS[0], parts=M),
+    "rows in few parts": lambda M: grid.parted_rows(6 * M, 1000, float16, float32, grid.FUSED_ROWS[0], parts=3),
+    "split rows in parts": lambda M: grid.parted_rows(6 * M, 20000, float16, float32, grid.FUSED_ROWS[0], parts=3),
+    "groups": lambda B: grid.groups((B, 64, 10, 10), 8, float16, float32, "silu"),
+    "large groups": lambda B: grid.groups((B, 64, 40, 40), 8, float16, float32, "silu"),
     "slab NC": lambda B: grid.channels((B, 65), "dense", float32, float32),
 }
 

@@ -128,7 +128,9 @@ class Op:
 
 # Tensors that an op reads and writes. Addend, residual, h and their gradients are as many more.
 ONCE = {"row_fwd": 2, "row_bwd": 3, "evaluation": 2, "channel_fwd": 2, "channel_bwd": 3, "row_fused_fwd": 5, "row_fused_bwd": 6,
-        "fused_evaluation": 3, "frozen_bwd": 5, "channel_fused_fwd": 3, "channel_fused_bwd": 5}  # fmt: skip
+        "row_parted_fwd": 2, "row_parted_bwd": 3, "group_fwd": 2, "group_bwd": 3, "fused_evaluation": 3, "frozen_bwd": 5,
+        "channel_fused_fwd": 3, "channel_fused_bwd": 5}  # fmt: skip
+PARTS, GROUPS = 8, 4
 BF16, F32 = torch.bfloat16, torch.float32
 _ROWS = (((4096, 64), F32), ((512, 1024), BF16), ((64, 8192), BF16))
 # A slab; and larger than the L2 of 2 SMs, in every layout.
@@ -148,6 +150,11 @@ OPS = (
     Op("row_fused_fwd", 5, (40, 20000), BF16, sms=16),
     Op("row_fused_bwd", 6, (40, 9000), BF16, sms=16),
     Op("row_fused_bwd", 6, (64, 4096), F32),
+    *(Op(name, ONCE[name], (512, 1024), BF16) for name in ("row_parted_fwd", "row_parted_bwd")),
+    # A group that a tile holds; several that the L2 holds, which are read twice; and larger ones.
+    *(Op(name, ONCE[name], (64, 64, 7, 7), F32) for name in ("group_fwd", "group_bwd")),
+    *(Op(name, ONCE[name], (8, 64, 24, 24), F32, sms=16) for name in ("group_fwd", "group_bwd")),
+    *(Op(name, ideal, (8, 8, 160, 160), F32) for name, ideal in (("group_fwd", 3), ("group_bwd", 5))),
     *(Op(name, ONCE[name], shape, F32, layout) for shape, layout in _LARGE
       for name in ("evaluation", "fused_evaluation", "frozen_bwd")),
     *(Op(name, ONCE[name], shape, F32, layout) for shape, layout in _SLAB for name, _ in _TWICE),
@@ -165,6 +172,7 @@ def _run(op: Op):
     weight, bias, running = torch.randn(N), torch.randn(N), (torch.randn(N), torch.rand(N))
     mean, rstd = torch.zeros(2, x.numel() // N if rows else N), torch.ones(x.numel() // N if rows else N)
     dy, residual, addend, need = x.clone(), x.clone(), x.clone(), (True, torch.float32, torch.float32)
+    parted, groups = weight.repeat(PARTS).view(PARTS, N), (torch.zeros(2, GROUPS * len(x)), torch.ones(GROUPS * len(x)))
     fwd = lambda training: K.channel_fwd(x, weight, bias, *running, training, 0.1, 1e-5)
     fused_fwd = lambda training: K.channel_fused_fwd(x, weight, bias, residual, "relu", 0.0, *running, training, 0.1, 1e-5)
     fused_bwd = lambda training, need: K.channel_fused_bwd(
@@ -175,6 +183,10 @@ def _run(op: Op):
         "row_bwd": lambda: K.row_bwd(dy, x, weight, mean, rstd, need),
         "row_fused_fwd": lambda: K.row_fused_fwd(x, addend, weight, bias, residual, "silu", 0.0, 1e-5, N),
         "row_fused_bwd": lambda: K.row_fused_bwd(dy, addend, x, residual, weight, bias, "silu", 0.0, mean, rstd, (*need, True)),
+        "row_parted_fwd": lambda: K.row_fused_fwd(x, None, parted, parted, None, "silu", 0.0, 1e-5, N),
+        "row_parted_bwd": lambda: K.row_fused_bwd(dy, None, x, None, parted, parted, "silu", 0.0, mean, rstd, (*need, False)),
+        "group_fwd": lambda: K.group_fwd(x, weight, bias, "silu", 0.0, 1e-5, GROUPS),
+        "group_bwd": lambda: K.group_bwd(dy, x, weight, bias, "silu", 0.0, *groups, need),
         "evaluation": lambda: fwd(False),
         "channel_fwd": lambda: fwd(True),
         "channel_bwd": lambda: K.channel_bwd(dy, x, weight, mean, rstd, True, need),
