@@ -12,28 +12,29 @@
 namespace fastnorm::cpu {
 namespace {
 
-constexpr int64_t SHORT_RUN = 32;  // runs below this length have their weights beside each element
+constexpr int64_t SHORT_RUN = 128;  // below this length, which an end is much of, runs have their weights beside each element
 
 // Channels [channel, channel + channels) of a group, positions [position, position + positions) of each; whole channels where
-// there are several.
+// there are several, else the `cut`-th piece of one.
 struct Part {
-  int64_t channel, channels, position, positions;
+  int64_t channel, channels, position, positions, cut;
 };
 
 // How every group is cut; no part is larger than PIECE.
 struct Cuts {
-  int64_t P, S, channels, positions, cuts;  // cuts of a channel
+  int64_t P, S, channels, positions, cuts, count;  // cuts of a channel, parts of a group
 
   explicit Cuts(Groups g) : P(g.P), S(g.S), channels(std::clamp<int64_t>(PIECE / g.S, 1, g.P)) {
     constexpr int64_t LINE = 64;  // elements
     const int64_t least = ceil_div(S, PIECE);
     positions = std::min(S, ceil_div(S, least * LINE) * LINE);
     cuts = ceil_div(S, positions);
+    count = ceil_div(P, channels) * cuts;
   }
-  int64_t count() const { return ceil_div(P, channels) * cuts; }
   Part operator[](int64_t i) const {
-    const int64_t channel = i / cuts * channels, position = i % cuts * positions;
-    return {channel, std::min(channels, P - channel), position, std::min(positions, S - position)};
+    const int64_t block = cuts == 1 ? i : i / cuts, cut = i - block * cuts;  // small groups would feel a division
+    const int64_t channel = block * channels, position = cut * positions;
+    return {channel, std::min(channels, P - channel), position, std::min(positions, S - position), cut};
   }
 };
 
@@ -54,7 +55,7 @@ struct GroupNorm {
   using A = Acc<T>;
   using V = Vec<T>;
   Groups g;
-  int64_t M, N;
+  int64_t M, N, groups;  // groups of a sample
   Cuts cuts;
   const T* x;
   A *mean, *rstd;
@@ -66,6 +67,7 @@ struct GroupNorm {
       : g(g_),
         M(g.M()),
         N(g.count()),
+        groups(g.C / g.P),
         cuts(g),
         x(as<T>(x_.data)),
         mean(as<A>(mean_)),
@@ -80,9 +82,9 @@ struct GroupNorm {
     }
   }
 
-  int64_t first_channel(int64_t m) const { return m % (g.C / g.P) * g.P; }
+  int64_t first_channel(int64_t m) const { return m % groups * g.P; }
   // Whether there are too few groups for the threads; the results are the same.
-  bool few() const { return threads() > 1 && M < 4 * threads() && cuts.count() > 1; }
+  bool few() const { return threads() > 1 && M < 4 * threads() && cuts.count > 1; }
 
   // f(i, n, w, b) for runs of n elements from the i-th of group m on; w and b give the parameters of the run's elements.
   template <class F>
@@ -163,7 +165,7 @@ struct GroupForward : GroupNorm<T> {
   }
 
   void operator()() const {
-    const int64_t parts = cuts.count();
+    const int64_t parts = cuts.count;
     if (this->few()) return by_parts(parts);
     constexpr int64_t BYTES = 1 << 14;
     const int64_t each = std::clamp<int64_t>(BYTES / (N * static_cast<int64_t>(sizeof(T))), 1, MAX_BLOCK);
@@ -260,7 +262,8 @@ struct GroupBackward : GroupNorm<T> {
       make_dz(m, part, made);
       dz = made;
     }
-    Sums* to = &sums[(m * g.P + part.channel) * cuts.cuts + k % cuts.cuts];
+    Sums* to = &sums[(m * g.P + part.channel) * cuts.cuts + part.cut];
+    if (g.S < 4) return few_sums(mean[m], part.channels, dz, x + first, to);
     const auto terms = [high = V(mean[m])](auto, int64_t, int64_t count, const std::array<V, 2>& v)
                            FN_LAMBDA { return GradientTerms<T>::terms(v, {high}, count); };
     for_sums(part.positions, part.channels, [&](auto R, auto CHAINS, int64_t channel) {
@@ -273,6 +276,19 @@ struct GroupBackward : GroupNorm<T> {
       sum_up<2, CHAINS>(at, part.positions, terms, found);
       for (size_t r = 0; r < R; ++r) to[(channel + static_cast<int64_t>(r)) * cuts.cuts] = {found[r][0], found[r][1]};
     });
+  }
+
+  // Of channels that are too short for vectors.
+  void few_sums(A high, int64_t channels, const T* dz, const T* x_at, Sums* to) const {
+    for (int64_t c = 0; c < channels; ++c) {
+      Sums sum{};
+      for (int64_t i = c * g.S; i < (c + 1) * g.S; ++i) {
+        const double dz_i = static_cast<double>(static_cast<A>(dz[i]));
+        sum[0] += dz_i;
+        sum[1] += dz_i * static_cast<double>(static_cast<A>(x_at[i]) - high);
+      }
+      to[c] = sum;
+    }
   }
 
   void settle(int64_t m) {
@@ -308,7 +324,7 @@ struct GroupBackward : GroupNorm<T> {
   }
 
   void operator()(Array dweight, Array dbias) {
-    const int64_t parts = cuts.count();
+    const int64_t parts = cuts.count;
     const auto passes = [&](int64_t items, int64_t parts_each) {
       const auto pass = [&](const auto& f) { parallel_for(items, 3 * N / parts * parts_each, f); };
       const bool both = parts_each == parts;  // of a group

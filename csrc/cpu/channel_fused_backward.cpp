@@ -1,37 +1,16 @@
-// Batch norm with what comes after it, y = act(z + residual).
+// Backward of batch norm with what comes after it, y = act(z + residual).
 //
-// Backward makes dz a part at a time, in the memory of dresidual or of dx, and the sums of that part follow while it is in
-// cache; from then on it is the plain backward. Only relu's without a residual is not kept: made anew in the second pass, it
-// takes less time than it takes to write it.
+// It makes dz a part at a time, in the memory of dresidual or of dx, and the sums of that part follow while it is in cache;
+// from then on it is the plain backward. Only relu's without a residual is not kept: made anew in the second pass, it takes
+// less time than it takes to write it.
 #include "channel.h"
 #include "epilogue.h"
 
 namespace fastnorm::cpu {
 namespace {
 
-// These all have the constants of Standardize, and a residual as the last input where P has room for it.
-
 template <class T, size_t P_>
-struct Activated {  // y
-  static constexpr size_t P = P_, K = 3;
-  static constexpr bool TOGETHER = true;
-  using V = Vec<T>;
-  Epilogue epilogue;
-
-  template <size_t J, class C>
-  FN_INLINE std::array<V, J> operator()(const InputGroup<T, P, J>& in, const C& c) const {
-    std::array<V, J> z;
-    repeat<J>([&](auto j) FN_LAMBDA {
-      z[j] = Standardize<T>::value({in[j][0]}, c[j]);
-      if constexpr (P == 2) z[j] = z[j] + in[j][1];
-    });
-    activate_all(epilogue, z);
-    return z;
-  }
-};
-
-template <class T, size_t P_>
-struct Slope {  // dz
+struct Slope {  // dz, from Standardize's constants; a residual is the last input where P has room for it
   static constexpr size_t P = P_, K = 3;
   static constexpr bool TOGETHER = true;
   using V = Vec<T>;
@@ -51,7 +30,7 @@ struct Slope {  // dz
 };
 
 template <class T>
-struct ReluTerms {  // dz and dz * (x - high)
+struct ReluTerms {  // dz and dz * (x - high), from the same
   static constexpr size_t P = 2, K = 3;
   static constexpr bool GUESS = false;
   using V = Vec<T>;
@@ -151,23 +130,6 @@ struct FusedBackward {
 };
 
 }  // namespace
-
-void channel_fused_fwd(Channels g, const ChannelsInput& x, const ChannelsInput& residual, ConstArray weight, ConstArray bias,
-                       Epilogue epilogue, Array running_mean, Array running_var, int64_t* tracked, bool training,
-                       double momentum, double eps, Array y, void* mean, void* rstd) {
-  with_type(x.dtype, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    using A = Acc<T>;
-    const auto run = [&](const auto& in, const auto& value) {
-      forward<T>(g, in, value, weight, bias, running_mean, running_var, tracked, training, momentum, eps, as<T>(y.data),
-                 as<A>(mean), as<A>(rstd));
-    };
-    if (residual.data)
-      run(Inputs<2>{&x, &residual}, Activated<T, 2>{epilogue});
-    else
-      run(Inputs<1>{&x}, Activated<T, 1>{epilogue});
-  });
-}
 
 void channel_fused_bwd(Channels g, const ChannelsInput& dy, const ChannelsInput& x, const ChannelsInput& residual,
                        ConstArray weight, ConstArray bias, Epilogue epilogue, const void* mean, const void* rstd, bool training,
