@@ -1,5 +1,6 @@
 // Groups of neighbouring channels of a sample (group norm), ended by an activation: P * S dense elements each. In a sweep the
-// groups are what channels are to batch norm, and a group's own channels are its samples.
+// groups are what channels are to batch norm, and a group's own channels are its samples. CROSSED: a unit's elements are of
+// several channels, and a group is one run of them all.
 //
 // Where a group's elements and those of a channel go depends on P and S alone, so that a sample does not depend on its batch.
 #pragma once
@@ -10,14 +11,28 @@ namespace fastnorm::cuda {
 
 constexpr int GROUP_THREADS = 256;
 
-// Weight and bias of the channels of a block's group.
+// The channels of a block's group.
 template <class T>
-struct GroupFactors {
+struct GroupChannels {
   Source weight, bias;
-  int64_t first;  // channel
+  int64_t first, S;  // number of the first one, elements of each
 
   __device__ __forceinline__ Acc<T> weight_of(int64_t i) const { return weight.data ? load_one<T>(weight, first + i) : 1; }
   __device__ __forceinline__ Acc<T> bias_of(int64_t i) const { return bias.data ? load_one<T>(bias, first + i) : 0; }
+  // Of a unit's elements.
+  template <bool CROSSED, int V>
+  __device__ __forceinline__ void load(const Sweep<V, false>& at, Acc<T> (&w)[V], Acc<T> (&b)[V]) const {
+    int64_t i = CROSSED ? at.s * V / S : at.b, left = CROSSED ? (i + 1) * S - at.s * V : V;
+    w[0] = weight_of(i), b[0] = bias_of(i);
+#pragma unroll
+    for (int j = 1; j < V; ++j) {
+      w[j] = w[j - 1], b[j] = b[j - 1];
+      if (!CROSSED || --left > 0) continue;
+      left = S;
+      ++i;
+      w[j] = weight_of(i), b[j] = bias_of(i);
+    }
+  }
 };
 
 // ---------------------------------------------------------------- forward
@@ -25,7 +40,7 @@ struct GroupFactors {
 template <class T>
 struct GroupForward {
   Shares g;
-  int64_t groups;  // of a sample
+  Groups of;
   View<const T, true> x;
   View<T, true> y;
   Source weight, bias;
@@ -35,36 +50,42 @@ struct GroupForward {
   Settled<Acc<T>> settled;  // of a whole group
 };
 
-template <class T, int V>
+// Those of the block's group m.
+template <class T, class P>
+__device__ __forceinline__ GroupChannels<T> channels_of(const P& p, int64_t m) {
+  return {p.weight, p.bias, m % (p.of.C / p.of.P) * p.of.P, p.of.S};
+}
+
+template <class T, int V, bool CROSSED>
 __device__ __forceinline__ void apply_group(const GroupForward<T>& p, Sweep<V, false>& w, Acc<T> high, Acc<T> low, Acc<T> rstd) {
-  const GroupFactors<T> f{p.weight, p.bias, w.c % p.groups * p.g.B};
+  const auto channels = channels_of<T>(p, w.c);
   for (; w.more(); w.next()) {
     const auto bits = w.fetch(p.x);
-    const Acc<T> weight = f.weight_of(w.b), bias = f.bias_of(w.b);
-    Acc<T> z[V];
+    Acc<T> z[V], weight[V], bias[V];
+    channels.template load<CROSSED>(w, weight, bias);
     widen<T, V>(z, bits);
 #pragma unroll
-    for (int j = 0; j < V; ++j) z[j] = affine(normalize(z[j], high, low, rstd), weight, bias);
+    for (int j = 0; j < V; ++j) z[j] = affine(normalize(z[j], high, low, rstd), weight[j], bias[j]);
     with_activation(p.activation, [&](auto activation) { activate_all(activation, z, p.alpha); });
     w.write(p.y, z);
   }
 }
 
 // A group to a block.
-template <class T, int V>
+template <class T, int V, bool CROSSED>
 __global__ void __launch_bounds__(GROUP_THREADS, 1) group_fwd_kernel(const __grid_constant__ GroupForward<T> p) {
   Sweep<V, false> w(p.g);
   Statistics<Acc<T>> s[1];
   statistics<T, V, false>(p.x, w, s);
   const Acc<T> rstd = p.settled.settle(s[0], w.c, w.leads());
-  apply_group<T, V>(p, w, s[0].c.high, s[0].c.low, rstd);
+  apply_group<T, V, CROSSED>(p, w, s[0].c.high, s[0].c.low, rstd);
 }
 
 // A share of a group whose statistics are there.
-template <class T, int V>
+template <class T, int V, bool CROSSED>
 __global__ void __launch_bounds__(GROUP_THREADS, 1) group_apply_kernel(const __grid_constant__ GroupForward<T> p) {
   Sweep<V, false> w(p.g);
-  apply_group<T, V>(p, w, p.mean[w.c], p.mean[p.g.C + w.c], p.rstd[w.c]);
+  apply_group<T, V, CROSSED>(p, w, p.mean[w.c], p.mean[p.g.C + w.c], p.rstd[w.c]);
 }
 
 // ---------------------------------------------------------------- backward
@@ -72,7 +93,7 @@ __global__ void __launch_bounds__(GROUP_THREADS, 1) group_apply_kernel(const __g
 template <class T>
 struct GroupBackward {
   Shares g;
-  int64_t groups;
+  Groups of;
   int team;  // of a channel, or of a share of it
   View<const T, true> dy, x;
   View<T, true> dx;
@@ -85,30 +106,39 @@ struct GroupBackward {
   int64_t channel_shares, share;  // units of a share
 };
 
+template <class A>
+struct GroupStatistics {
+  A high, low, rstd;
+};
+
 template <class T, int V>
-__device__ __forceinline__ void differentiate(const GroupBackward<T>& p, const Factors<Acc<T>>& f, const Bits<T, V>& dy,
+__device__ __forceinline__ void differentiate(const GroupBackward<T>& p, const GroupStatistics<Acc<T>>& s,
+                                              const Acc<T> (&weight)[V], const Acc<T> (&bias)[V], const Bits<T, V>& dy,
                                               const Bits<T, V>& x, Acc<T> (&dz)[V], Acc<T> (&x_hat)[V]) {
   Acc<T> z[V];
   widen<T, V>(dz, dy);
   widen<T, V>(x_hat, x);
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    x_hat[j] = normalize(x_hat[j], f.high, f.low, f.rstd);
-    z[j] = affine(x_hat[j], f.weight, f.bias);
+    x_hat[j] = normalize(x_hat[j], s.high, s.low, s.rstd);
+    z[j] = affine(x_hat[j], weight[j], bias[j]);
   }
   with_activation(p.activation, [&](auto activation) { times_slope(activation, dz, z, p.alpha); });
 }
 
-// Of the units [begin, end) of the channel i of the group m, for all threads of a team: sums of dz * x_hat and of dz.
+// A thread's terms in the sums of dz * x_hat and of dz, of units that begin at `from` and are a channel's.
 template <class T, int V>
-__device__ __forceinline__ void channel_terms(const GroupBackward<T>& p, const Team& team, int64_t m, int64_t i,
-                                              const Factors<Acc<T>>& f, int64_t begin, int64_t end, Acc<T> (&sums)[2]) {
-  const int64_t from = m * p.x.channel + i * p.x.sample;
+__device__ __forceinline__ void channel_terms(const GroupBackward<T>& p, const Team& team, const GroupStatistics<Acc<T>>& s,
+                                              Acc<T> weight, Acc<T> bias, int64_t from, int64_t begin, int64_t end,
+                                              Acc<T> (&sums)[2]) {
+  Acc<T> w[V], b[V];
+#pragma unroll
+  for (int j = 0; j < V; ++j) w[j] = weight, b[j] = bias;
   for (int64_t unit = begin + team.lane; unit < end; unit += team.size) {
     const int64_t at = from + unit * V;
     const auto dy = fetch<T, V>(p.dy.data + at, p.dy.whole, 1), x = fetch<T, V>(p.x.data + at, p.x.whole, 1);
     Acc<T> dz[V], x_hat[V];
-    differentiate<T, V>(p, f, dy, x, dz, x_hat);
+    differentiate<T, V>(p, s, w, b, dy, x, dz, x_hat);
     sums[1] += pairwise_sum(dz);
 #pragma unroll
     for (int j = 0; j < V; ++j) x_hat[j] *= dz[j];
@@ -116,50 +146,48 @@ __device__ __forceinline__ void channel_terms(const GroupBackward<T>& p, const T
   }
 }
 
-template <class T, int V>
-__device__ __forceinline__ void group_gradient(const GroupBackward<T>& p, Sweep<V, false>& w, const GroupFactors<T>& factors,
-                                               Factors<Acc<T>> f, Acc<T> c1, Acc<T> c2) {
+template <class T, int V, bool CROSSED>
+__device__ __forceinline__ void group_gradient(const GroupBackward<T>& p, Sweep<V, false>& w, const GroupChannels<T>& channels,
+                                               const GroupStatistics<Acc<T>>& s, Acc<T> (&c)[2]) {
+  for (Acc<T>& sum : c) sum /= static_cast<Acc<T>>(p.of.P * p.of.S);
   for (; w.more(); w.next()) {
     const auto dy = w.fetch(p.dy), x = w.fetch(p.x);
-    f.weight = factors.weight_of(w.b);
-    f.bias = factors.bias_of(w.b);
-    Acc<T> dz[V], x_hat[V];
-    differentiate<T, V>(p, f, dy, x, dz, x_hat);
+    Acc<T> dz[V], x_hat[V], weight[V], bias[V];
+    channels.template load<CROSSED>(w, weight, bias);
+    differentiate<T, V>(p, s, weight, bias, dy, x, dz, x_hat);
 #pragma unroll
-    for (int j = 0; j < V; ++j) dz[j] = grad_input(dz[j] * f.weight, x_hat[j], f.rstd, c1, c2);
+    for (int j = 0; j < V; ++j) dz[j] = grad_input(dz[j] * weight[j], x_hat[j], s.rstd, c[0], c[1]);
     w.write(p.dx, dz);
   }
 }
 
 // A group to a block, whose teams take turns with its channels.
-template <class T, int V>
+template <class T, int V, bool CROSSED>
 __global__ void __launch_bounds__(GROUP_THREADS, 1) group_bwd_kernel(const __grid_constant__ GroupBackward<T> p) {
   using A = Acc<T>;
+  constexpr int UNIT = CROSSED ? 1 : V;  // of a channel
   Sweep<V, false> w(p.g);
   const Team team(p.team);
-  const GroupFactors<T> factors{p.weight, p.bias, w.c % p.groups * p.g.B};
-  Factors<A> f{p.mean[w.c], p.mean[p.g.C + w.c], p.rstd[w.c], 1, 0};
+  const auto channels = channels_of<T>(p, w.c);
+  const GroupStatistics<A> s{p.mean[w.c], p.mean[p.g.C + w.c], p.rstd[w.c]};
   A c[2] = {0, 0};
   int parity = 0;
-  for (int64_t first = 0; first < p.g.B; first += team.rows, parity ^= 1) {
-    const int64_t i = first + team.row;
-    const bool inside = i < p.g.B;
+  for (int64_t first = 0; first < p.of.P; first += team.rows, parity ^= 1) {
+    const int64_t i = first + team.row, row = w.c * p.of.P + i;
+    const bool inside = i < p.of.P;
+    const A weight = inside ? channels.weight_of(i) : 0;
     A sums[2] = {0, 0};
-    if (inside) {
-      f.weight = factors.weight_of(i);
-      f.bias = factors.bias_of(i);
-      channel_terms<T, V>(p, team, w.c, i, f, 0, p.g.S / V, sums);
-    }
+    if (inside) channel_terms<T, UNIT>(p, team, s, weight, channels.bias_of(i), row * p.of.S, 0, p.of.S / UNIT, sums);
     team_sum(sums, team.size, shared<A>() + parity * TEAM_SHARED<2>);
     if (!inside || team.lane > 0) continue;
-    if (p.partial)
-      for (int k = 0; k < 2; ++k) p.partial[k * p.rows + w.c * p.g.B + i] = sums[k];
-    for (int k = 0; k < 2; ++k) c[k] += f.weight * sums[k];
+    for (int k = 0; k < 2; ++k) {
+      if (p.partial) p.partial[k * p.rows + row] = sums[k];
+      c[k] += weight * sums[k];
+    }
   }
   if (!p.dx.data) return;
   exact_block_sum(c, shared<A>() + 2 * TEAM_SHARED<2>);
-  const A n = static_cast<A>(p.g.B * p.g.S);
-  group_gradient<T, V>(p, w, factors, f, c[0] / n, c[1] / n);
+  group_gradient<T, V, CROSSED>(p, w, channels, s, c);
 }
 
 // Shares of channels, one to a team.
@@ -167,14 +195,14 @@ template <class T, int V>
 __global__ void __launch_bounds__(GROUP_THREADS, 1) group_sums_kernel(const __grid_constant__ GroupBackward<T> p) {
   using A = Acc<T>;
   const Team team(p.team);
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * team.rows + team.row, C = p.groups * p.g.B;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * team.rows + team.row;
   A sums[2] = {0, 0};
   if (row < p.rows) {
-    const int64_t c = row % C, place = row / C, m = place / p.channel_shares * p.groups + c / p.g.B;
-    const int64_t begin = place % p.channel_shares * p.share, units = p.g.S / V;
-    const GroupFactors<T> factors{p.weight, p.bias, 0};
-    const Factors<A> f{p.mean[m], p.mean[p.g.C + m], p.rstd[m], factors.weight_of(c), factors.bias_of(c)};
-    channel_terms<T, V>(p, team, m, c % p.g.B, f, begin, begin + p.share < units ? begin + p.share : units, sums);
+    const int64_t c = row % p.of.C, place = row / p.of.C, channel = place / p.channel_shares * p.of.C + c, m = channel / p.of.P;
+    const int64_t begin = place % p.channel_shares * p.share, units = p.of.S / V;
+    const GroupChannels<T> all{p.weight, p.bias, 0, p.of.S};
+    channel_terms<T, V>(p, team, {p.mean[m], p.mean[p.g.C + m], p.rstd[m]}, all.weight_of(c), all.bias_of(c), channel * p.of.S,
+                        begin, begin + p.share < units ? begin + p.share : units, sums);
   }
   team_sum(sums, team.size, shared<A>());
   if (row < p.rows && team.lane == 0)
@@ -182,21 +210,20 @@ __global__ void __launch_bounds__(GROUP_THREADS, 1) group_sums_kernel(const __gr
 }
 
 // dx of a share of a group, of whose channels the sums are there: few beside the share's elements.
-template <class T, int V>
+template <class T, int V, bool CROSSED>
 __global__ void __launch_bounds__(GROUP_THREADS, 1) group_grad_kernel(const __grid_constant__ GroupBackward<T> p) {
   using A = Acc<T>;
   Sweep<V, false> w(p.g);
-  const int64_t group = w.c % p.groups, sample = w.c / p.groups, C = p.groups * p.g.B;
-  const GroupFactors<T> factors{p.weight, p.bias, group * p.g.B};
+  const auto channels = channels_of<T>(p, w.c);
+  const int64_t sample = w.c / (p.of.C / p.of.P);
   A c[2] = {0, 0};
   for (int64_t share = 0; share < p.channel_shares; ++share) {
-    const A* const from = p.partial + (sample * p.channel_shares + share) * C + group * p.g.B;
-    for (int64_t i = threadIdx.x; i < p.g.B; i += blockDim.x)
-      for (int k = 0; k < 2; ++k) c[k] += factors.weight_of(i) * from[k * p.rows + i];
+    const A* const from = p.partial + (sample * p.channel_shares + share) * p.of.C + channels.first;
+    for (int64_t i = threadIdx.x; i < p.of.P; i += blockDim.x)
+      for (int k = 0; k < 2; ++k) c[k] += channels.weight_of(i) * from[k * p.rows + i];
   }
   exact_block_sum(c, shared<A>());
-  const A n = static_cast<A>(p.g.B * p.g.S);
-  group_gradient<T, V>(p, w, factors, {p.mean[w.c], p.mean[p.g.C + w.c], p.rstd[w.c], 1, 0}, c[0] / n, c[1] / n);
+  group_gradient<T, V, CROSSED>(p, w, channels, {p.mean[w.c], p.mean[p.g.C + w.c], p.rstd[w.c]}, c);
 }
 
 }  // namespace fastnorm::cuda

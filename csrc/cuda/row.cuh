@@ -164,10 +164,10 @@ struct RowBackward {
   T* dx;
   Acc<T>*dweight, *dbias;  // (programs, P * N), or null
 
-  __device__ __forceinline__ Begin begin(int64_t m, bool inside) const {
+  __device__ __forceinline__ Begin begin(int64_t m, bool inside, int64_t) const {
     return {inside ? dy.rows.offset(m) : 0, inside ? x.rows.offset(m) : 0};
   }
-  __device__ __forceinline__ BlockRows block_rows() const { return {0, g.M, blockIdx.y * g.N, blockIdx.x}; }
+  __device__ __forceinline__ BlockRows block_rows(bool) const { return {0, g.M, blockIdx.x, 0, blockIdx.y * g.N}; }
 };
 
 template <class T, int V, bool FUSED>
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 1) row_means_kernel(const __grid
   using A = Acc<T>;
   const Team team(p.team);
   for (int64_t m = blockIdx.x; m < p.g.M; m += gridDim.x) {
-    const auto row = p.begin(m, true);
+    const auto row = p.begin(m, true, part_of(p.g, m));
     A c[2] = {0, 0};
     each_window<0>(p.g.N / V, team, [&](int, int64_t i) {
       Terms<A, V> t;
@@ -229,7 +229,7 @@ template <class T, int V, int K, Way WAY, bool FUSED>
 __global__ void __launch_bounds__(MOST_THREADS, 1) row_bwd_kernel(const __grid_constant__ RowBackwardOf<T, V, FUSED> p) {
   using A = Acc<T>;
   const Team team(p.team);
-  const BlockRows mine = p.block_rows();
+  const BlockRows mine = p.block_rows(WAY == Way::given);
   const int64_t begin = WAY == Way::given ? static_cast<int64_t>(mine.chunk) * team.size * K : 0;
   const int64_t all = p.g.N / V - begin;
   A dweight[K][V] = {}, dbias[K][V] = {};
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 1) row_bwd_kernel(const __grid_c
   for (int64_t first = mine.begin + static_cast<int64_t>(blockIdx.y) * team.rows; first < mine.end;
        first += gridDim.y * int64_t{team.rows}) {
     const int64_t m = first + team.row, windows = m < mine.end ? all : 0;
-    const auto row = p.begin(m, windows > 0);
+    const auto row = p.begin(m, windows > 0, mine.part);
     A high = 0, low = 0, rstd = 0, c[2] = {0, 0};
     if (windows > 0) high = p.mean[m], low = p.mean[p.g.M + m], rstd = p.rstd[m];
     const auto window = [&](int k) -> Terms<A, V>& { return held[WAY == Way::held ? k : 0]; };

@@ -103,7 +103,7 @@ Error backward(const Place& place, P p, Array dweight, Array dbias) {
   constexpr int K = HELD<T, V>;
   const int64_t windows = p.g.N / V, sms = multiprocessors(place.device);
   if (windows <= int64_t{K} * MOST_THREADS) return backward<T, V, K, Way::held>(place, p, sms, dweight, dbias);
-  if constexpr (V > 1 && !(P::FUSED && sizeof(T) == 8)) {
+  if constexpr (V > 1) {
     if (windows <= int64_t{2} * K * MOST_THREADS) return backward<T, V, 2 * K, Way::held>(place, p, sms, dweight, dbias);
   }
   if constexpr (V > 1 && sizeof(T) < 8) {

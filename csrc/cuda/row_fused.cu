@@ -11,6 +11,15 @@ FusedRowReader<T, V> fused(const RowsInput& in) {
   return {static_cast<const T*>(in.data), in.rows, in.columns, whole<V>(in)};
 }
 
+// As with_window; of two doubles a window of every tensor is more than the registers of sm_120 hold.
+template <class T, class F>
+Error with_backward_window(int64_t N, bool one_stride, const F& f) {
+  if constexpr (sizeof(T) == 8)
+    return f(std::integral_constant<int, 1>{});
+  else
+    return with_window<T>(N, one_stride, f);
+}
+
 }  // namespace
 
 Error row_fused_fwd(const Place& place, Rows g, const RowsInput& x, const RowsInput& addend, const RowsInput& residual,
@@ -39,10 +48,10 @@ Error row_fused_bwd(const Place& place, Rows g, const RowsInput& dy, const RowsI
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;
     const bool windows = one_stride(x) && one_stride(dy) && one_stride(dh) && one_stride(residual);
-    return with_window<T>(g.N, windows, [&](auto window) {
+    return with_backward_window<T>(g.N, windows, [&](auto window) {
       constexpr int V = window.value;
       const bool read = epilogue.activation != Activation::identity;  // what z is made of
-      const FusedRowBackward<T, V> p{g, 0, 1, fused<T, V>(dy), fused<T, V>(x), fused<T, V>(dh),
+      const FusedRowBackward<T, V> p{g, 0, 1, g.M / g.P, fused<T, V>(dy), fused<T, V>(x), fused<T, V>(dh),
                                      fused<T, V>(read ? residual : RowsInput{}), source<T>(weight),
                                      source<T>(read ? bias : ConstArray{}), epilogue.activation,
                                      static_cast<A>(epilogue.alpha), centre, static_cast<const A*>(mean),

@@ -77,10 +77,12 @@ struct FusedRowForward {
   }
 };
 
-// A block's share in a backward: its rows, where its sums over them begin, and its chunk of the columns.
+// A block's share in a backward: its rows, its chunk of the columns, and where the part of the weight begins that is theirs, and
+// their sums.
 struct BlockRows {
-  int64_t begin, end, sums;
+  int64_t begin, end;
   unsigned chunk;
+  int64_t part, sums;
 };
 
 template <class T, int V>
@@ -92,7 +94,8 @@ struct FusedRowBackward {
 
   Rows g;
   int team;
-  unsigned chunks = 1;  // of the columns, a block each, see GIVEN
+  unsigned chunks;    // of the columns, a block each, see GIVEN
+  int64_t part_rows;  // M / P
   FusedRowReader<T, V> dy, x, dh, residual;
   Source weight, bias;
   Activation activation;
@@ -103,14 +106,15 @@ struct FusedRowBackward {
   T *dx, *dresidual;
   Acc<T>*dweight, *dbias;
 
-  __device__ __forceinline__ Begin begin(int64_t m, bool inside) const {
+  __device__ __forceinline__ Begin begin(int64_t m, bool inside, int64_t part) const {
     if (!inside) return {};
-    return {dy.begin(m), x.begin(m), dh.begin(m), residual.begin(m), part_of(g, m)};
+    return {dy.begin(m), x.begin(m), dh.begin(m), residual.begin(m), part};
   }
-  // Those of one part.
-  __device__ __forceinline__ BlockRows block_rows() const {
-    const int64_t part = blockIdx.x / chunks, n = g.M / g.P;
-    return {part * n, (part + 1) * n, (blockIdx.y * g.P + part) * g.N, blockIdx.x % chunks};
+  // Rows of one part.
+  __device__ __forceinline__ BlockRows block_rows(bool chunked) const {
+    const unsigned part = chunked ? blockIdx.x / chunks : blockIdx.x;
+    return {part * part_rows, part * part_rows + part_rows, chunked ? blockIdx.x % chunks : 0, part * g.N,
+            (blockIdx.y * g.P + part) * g.N};
   }
   __device__ __forceinline__ void read(Acc<T> (&dz)[V], Acc<T> (&x_hat)[V], Acc<T> (&w)[V], const Begin& row, int64_t i,
                                        Acc<T> high, Acc<T> low, Acc<T> r) const {
