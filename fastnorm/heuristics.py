@@ -348,18 +348,15 @@ def row_backward(
     return RowBackward(rows, block, warps, stages, limit, partial_rows)
 
 
-def row_fused_forward(N: int, itemsize: int) -> RowForward:
+def row_fused_forward(N: int, itemsize: int, placed: bool = False) -> RowForward:
+    """`placed`: parameters are of parts of the rows or of channels. Their places take registers: told nothing, the assembler
+    aims at fewer than it needs and spills."""
     config = row_forward(N, itemsize, 0)
     if config.chunked or config.block > FUSED_FORWARD[itemsize]:
         block, warps, stages = CHUNK[itemsize]
         return RowForward(1, block, warps, registers(warps), chunked=True, stages=min(stages, FUSED_CHUNK_STAGES))
-    return replace(config, registers=None, stages=1, ahead=0, programs=0)
-
-
-def group_forward(N: int, itemsize: int) -> RowForward:
-    """As fused rows; told nothing, the assembler aims at fewer registers than the places of the parameters leave it."""
-    config = row_fused_forward(N, itemsize)
-    return replace(config, registers=registers(config.warps))
+    most = registers(config.warps) if placed else None
+    return replace(config, registers=most, stages=1, ahead=0, programs=0)
 
 
 def row_fused_backward(

@@ -64,7 +64,6 @@ def _row_fused_fwd_kernel(x_ptr, addend_ptr, residual_ptr, weight_ptr, bias_ptr,
     """ROWS whole rows in registers. EARLY: parameters and residual are read with x. T, S_v, OF, VEC_S: see parameter_places."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     LONGEST: tl.constexpr = 1 if OF == "group" else 128 // x_ptr.dtype.element_ty.primitive_bitwidth
-    TIMES: tl.constexpr = VEC_S if OF == "group" else 1
     N = N_v * VEC
     n = N.to(ACC)
     r = tl.arange(0, ROWS)
@@ -74,15 +73,15 @@ def _row_fused_fwd_kernel(x_ptr, addend_ptr, residual_ptr, weight_ptr, bias_ptr,
     mask = inside
     if ROWS > 1:
         mask = mask & (rows < M)[:, None]
-    at, exists = parameter_places(rows, 0, N, M, T, S_v, OF, BLOCK, VEC_S, TIMES)
+    at, exists = parameter_places(rows, 0, N, M, T, S_v, OF, BLOCK, VEC_S)
     residual_at = rows[:, None] * residual_stride_v * VEC + cols
     out = rows[:, None] * N + cols
     x = load_sum(x_ptr, addend_ptr, rows[:, None] * x_stride_v * VEC + cols, rows[:, None] * addend_stride_v * VEC + cols, mask,
                  ACC, "evict_first")  # fmt: skip
     store_wanted(h_ptr, out, x, mask)
     if EARLY:
-        weight = load_parameter(weight_ptr, at, exists, LONGEST, TIMES)
-        bias = load_parameter(bias_ptr, at, exists, LONGEST, TIMES)
+        weight = load_parameter(weight_ptr, at, exists, LONGEST, VEC_S)
+        bias = load_parameter(bias_ptr, at, exists, LONGEST, VEC_S)
         residual = load_wanted(residual_ptr, residual_at, mask)
     if CENTRE:
         d, high, low, m2, scale = centred_moments(x, inside, n)
@@ -96,8 +95,8 @@ def _row_fused_fwd_kernel(x_ptr, addend_ptr, residual_ptr, weight_ptr, bias_ptr,
         x_hat = x * rstd[:, None]
     store_statistics(mean_ptr, rstd_ptr, rows, M, high, low, rstd)
     if not EARLY:
-        weight = load_parameter(weight_ptr, at, exists, LONGEST, TIMES)
-        bias = load_parameter(bias_ptr, at, exists, LONGEST, TIMES)
+        weight = load_parameter(weight_ptr, at, exists, LONGEST, VEC_S)
+        bias = load_parameter(bias_ptr, at, exists, LONGEST, VEC_S)
         residual = load_wanted(residual_ptr, residual_at, mask)
     y = _finish(x_hat, weight, bias, residual, alpha, ACTIVATION)
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -111,7 +110,6 @@ def _row_fused_fwd_chunked_kernel(x_ptr, addend_ptr, residual_ptr, weight_ptr, b
     """One row of any length: a sweep for the statistics, and one that adds again, rather than to wait for h, and normalises."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     LONGEST: tl.constexpr = 1 if OF == "group" else 128 // x_ptr.dtype.element_ty.primitive_bitwidth
-    TIMES: tl.constexpr = VEC_S if OF == "group" else 1
     N = N_v * VEC
     n = N.to(ACC)
     row = tl.program_id(0).to(tl.int64)
@@ -141,9 +139,9 @@ def _row_fused_fwd_chunked_kernel(x_ptr, addend_ptr, residual_ptr, weight_ptr, b
         x = load_sum(x_ptr, addend_ptr, at, at, mask, ACC, "evict_first")
         store_wanted(h_ptr, row * N + at, x, mask)
         x_hat = normalize(x, high[:, None], low[:, None], rstd[:, None])
-        parameter_at, exists = parameter_places(rows, start, N, M, T, S_v, OF, BLOCK, VEC_S, TIMES)
-        weight = load_parameter(weight_ptr, parameter_at, exists, LONGEST, TIMES)
-        bias = load_parameter(bias_ptr, parameter_at, exists, LONGEST, TIMES)
+        parameter_at, exists = parameter_places(rows, start, N, M, T, S_v, OF, BLOCK, VEC_S)
+        weight = load_parameter(weight_ptr, parameter_at, exists, LONGEST, VEC_S)
+        bias = load_parameter(bias_ptr, parameter_at, exists, LONGEST, VEC_S)
         residual = load_wanted(residual_ptr, row * residual_stride_v * VEC + at, mask)
         y = _finish(x_hat, weight, bias, residual, alpha, ACTIVATION)
         tl.store(y_ptr + row * N + at, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -219,7 +217,7 @@ def _row_fused_bwd_sums_kernel(dy_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr
         at = start + cols
         mask = cols < N - start
         x_hat = normalize(tl.load(x_ptr + row * x_stride_v * VEC + at, mask=mask, other=0.0).to(ACC), high, low, rstd)
-        parameter_at, exists = parameter_places(rows, start, N, M, T, 0, "part" if PARTED else "row", BLOCK, 1, 1)
+        parameter_at, exists = parameter_places(rows, start, N, M, T, 0, "part" if PARTED else "row", BLOCK, 1)
         weight = load_parameter(weight_ptr, parameter_at, exists, VEC)
         bias = load_parameter(bias_ptr, parameter_at, exists, VEC)
         dz = load_dz(dy_ptr, residual_ptr, row * dy_stride_v * VEC + at, row * residual_stride_v * VEC + at, mask, x_hat,
@@ -263,8 +261,7 @@ def normalize_rows(rows, x, addend, weight, bias, residual, activation, alpha, e
     inputs, strides = _views(rows, x, addend, residual)
     vec = vector(x.element_size(), N, *strides)
     vec_s = vector(x.element_size(), S)
-    choose = heuristics.group_forward if of == "group" else heuristics.row_fused_forward
-    config = choose(N, x.element_size())
+    config = heuristics.row_fused_forward(N, x.element_size(), placed=of != "row")
     args = (*inputs, dense(weight), dense(bias), h, y, mean, rstd, rows.M, N // vec, T, S // vec_s if of == "group" else None,
             *(s // vec for s in strides), *float_pair(eps), number(activation, alpha))  # fmt: skip
     options = dict(BLOCK=config.block, VEC=vec, CENTRE=centre, ACTIVATION=activation, OF=of, VEC_S=vec_s, warps=config.warps,

@@ -64,21 +64,19 @@ def load_parameter(ptr, cols, mask, LONGEST: tl.constexpr, TIMES: tl.constexpr =
 
 
 @triton.jit
-def parameter_places(rows, start, N, end, T, S_v, OF: tl.constexpr, BLOCK: tl.constexpr, VEC_S: tl.constexpr,
-                     TIMES: tl.constexpr):  # fmt: skip
-    """Where the parameters of BLOCK columns from `start` on are, one for TIMES columns, and whether they exist; `end`: of rows.
+def parameter_places(rows, start, N, end, T, S_v, OF: tl.constexpr, BLOCK: tl.constexpr, VEC_S: tl.constexpr):
+    """Where the parameters of BLOCK columns from `start` on are, one for VEC_S columns, and whether they exist; `end`: of rows.
 
     OF: of what a row has its parameters. "row": all rows have the same, one of a column. "part": each T rows have N of their
     own. "group": a row is one of the T groups of a sample, and its parameters are of channels, each of S_v * VEC_S columns;
-    `start` is a multiple of VEC_S, which TIMES divides.
+    `start` is a multiple of VEC_S. For the others VEC_S is 1.
     """
-    cols = tl.arange(0, BLOCK // TIMES)[None, :]
-    inside = cols * TIMES < N - start
+    cols = tl.arange(0, BLOCK // VEC_S)[None, :]
+    inside = cols * VEC_S < N - start
     if OF == "part":
         return (rows // T)[:, None] * N + (start + cols), inside & (rows < end)[:, None]
     elif OF == "group":
-        # Neighbours in one vector are of one channel: the compiler divides once for them.
-        channel = (start // VEC_S + cols * TIMES // VEC_S).to(tl.uint32) // tl.cast(S_v, tl.uint32)
+        channel = (start // VEC_S + cols).to(tl.uint32) // tl.cast(S_v, tl.uint32)  # one division for a vector
         return (rows % T * (N // (S_v * VEC_S))).to(tl.int32)[:, None] + channel.to(tl.int32), inside & (rows < end)[:, None]
     else:
         tl.static_assert(OF == "row")

@@ -187,7 +187,7 @@ def test_parts_of_rows_share_the_programs(itemsize):
         assert dataclasses.replace(c, partial_rows=whole.partial_rows) == whole
         assert 1 <= c.partial_rows <= H.cdiv(M // parts, c.rows)
         assert c.partial_rows == 1 or c.partial_rows * parts <= whole.partial_rows
-        if (M, parts, N) == (8192, 32, 1152):
+        if (M, parts, N) == (8192, 32, 1152) and isinstance(c, H.RowBackward):
             assert c.partial_rows * parts >= 132
 
 
