@@ -119,8 +119,9 @@ struct FastnormLayerNorm : torch::autograd::Function<FastnormLayerNorm<Backend>>
     const Tensor &x = saved[0], &weight = saved[1], &rstd = saved[3];
     const Need need = needed(ctx, x, weight);
     const int64_t N = ctx->saved_data["N"].toInt();
-    const auto [dx, dweight, dbias] = differentiable(dy[0]) ? call_formula<Grads>(layer_norm_formula, dy[0], x, given(weight), N,
-                                                                           ctx->saved_data["eps"].toDouble(), need)
+    const auto [dx, dweight, dbias] = differentiable(dy[0])
+                                          ? call_formula<Grads>(layer_norm_formula, dy[0], x, given(weight), N,
+                                                                ctx->saved_data["eps"].toDouble(), need)
                                                             : Backend::row_bwd(dy[0], x, given(weight), saved[2], rstd, need);
     const auto shape = ctx->saved_data.find("shape");
     const auto sizes = shape == ctx->saved_data.end() ? std::vector<int64_t>{N} : shape->second.toIntVector();
@@ -144,8 +145,8 @@ struct FastnormBatchNorm : torch::autograd::Function<FastnormBatchNorm<Backend>>
     const Need need = needed(ctx, x, weight);
     const bool training = ctx->saved_data["training"].toBool();
     const auto [dx, dweight, dbias] = differentiable(dy[0])
-                                          ? call_formula<Grads>(batch_norm_formula, dy[0], x, given(weight), mean, rstd, training,
-                                                         ctx->saved_data["eps"].toDouble(), need)
+                                          ? call_formula<Grads>(batch_norm_formula, dy[0], x, given(weight), mean, rstd,
+                                                                training, ctx->saved_data["eps"].toDouble(), need)
                                           : Backend::channel_bwd(dy[0], x, given(weight), mean, rstd, training, need);
     return {dx.value_or(Tensor()), dweight.value_or(Tensor()), dbias.value_or(Tensor())};
   }

@@ -126,7 +126,8 @@ struct FastnormFusedBatchNorm : torch::autograd::Function<FastnormFusedBatchNorm
     const Maybe w = given(weight), bias = given(saved[2]), residual = given(saved[3]);
     const auto [dx, dweight, dbias, dz] =
         differentiable(dy) ? call_formula<FusedGrads>(batch_norm_formula, dy, x, w, bias, residual, ending.activation,
-                                                      ending.alpha, mean, rstd, training, ctx->saved_data["eps"].toDouble(), need)
+                                                      ending.alpha, mean, rstd, training,
+                                                      ctx->saved_data["eps"].toDouble(), need)
                            : channel_fused_bwd(dy, x, residual, w, bias, ending.activation, ending.alpha, mean, rstd, training,
                                                need);
     return {or_none(dx), or_none(dweight), or_none(dbias), to_residual && ending.plain() ? dy : or_none(dz)};

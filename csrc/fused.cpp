@@ -28,7 +28,7 @@ RowsInput rows_beside(const Maybe& t, const char* name, int64_t N, const Tensor&
 // The parts of weight and bias, which are alike; see Rows.
 int64_t parts(const Maybe& weight, const Maybe& bias, Rows g) {
   const int64_t n = weight ? weight->numel() : bias ? bias->numel() : g.N;
-  TORCH_CHECK(n % g.N == 0 && n > 0 && g.M % (n / g.N) == 0, "weight or bias with ", text(n), " elements is no part for each of ",
+  TORCH_CHECK(n % g.N == 0 && n > 0 && g.M % (n / g.N) == 0, "weight or bias with ", text(n), " elements has no parts for ",
               text(g.M), " rows of ", text(g.N));
   return n / g.N;
 }
@@ -41,7 +41,8 @@ FusedGrads given(Maybe dx, Maybe dweight, Maybe dbias, Maybe dresidual, const Fu
 // Groups of the channels of x, M of them in all its samples.
 Groups groups_of(const Tensor& x, int64_t M) {
   const int64_t B = x.size(0), C = channels_of(x);
-  TORCH_CHECK(M > 0 && M % B == 0 && C % (M / B) == 0, text(C), " channels are not ", text(M), " groups in ", text(B), " samples");
+  TORCH_CHECK(M > 0 && M % B == 0 && C % (M / B) == 0, text(C), " channels of ", text(B), " samples are not ", text(M),
+              " groups");
   return {B, C, x.numel() / (B * C), C / (M / B)};
 }
 

@@ -82,7 +82,7 @@ struct ChannelsInput : ConstArray {
   Walk space, positions;            // over S, over B and S
 };
 
-// (B, C, S), all dense: the statistics are those of P neighbouring channels of a sample, and M is how many such groups there are.
+// (B, C, S), all dense: the statistics are those of P neighbouring channels of a sample; there are M such groups.
 struct Groups {
   int64_t B, C, S, P;
   int64_t M() const { return B * C / P; }

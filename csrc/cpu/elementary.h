@@ -65,7 +65,8 @@ struct Elementary<at::vec::Vectorized<A>> {
   }
 
   // float: 1/2 + z * r(z^2) with a quotient of polynomials for r, good to 1e-7. It has left the range from 0 to 1 where z^2 is
-  // cut off, and ends there; `level` is r's value at that place, so that what the quotient adds to it, and its rounding, are small.
+  // cut off, and ends there; `level` is r's value at that place, so that what the quotient adds to it, and its rounding, are
+  // small.
   FN_INLINE static V cdf(V z) {
     if constexpr (FLOAT) {
       constexpr float most = 31.9225f, level = 0.088495575f;
