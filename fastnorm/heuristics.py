@@ -349,14 +349,17 @@ def row_backward(
 
 
 def row_fused_forward(N: int, itemsize: int, placed: bool = False) -> RowForward:
-    """`placed`: parameters are of parts of the rows or of channels. Their places take registers: told nothing, the assembler
-    aims at fewer than it needs and spills."""
+    """`placed`: parameters are of parts of the rows or of channels, whose places take registers. A thread has fewer elements
+    then, or as many registers as there are, where the assembler aims at fewer and spills."""
     config = row_forward(N, itemsize, 0)
     if config.chunked or config.block > FUSED_FORWARD[itemsize]:
         block, warps, stages = CHUNK[itemsize]
         return RowForward(1, block, warps, registers(warps), chunked=True, stages=min(stages, FUSED_CHUNK_STAGES))
-    most = registers(config.warps) if placed else None
-    return replace(config, registers=most, stages=1, ahead=0, programs=0)
+    most, warps = None, config.warps
+    if placed:
+        most = registers(warps) if config.rows > 1 else None
+        warps *= 2 if config.block > 32 * 32 * warps else 1
+    return replace(config, warps=warps, registers=most, stages=1, ahead=0, programs=0)
 
 
 def row_fused_backward(
