@@ -61,12 +61,22 @@ def _parameters():
     yield from (pytest.param((*served, "emulated"), id="emulated") for served in EMULATED)
 
 
+# Without those that are interpreted or emulated.
+AT_SPEED = [p for p in _parameters() if p.id not in ("triton-cpu", "emulated")]
+
+
+@contextlib.contextmanager
+def in_force(served):
+    backend, device, *emulated = served
+    with fastnorm.use_backend(backend.name), emulator.kernels() if emulated else contextlib.nullcontext():
+        yield backend.load(), device
+
+
 @pytest.fixture(params=_parameters())
 def served(request):
     """The backend module in force, and its device, for one test."""
-    backend, device, *emulated = request.param
-    with fastnorm.use_backend(backend.name), emulator.kernels() if emulated else contextlib.nullcontext():
-        yield backend.load(), device
+    with in_force(request.param) as served:
+        yield served
 
 
 @pytest.fixture

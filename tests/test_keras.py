@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from conftest import AT_SPEED, in_force
 
 import fastnorm
 from fastnorm.keras import _tensor
@@ -14,6 +15,14 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 keras = pytest.importorskip("keras", reason="Keras is not installed: pip install keras")
 if keras.backend.backend() != "torch":
     pytest.skip("Keras has another backend than torch", allow_module_level=True)
+
+
+@pytest.fixture(params=AT_SPEED)
+def served(request):
+    """What is made of a layer calls functions that other tests hold every backend to: here, those that take no minutes."""
+    with in_force(request.param) as served:
+        yield served
+
 
 BatchNormalization, LayerNormalization = keras.layers.BatchNormalization, keras.layers.LayerNormalization
 TENSORS = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
