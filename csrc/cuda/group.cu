@@ -82,8 +82,8 @@ Error group_fwd(const Place& place, Groups g, ConstArray x, ConstArray weight, C
   });
 }
 
-Error group_bwd(const Place& place, Groups g, ConstArray dy, ConstArray x, ConstArray weight, ConstArray bias, Epilogue epilogue,
-                const void* mean, const void* rstd, Array dx, Array dweight, Array dbias) {
+Error group_bwd(const Place& place, Groups g, ConstArray dy, ConstArray x, ConstArray weight, ConstArray bias,
+                Epilogue epilogue, const void* mean, const void* rstd, Array dx, Array dweight, Array dbias) {
   const bool sums = dweight.data || dbias.data;
   if (!dx.data && !sums) return nullptr;
   return with_units(place, x.dtype, g, [&](auto* t, auto unit, auto crossed) -> Error {
@@ -107,8 +107,8 @@ Error group_bwd(const Place& place, Groups g, ConstArray dy, ConstArray x, Const
                         : start(place, &group_sums_kernel<T, UNIT>, ceil_div(p.rows, threads / p.team), threads, bytes, p))
       return e;
     if (sums) {
-      const Finish<A> f{dweight.data ? p.partial : nullptr, dbias.data ? p.partial + p.rows : nullptr, g.B * channel_shares, g.C,
-                        0, dweight, dbias, {}, nullptr, nullptr, 1};
+      const Finish<A> f{dweight.data ? p.partial : nullptr, dbias.data ? p.partial + p.rows : nullptr, g.B * channel_shares,
+                        g.C, 0, dweight, dbias, {}, nullptr, nullptr, 1};
       if (Error e = finish<A>(place, f)) return e;
     }
     if (whole || !dx.data) return nullptr;

@@ -57,7 +57,8 @@ __device__ __forceinline__ GroupChannels<T> channels_of(const P& p, int64_t m) {
 }
 
 template <class T, int V, bool CROSSED>
-__device__ __forceinline__ void apply_group(const GroupForward<T>& p, Sweep<V, false>& w, Acc<T> high, Acc<T> low, Acc<T> rstd) {
+__device__ __forceinline__ void apply_group(const GroupForward<T>& p, Sweep<V, false>& w, Acc<T> high, Acc<T> low,
+                                            Acc<T> rstd) {
   const auto channels = channels_of<T>(p, w.c);
   for (; w.more(); w.next()) {
     const auto bits = w.fetch(p.x);

@@ -77,8 +77,7 @@ struct FusedRowForward {
   }
 };
 
-// A block's share in a backward: its rows, its chunk of the columns, and where the part of the weight begins that is theirs, and
-// their sums.
+// A block's share in a backward: its rows, its chunk of the columns, and where their part of the weight and their sums begin.
 struct BlockRows {
   int64_t begin, end;
   unsigned chunk;
