@@ -207,3 +207,28 @@ def test_scales_that_do_not_fit(scale, words, backend, device):
         fastnorm.modulated_layer_norm(x, (32,), scale(device), torch.zeros(5, 1, 32, device=device))
     with pytest.raises(ValueError, match="no activation"):
         fastnorm.modulated_layer_norm(x, (32,), x, x, activation="swish")
+
+
+GRADIENTS = {
+    "expanded": lambda shape, device: torch.ones((), device=device).expand(shape),
+    "turned": lambda shape, device: torch.randn(*shape[:-2], shape[-1], shape[-2], device=device).mT,
+    "every second": lambda shape, device: torch.randn(*shape[:-1], 2 * shape[-1], device=device)[..., ::2],
+    "samples last": lambda shape, device: torch.randn(*shape[1:], shape[0], device=device).movedim(-1, 0),
+}
+
+
+@pytest.mark.usefixtures("any_size")
+@pytest.mark.parametrize("dy", GRADIENTS.values(), ids=GRADIENTS)
+def test_gradients_of_any_strides(dy, backend, device):
+    n, c = (3, 1, 32), (8,)
+    norms = [
+        (fastnorm.group_norm, F.group_norm, (2, 8, 6, 5), (2,), c),
+        (lambda *a: fastnorm.group_norm(*a, activation="silu"), lambda *a: F.silu(F.group_norm(*a)), (2, 8, 6, 5), (2,), c),
+        (lambda x, *a: fastnorm.modulated_layer_norm(x, (32,), *a), modulated, (3, 5, 32), (), n),
+    ]
+    for ours, theirs, shape, options, parameters in norms:
+        leaves = [t.requires_grad_() for t in (torch.randn(s, device=device) for s in (shape, parameters, parameters))]
+        gradient = dy(shape, device)
+        results = (torch.autograd.grad(f(leaves[0], *options, *leaves[1:]), leaves, gradient) for f in (ours, theirs))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
