@@ -102,6 +102,7 @@ NORMS = _norms()
 def _groups_of_any_size(monkeypatch):
     monkeypatch.setattr(fastnorm.group, "LEAST", 1)
     monkeypatch.setattr(fastnorm.group, "LEAST_POSITIONS", 1)
+    monkeypatch.setattr(fastnorm.group, "LEAST_PLAIN_POSITIONS", 1)
 
 
 every_norm = pytest.mark.parametrize("name", list(NORMS))

@@ -19,6 +19,7 @@ SHAPES = [((2, 6, 5), 3), ((3, 4), 2), ((2, 6, 40), 2), ((2, 8, 12, 12), 4), ((2
 def any_size(monkeypatch):
     monkeypatch.setattr(group, "LEAST", 1)
     monkeypatch.setattr(group, "LEAST_POSITIONS", 1)
+    monkeypatch.setattr(group, "LEAST_PLAIN_POSITIONS", 1)
 
 
 def trained(module, x, dy, *more):
@@ -109,8 +110,8 @@ def test_which_calls_the_kernels_get(monkeypatch, backend, device):
     calls, real = [], backend.group_fwd
     monkeypatch.setattr(backend, "group_fwd", lambda *args: calls.append(args) or real(*args), raising=False)
 
-    def count(x, *args):
-        fastnorm.group_norm(x, 2, *args)
+    def count(x, *args, activation="silu"):
+        fastnorm.group_norm(x, 2, *args, activation=activation)
         n = len(calls)
         calls.clear()
         return n
@@ -120,6 +121,8 @@ def test_which_calls_the_kernels_get(monkeypatch, backend, device):
     assert count(x.contiguous(memory_format=torch.channels_last)) == 0
     assert count(x[:, :, ::2]) == 0
     assert count(x[:1, :4]) == 0
+    assert count(x, activation=None) == 0
+    assert count(torch.randn(1, 8, 48, 48, device=device), activation=None) == 1
     assert count(torch.randn(64, 64, 4, device=device)) == 0
     assert count(x.bfloat16(), torch.ones(64, device=device), torch.ones(64, device=device, dtype=F64)) == 1
 
