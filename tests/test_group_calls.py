@@ -33,7 +33,8 @@ def trained(module, x, dy, *more):
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
 @pytest.mark.parametrize(("shape", "groups"), SHAPES)
 def test_group_norm_modules(shape, groups, dtype, backend, device):
-    """At most twice as far from float64 as torch.nn's own, and one unit in the last place; contiguous or channels_last."""
+    """At most twice as far from float64 as torch.nn's own, and four units in the last place: test_groups.py has the kernels'
+    closer bound. Contiguous or channels_last."""
     ours, theirs = (cls(groups, shape[1], device=device, dtype=dtype) for cls in (fastnorm.GroupNorm, nn.GroupNorm))
     with torch.no_grad():
         for p in theirs.parameters():
