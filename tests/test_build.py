@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,20 @@ def test_an_install_goes_on_where_the_sources_do_not_compile(tmp_path):
         assert "fastnorm: the C++ kernels did not compile; first use tries again and says why" in run.stdout
     assert not list(tmp_path.rglob("*.so"))
     assert len(list(tmp_path.glob("out-*/lib*/fastnorm/kernels/row.py"))) == 2
+
+
+@needs_compiler
+@pytest.mark.parametrize("source", build.sources(), ids=lambda source: source.name)
+def test_sources_are_of_the_oldest_standard(source):
+    """torch 2.11 compiles extensions as C++17, later ones as C++20."""
+    from torch.utils.cpp_extension import include_paths
+
+    folders = [*include_paths(), sysconfig.get_path("include")]
+    names = ["-DFASTNORM_BUILD_KEY=x", "-DTORCH_EXTENSION_NAME=_C", "-DTORCH_API_INCLUDE_EXTENSION_H"]
+    command = [build.compiler(), "-std=c++17", "-fsyntax-only", *build.flags(build.target_isa()), *names]
+    command += [option for folder in folders for option in ("-isystem", folder)]
+    run = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 PLAINER = list(build.ISAS)[: list(build.ISAS).index(build.machine_isa())]

@@ -8,11 +8,10 @@ namespace {
 template <class F>
 void with_activation(Activation activation, const F& f) {
   const auto each = [&](auto... a) { ((a == activation ? f(a) : void()), ...); };
-  using enum Activation;
-  each(std::integral_constant<Activation, leaky_relu>{}, std::integral_constant<Activation, silu>{},
-       std::integral_constant<Activation, gelu>{}, std::integral_constant<Activation, gelu_tanh>{},
-       std::integral_constant<Activation, sigmoid>{}, std::integral_constant<Activation, tanh>{},
-       std::integral_constant<Activation, elu>{});
+  using A = Activation;
+  each(std::integral_constant<A, A::leaky_relu>{}, std::integral_constant<A, A::silu>{}, std::integral_constant<A, A::gelu>{},
+       std::integral_constant<A, A::gelu_tanh>{}, std::integral_constant<A, A::sigmoid>{}, std::integral_constant<A, A::tanh>{},
+       std::integral_constant<A, A::elu>{});
 }
 
 template <class V>
