@@ -36,6 +36,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("channel_fused_bwd", &channel_fused_bwd, no_gil);
   m.def("group_fwd", &group_fwd, no_gil);
   m.def("group_bwd", &group_bwd, no_gil);
+  m.def("position_fwd", &position_fwd, no_gil);
+  m.def("position_bwd", &position_bwd, no_gil);
+  m.def("channel_masked_stats", &channel_masked_stats, no_gil);
+  m.def("channel_masked_grad", &channel_masked_grad, no_gil);
   if (PyModule_AddFunctions(m.ptr(), eager_functions) != 0) throw py::error_already_set();
   m.def("set_config", [](const py::object& config) { set_config(config.ptr()); });
   m.def("set_differentiable",

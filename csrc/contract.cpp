@@ -7,6 +7,15 @@
 namespace fastnorm {
 
 namespace {
+// A byte for each position of each sample of d, dense; `keep` owns a copy.
+const bool* mask_of(const Tensor& mask, const Shaped& d, Tensor& keep) {
+  check_beside(mask, "mask", d.x);
+  check_numel(mask, "mask", d.g.B * d.g.S);
+  TORCH_CHECK_TYPE(mask.scalar_type() == at::kBool, "mask should be a bool tensor, got ", mask.scalar_type());
+  keep = mask.contiguous();
+  return keep.const_data_ptr<bool>();
+}
+
 // THE table of kernels, a row for each type of device.
 Device on_cpu{&cpu::KERNELS, nullptr}, on_cuda{nullptr, nullptr};
 }  // namespace
@@ -156,6 +165,27 @@ Grads channel_bwd(const Tensor& dy, const Tensor& x, const Maybe& weight, const 
      statistic(mean, "mean", x, 2 * d.g.C), statistic(rstd, "rstd", x, d.g.C), training, maybe(dx), maybe(dweight),
      maybe(dbias));
   return {dx, wanted(std::move(dweight), std::get<1>(need)), wanted(std::move(dbias), std::get<2>(need))};
+}
+
+std::tuple<Tensor, Tensor, Tensor> channel_masked_stats(const Tensor& x, const Tensor& mask) {
+  On on(x);
+  const Shaped d(x);
+  Tensor keep, count = empty(x, {1}, d.acc()), mean = empty(x, {2, d.g.C}, d.acc()), deviation = empty(x, {d.g.C}, d.acc());
+  on(&Kernels::channel_masked_stats, d.g, d.in, mask_of(mask, d, keep), count.mutable_data_ptr(), mean.mutable_data_ptr(),
+     deviation.mutable_data_ptr());
+  return {count, mean, deviation};
+}
+
+Tensor channel_masked_grad(const Tensor& dy, const Tensor& x, const Tensor& mask, const Tensor& mean, const Tensor& rstd,
+                           const Maybe& weight, const Tensor& c1, const Tensor& c2) {
+  On on(x);
+  Shaped d(x);
+  const ChannelsInput dz = d.gradient(dy);
+  Tensor keep, w, dx = d.empty_like();
+  on(&Kernels::channel_masked_grad, d.g, dz, d.in, mask_of(mask, d, keep), statistic(mean, "mean", x, 2 * d.g.C),
+     statistic(rstd, "rstd", x, d.g.C), parameter(on, weight, "weight", d.g.C, x, w), statistic(c1, "c1", x, d.g.C),
+     statistic(c2, "c2", x, d.g.C), output(dx));
+  return dx;
 }
 
 }  // namespace fastnorm

@@ -66,6 +66,17 @@ std::tuple<Tensor, Tensor, Tensor> group_fwd(const Tensor& x, const Maybe& weigh
 Grads group_bwd(const Tensor& dy, const Tensor& x, const Maybe& weight, const Maybe& bias, const std::string& activation,
                 double alpha, const Tensor& mean, const Tensor& rstd, const Need& need);
 
+// Layer norm over the channels of a dense (B, C, *), or of a copy that is dense.
+std::tuple<Tensor, Tensor, Tensor> position_fwd(const Tensor& x, const Maybe& weight, const Maybe& bias,
+                                                const std::string& activation, double alpha, double eps);
+Grads position_bwd(const Tensor& dy, const Tensor& x, const Maybe& weight, const Maybe& bias, const std::string& activation,
+                   double alpha, const Tensor& mean, const Tensor& rstd, const Need& need);
+
+// Pieces of a batch norm of which some positions do not count; `mask` is bool, (B, *) beside x (B, C, *).
+std::tuple<Tensor, Tensor, Tensor> channel_masked_stats(const Tensor& x, const Tensor& mask);
+Tensor channel_masked_grad(const Tensor& dy, const Tensor& x, const Tensor& mask, const Tensor& mean, const Tensor& rstd,
+                           const Maybe& weight, const Tensor& c1, const Tensor& c2);
+
 // The forward passes with statistics in the caller's memory, for a tensor costs a quarter of a microsecond: mean, 2 n elements,
 // and rstd, n, of x's accumulate dtype, where n is the number of rows or of channels. They are asked for once y is there: small
 // memory taken first may be cut from what an earlier y has left, and this one would go to new pages.

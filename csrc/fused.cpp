@@ -46,6 +46,11 @@ Groups groups_of(const Tensor& x, int64_t M) {
   return {B, C, x.numel() / (B * C), C / (M / B)};
 }
 
+Positions positions_of(const Tensor& x) {
+  const int64_t C = channels_of(x);
+  return {x.size(0), C, x.numel() / (x.size(0) * C)};
+}
+
 // A tensor of x's shape in x's dtype, dense; `keep` owns a copy.
 ConstArray dense_beside(const Tensor& t, const char* name, const Tensor& x, Tensor& keep) {
   check_beside(t, name, x);
@@ -162,6 +167,31 @@ Grads group_bwd(const Tensor& dy, const Tensor& x, const Maybe& weight, const Ma
   const Maybe dx = std::get<0>(need) ? Maybe(empty_result(x, x.scalar_type())) : std::nullopt;
   Maybe dweight = empty_grad(on, x, std::get<1>(need), g.C), dbias = empty_grad(on, x, std::get<2>(need), g.C);
   on(&Kernels::group_bwd, g, dense_beside(dy, "dy", x, keep_dy), dense_beside(x, "x", x, keep),
+     parameter(on, weight, "weight", g.C, x, w), parameter(on, bias, "bias", g.C, x, b), epilogue(activation, alpha),
+     statistic(mean, "mean", x, 2 * g.M()), statistic(rstd, "rstd", x, g.M()), maybe(dx), maybe(dweight), maybe(dbias));
+  return {dx, wanted(std::move(dweight), std::get<1>(need)), wanted(std::move(dbias), std::get<2>(need))};
+}
+
+std::tuple<Tensor, Tensor, Tensor> position_fwd(const Tensor& x, const Maybe& weight, const Maybe& bias,
+                                                const std::string& activation, double alpha, double eps) {
+  On on(x);
+  const Positions g = positions_of(x);
+  Tensor keep, w, b, y = empty_result(x, x.scalar_type());
+  SavedStatistics saved;
+  const Statistics s = saved.make(x, g.M());
+  on(&Kernels::position_fwd, g, dense_beside(x, "x", x, keep), parameter(on, weight, "weight", g.C, x, w),
+     parameter(on, bias, "bias", g.C, x, b), epilogue(activation, alpha), eps, output(y), s.mean, s.rstd);
+  return {y, saved.mean, saved.rstd};
+}
+
+Grads position_bwd(const Tensor& dy, const Tensor& x, const Maybe& weight, const Maybe& bias, const std::string& activation,
+                   double alpha, const Tensor& mean, const Tensor& rstd, const Need& need) {
+  On on(x);
+  const Positions g = positions_of(x);
+  Tensor keep, keep_dy, w, b;
+  const Maybe dx = std::get<0>(need) ? Maybe(empty_result(x, x.scalar_type())) : std::nullopt;
+  Maybe dweight = empty_grad(on, x, std::get<1>(need), g.C), dbias = empty_grad(on, x, std::get<2>(need), g.C);
+  on(&Kernels::position_bwd, g, dense_beside(dy, "dy", x, keep_dy), dense_beside(x, "x", x, keep),
      parameter(on, weight, "weight", g.C, x, w), parameter(on, bias, "bias", g.C, x, b), epilogue(activation, alpha),
      statistic(mean, "mean", x, 2 * g.M()), statistic(rstd, "rstd", x, g.M()), maybe(dx), maybe(dweight), maybe(dbias));
   return {dx, wanted(std::move(dweight), std::get<1>(need)), wanted(std::move(dbias), std::get<2>(need))};

@@ -89,6 +89,12 @@ struct Groups {
   int64_t count() const { return P * S; }
 };
 
+// (B, C, S), all dense: the statistics are those of the C channels of one position; there are M positions, numbered b * S + s.
+struct Positions {
+  int64_t B, C, S;
+  int64_t M() const { return B * S; }
+};
+
 // Where a device's kernels run, and memory that is theirs until the call ends; the CPU's ask for none of it.
 struct Place {
   int device = 0;
@@ -143,6 +149,17 @@ struct Kernels {
                      Array y, void* mean, void* rstd);
   Error (*group_bwd)(const Place&, Groups g, ConstArray dy, ConstArray x, ConstArray weight, ConstArray bias, Epilogue epilogue,
                      const void* mean, const void* rstd, Array dx, Array dweight, Array dbias);
+  // Layer norm over channels; mean and rstd of M positions, weight and bias of C channels.
+  Error (*position_fwd)(const Place&, Positions g, ConstArray x, ConstArray weight, ConstArray bias, Epilogue epilogue,
+                        double eps, Array y, void* mean, void* rstd);
+  Error (*position_bwd)(const Place&, Positions g, ConstArray dy, ConstArray x, ConstArray weight, ConstArray bias,
+                        Epilogue epilogue, const void* mean, const void* rstd, Array dx, Array dweight, Array dbias);
+  // With `mask`, B * S bytes: 1 where a position of a sample counts, else 0. `count`, one number, is how many do; where none
+  // does, it, mean and deviation are 0. What does not count has no part in c1 and c2, its dx is g * rstd.
+  Error (*channel_masked_stats)(const Place&, Channels g, const ChannelsInput& x, const bool* mask, void* count, void* mean,
+                                void* deviation);
+  Error (*channel_masked_grad)(const Place&, Channels g, const ChannelsInput& dy, const ChannelsInput& x, const bool* mask,
+                               const void* mean, const void* rstd, ConstArray weight, const void* c1, const void* c2, Array dx);
   // Whether these are a GPU's: rows in two dtypes at once, as above; and every parameter is in x's dtype or in the accumulate
   // dtype, and no result but these is wider. Else y and dy have x's dtype, and parameters any.
   bool gpu;

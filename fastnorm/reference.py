@@ -24,6 +24,10 @@ The functions with `fused` in their names are a norm with what surrounds it, see
 
 Those with `group` in their names are a norm over `groups` of neighbouring channels of each sample (group norm), ended by an
 activation: x is (B, C, *), what it gives is contiguous; weight and bias have C elements, mean (2, B * groups) and rstd.
+Those with `position` are a layer norm over the C channels of every position (channels first), likewise, with mean (2, B * S).
+
+Those with `masked` are pieces of a batch norm of which some positions do not count: `mask` is bool and (B, *), x without its
+channels, True where they do. All of x is normalised, and all of dy is in the sums of channel_sums.
 
 No element count is ever zero here: functional.py hands empty inputs to torch.
 """
@@ -70,22 +74,25 @@ def grad_input(g, x_hat, rstd, c1, c2):
     return (g - (c2 + x_hat * c1)) * rstd
 
 
-def moments(x, dims):
+def moments(x, dims, mask=None):
     """count, mean pair, m2 (the sum of squares about the mean, float64), rstd's factor `scale`; every tensor keeps `dims`.
 
     Two passes; sums and what is one number per row or channel are in float64, so that they cost x_hat no accuracy.
-    m2 is in units of 1 / scale^2, see BIG.
+    m2 is in units of 1 / scale^2, see BIG. With a mask, which broadcasts against x, the count is a tensor, and at least 1.
     """
-    n = 1
+    n, kept = 1, lambda t: t if mask is None else torch.where(mask, t, 0)
     for d in dims:
         n *= x.shape[d]
-    high = x.mean(dims, keepdim=True, dtype=torch.float64).to(x.dtype)
+    if mask is not None:
+        n = mask.sum().double().clamp(min=1)
+    total = lambda t: kept(t).sum(dims, keepdim=True, dtype=torch.float64)
+    high = (total(x) / n).to(x.dtype)
     centred = x - high
-    low = centred.mean(dims, keepdim=True, dtype=torch.float64)
-    big = centred.detach().abs().amax(dims, keepdim=True) > BIG
+    low = total(centred) / n
+    big = kept(centred.detach().abs()).amax(dims, keepdim=True) > BIG
     scale = torch.where(big, BIG_SCALE, 1.0).to(torch.float64)
     low = torch.where(high.isfinite(), low.to(x.dtype), 0)  # the mean of an infinite row is infinite, as torch's
-    m2 = ((centred - low) * scale.to(x.dtype)).square().sum(dims, keepdim=True, dtype=torch.float64)
+    m2 = total(((centred - low) * scale.to(x.dtype)).square())
     return n, torch.stack((high, low)), m2, scale
 
 
@@ -339,3 +346,56 @@ def group_bwd(dy, x, weight, bias, activation, alpha, mean, rstd, need):
     total = lambda t: t.sum((0, 2), dtype=torch.float64)
     dweight = None if need[1] is None else total(dz * c.view(x_hat)).to(need[1])
     return dx, dweight, None if need[2] is None else total(dz).to(need[2])
+
+
+# ---------------------------------------------------------------- layer norm over channels
+
+
+def position_fwd(x, weight, bias, activation, alpha, eps):
+    """y, mean (2, B * S), rstd (B * S,)"""
+    acc, c = accumulate_dtype(x.dtype), Channels.of(x.shape)
+    xf = c.view(x).to(acc)
+    n, mean, m2, scale = moments(xf, (1,))
+    rstd = rstd_of(n, m2, scale, eps, acc)
+    z = affine(normalize(xf, mean, rstd), _by_channels(weight, x.shape, acc), _by_channels(bias, x.shape, acc))
+    y = _epilogue(z, None, activation, alpha)
+    return _like(y, x, torch.contiguous_format), mean.reshape(2, c.count), rstd.reshape(c.count)
+
+
+def position_bwd(dy, x, weight, bias, activation, alpha, mean, rstd, need):
+    """dx, dweight (C,), dbias (C,)"""
+    acc, c = rstd.dtype, Channels.of(x.shape)
+    mean, rstd, w = mean.view(2, c.B, 1, c.S), rstd.view(c.B, 1, c.S), _by_channels(weight, x.shape, acc)
+    x_hat = normalize(c.view(x).to(acc), mean, rstd)
+    z = affine(x_hat, w, _by_channels(bias, x.shape, acc))
+    dz = _grad_epilogue(c.view(dy).to(acc), z, None, activation, alpha)
+    dx = None
+    if need[0]:
+        g = dz if w is None else dz * w
+        dx = _like(grad_input(g, x_hat, rstd, _mean(g * x_hat, (1,)), _mean(g, (1,))), x, torch.contiguous_format)
+    total = lambda t: t.sum((0, 2), dtype=torch.float64)
+    dweight = None if need[1] is None else total(dz * x_hat).to(need[1])
+    return dx, dweight, None if need[2] is None else total(dz).to(need[2])
+
+
+# ---------------------------------------------------------------- channels of which some positions do not count
+
+
+def channel_masked_stats(x, mask):
+    """count (1,), mean (2, C), std (C,), as channel_stats; all are 0 where nothing counts"""
+    c, acc = Channels.of(x.shape), accumulate_dtype(x.dtype)
+    n, mean, m2, scale = moments(c.view(x).to(acc), (0, 2), mask.reshape(c.B, 1, c.S))
+    return mask.sum().view(1).to(acc), mean.view(2, c.C), ((m2 / n).sqrt() / scale).view(c.C).to(acc)
+
+
+def channel_masked_grad(dy, x, mask, mean, rstd, weight, c1, c2):
+    """dx; c1 and c2 (C,) are sums of g * x_hat and g over all positions, divided by the count of those that count"""
+    c, acc = Channels.of(x.shape), rstd.dtype
+    column = lambda p: p.to(acc).view(c.C, 1)
+    g = c.view(dy).to(acc)
+    if weight is not None:
+        g = g * column(weight)
+    counts = mask.reshape(c.B, 1, c.S)
+    x_hat = normalize(c.view(x).to(acc), mean.view(2, c.C, 1), column(rstd))
+    dx = torch.where(counts, grad_input(g, x_hat, column(rstd), column(c1), column(c2)), g * column(rstd))
+    return _like(dx, x, suggest_memory_format(x))

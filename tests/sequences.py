@@ -56,6 +56,8 @@ def sequence(kind, fused, dtype, x, weight, bias, addend, residual, nothing):
         z = F.batch_norm(h, mean, var, cast(weight), cast(bias), fused.training, 0.1, fused.case.eps)
     elif kind == "groups":
         z = F.group_norm(h, fused.groups, cast(weight), cast(bias), fused.case.eps)
+    elif kind == "positions":
+        z = F.layer_norm(h.movedim(1, -1), h.shape[1:2], cast(weight), cast(bias), fused.case.eps).movedim(-1, 1)
     elif fused.parts > 1:
         norm = F.layer_norm if fused.centre else F.rms_norm
         x_hat = norm(h, fused.case.normalized_shape, eps=fused.case.eps).view(fused.parts, -1, *fused.case.normalized_shape)
@@ -94,6 +96,8 @@ def cancelling(kind, fused, h, weight, dz):
         g = dz if weight is None else dz * weight.double()
     else:
         g = (dz.view(fused.parts, -1, *weight.shape[1:]) * weight.double().unsqueeze(1)).view(h.shape)
+    if kind == "positions":
+        axes = (1,)
     if kind == "groups":
         h, g, axes = h.reshape(len(h), fused.groups, -1), g.reshape(len(h), fused.groups, -1), (2,)
     var = h.var(axes, correction=0, keepdim=True) if fused.centre else h.square().mean(axes, keepdim=True)

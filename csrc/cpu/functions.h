@@ -1,4 +1,4 @@
-// What row_*.cpp, channel*.cpp and group.cpp implement: the functions of ../kernels.h, which ask for no place.
+// What row_*.cpp, channel*.cpp, group.cpp and position.cpp implement: the functions of ../kernels.h, which ask for no place.
 #pragma once
 
 #include "../kernels.h"
@@ -36,5 +36,12 @@ void group_fwd(Groups g, ConstArray x, ConstArray weight, ConstArray bias, Epilo
                void* rstd);
 void group_bwd(Groups g, ConstArray dy, ConstArray x, ConstArray weight, ConstArray bias, Epilogue epilogue, const void* mean,
                const void* rstd, Array dx, Array dweight, Array dbias);
+void position_fwd(Positions g, ConstArray x, ConstArray weight, ConstArray bias, Epilogue epilogue, double eps, Array y,
+                  void* mean, void* rstd);
+void position_bwd(Positions g, ConstArray dy, ConstArray x, ConstArray weight, ConstArray bias, Epilogue epilogue,
+                  const void* mean, const void* rstd, Array dx, Array dweight, Array dbias);
+void channel_masked_stats(Channels g, const ChannelsInput& x, const bool* mask, void* count, void* mean, void* deviation);
+void channel_masked_grad(Channels g, const ChannelsInput& dy, const ChannelsInput& x, const bool* mask, const void* mean,
+                         const void* rstd, ConstArray weight, const void* c1, const void* c2, Array dx);
 
 }  // namespace fastnorm::cpu

@@ -32,6 +32,10 @@ const Kernels KERNELS = {
     Anywhere<channel_fused_bwd>::call,
     Anywhere<group_fwd>::call,
     Anywhere<group_bwd>::call,
+    Anywhere<position_fwd>::call,
+    Anywhere<position_bwd>::call,
+    Anywhere<channel_masked_stats>::call,
+    Anywhere<channel_masked_grad>::call,
     false,
 };
 

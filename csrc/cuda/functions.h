@@ -24,5 +24,9 @@ Function<decltype(Kernels::channel_fused_fwd)> channel_fused_fwd;
 Function<decltype(Kernels::channel_fused_bwd)> channel_fused_bwd;
 Function<decltype(Kernels::group_fwd)> group_fwd;
 Function<decltype(Kernels::group_bwd)> group_bwd;
+Function<decltype(Kernels::position_fwd)> position_fwd;
+Function<decltype(Kernels::position_bwd)> position_bwd;
+Function<decltype(Kernels::channel_masked_stats)> channel_masked_stats;
+Function<decltype(Kernels::channel_masked_grad)> channel_masked_grad;
 
 }  // namespace fastnorm::cuda
