@@ -1,6 +1,7 @@
 """fastnorm: fused batch-norm and layer-norm for PyTorch."""
 
 from . import functional
+from .channels_first import channels_first_layer_norm
 from .convert import convert, revert
 from .dispatch import use_backend
 from .fold import fold
@@ -20,6 +21,7 @@ from .nn import (
     InstanceNorm2d,
     InstanceNorm3d,
     LayerNorm,
+    LayerNorm2d,
     ModulatedLayerNorm,
     RMSNorm,
 )
@@ -38,6 +40,7 @@ __all__ = [
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
+    "LayerNorm2d",
     "ModulatedLayerNorm",
     "RMSNorm",
     "SyncBatchNorm",
@@ -45,6 +48,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "batch_norm",
+    "channels_first_layer_norm",
     "config",
     "convert",
     "fold",

@@ -13,7 +13,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.nn.parameter import Parameter
 
-from . import composite, extension
+from . import composite, extension, reference
 
 PLAIN = (torch.Tensor, Parameter)
 _is_compiling = torch.compiler.is_compiling
@@ -161,26 +161,68 @@ class FusedBatchNormFunction(torch.autograd.Function):
         return dx, dweight, dbias, dy if dresidual and ctx.plain else dz, *[None] * 9
 
 
-class GroupNormFunction(torch.autograd.Function):
+class Ended(NamedTuple):
+    """The options of a norm of (B, C, *) that has parameters of channels and ends in an activation."""
+
+    kind: str  # as in the names of the contract: "group" or "position"
+    activation: str
+    alpha: float
+    eps: float
+    backend: object
+    more: tuple = ()  # arguments of the kind's own
+
+    @property
+    def arguments(self):
+        return self.activation, self.alpha
+
+
+class EndedNormFunction(torch.autograd.Function):
+    """Group norm, and layer norm over channels."""
+
     @staticmethod
-    def forward(ctx, x, weight, bias, activation, alpha, eps, groups, backend):
-        y, mean, rstd = backend.group_fwd(x, weight, bias, activation, alpha, eps, groups)
-        plain = activation == "identity"
-        ctx.save_for_backward(x, weight, None if plain else bias, mean, rstd)
-        ctx.options, ctx.bias_dtype = (activation, alpha, eps, groups, backend), _dtype(bias)
+    def forward(ctx, x, weight, bias, o):
+        run = getattr(o.backend, f"{o.kind}_fwd")
+        y, mean, rstd = run(x, weight, bias, *o.arguments, o.eps, *o.more)
+        ctx.save_for_backward(x, weight, None if o.activation == "identity" else bias, mean, rstd)
+        ctx.options, ctx.bias_dtype = o, _dtype(bias)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        activation, alpha, eps, groups, backend = ctx.options
-        dx, *parameters = ctx.needs_input_grad[:3]
-        need = (dx, *_parameter_dtypes(ctx, weight, parameters))
+        o, need = ctx.options, _need(ctx, weight)
         if is_differentiable(dy):
-            grads = composite.group_norm_backward(dy, x, weight, bias, activation, alpha, eps, groups, need)
+            formula = getattr(composite, f"{o.kind}_norm_backward")
+            grads = formula(dy, x, weight, bias, *o.arguments, o.eps, *o.more, need)
         else:
-            grads = backend.group_bwd(dy, x, weight, bias, activation, alpha, mean, rstd, need)
-        return *grads, None, None, None, None, None
+            grads = getattr(o.backend, f"{o.kind}_bwd")(dy, x, weight, bias, *o.arguments, mean, rstd, need)
+        return *grads, None
+
+
+class MaskedBatchNormFunction(torch.autograd.Function):
+    """y, and count (1,), mean and biased variance (C,) in float64 of what counts: `otherwise` where nothing does."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mask, otherwise, eps, backend):
+        count, mean, deviation = backend.channel_masked_stats(x, mask)
+        mean, var = mean.double().sum(0), deviation.double().square()
+        mean, var = (torch.where(count > 0, of, other.double()) for of, other in zip((mean, var), otherwise, strict=True))
+        saved = reference.split(mean, count.dtype), torch.rsqrt(var + eps).to(count.dtype)
+        y = backend.channel_apply(x, *saved, weight, bias)
+        ctx.save_for_backward(x, weight, mask, count, *saved)
+        ctx.eps, ctx.backend, ctx.bias_dtype = eps, backend, _dtype(bias)
+        ctx.mark_non_differentiable(count, mean, var)
+        return y, count, mean, var
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        x, weight, mask, count, mean, rstd = ctx.saved_tensors
+        need = _need(ctx, weight)
+        if is_differentiable(dy):
+            grads = composite.masked_batch_norm_backward(dy, x, mask, weight, count, mean, rstd, ctx.eps, need)
+        else:
+            grads = reference.channel_masked_bwd(ctx.backend, dy, x, mask, weight, count, mean, rstd, need)
+        return *grads, None, None, None, None
 
 
 def _parameter_dtypes(ctx, weight, needed):
@@ -194,7 +236,7 @@ def apply_of(function):
 
 layer_norm, batch_norm = apply_of(LayerNormFunction), apply_of(BatchNormFunction)
 fused_rows, fused_batch_norm = apply_of(FusedRowsFunction), apply_of(FusedBatchNormFunction)
-group_norm = apply_of(GroupNormFunction)
+ended_norm, masked_batch_norm = apply_of(EndedNormFunction), apply_of(MaskedBatchNormFunction)
 extension.differentiate_with(
     composite.layer_norm_backward,
     composite.batch_norm_backward,

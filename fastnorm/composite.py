@@ -144,3 +144,32 @@ def group_norm_backward(dy, x, weight, bias, activation, alpha, eps, groups, nee
     n, mean, m2, scale = moments(rows.view(x).to(acc), (1,))
     saved = mean.squeeze(2), rstd_of(n, m2, scale, eps, acc).squeeze(1)
     return reference.group_bwd(dy, x, weight, bias, activation, alpha, *saved, need)
+
+
+def position_norm_backward(dy, x, weight, bias, activation, alpha, eps, need):
+    """dx, dweight, dbias as in position_bwd; they can be differentiated again."""
+    c, acc = Channels.of(x.shape), accumulate_dtype(x.dtype)
+    n, mean, m2, scale = moments(c.view(x).to(acc), (1,))
+    saved = mean.reshape(2, c.count), rstd_of(n, m2, scale, eps, acc).reshape(c.count)
+    return reference.position_bwd(dy, x, weight, bias, activation, alpha, *saved, need)
+
+
+def masked_batch_norm_backward(dy, x, mask, weight, count, mean, rstd, eps, need):
+    """dx, dweight, dbias as in channel_masked_bwd; they can be differentiated again. mean and rstd stay if nothing counts."""
+    c, acc = Channels.of(x.shape), accumulate_dtype(x.dtype)
+    n, own_mean, m2, scale = moments(c.view(x).to(acc), (0, 2), mask.reshape(c.B, 1, c.S))
+    mean = torch.where(count > 0, own_mean.view(2, c.C), mean)
+    rstd = torch.where(count > 0, rstd_of(n, m2, scale, eps, acc).view(c.C), rstd)
+    return reference.channel_masked_bwd(reference, dy, x, mask, weight, count, mean, rstd, need)
+
+
+def masked_in_sequence(x, mask, weight, bias, otherwise, eps):
+    """y, count, mean, var of `autograd.MaskedBatchNormFunction`, by torch's own operators."""
+    c, acc = Channels.of(x.shape), accumulate_dtype(x.dtype)
+    counts, flat = mask.reshape(c.B, 1, c.S), c.view(x).to(acc)
+    n, mean, m2, scale = moments(flat, (0, 2), counts)
+    count, mean, var = mask.sum().view(1).to(acc), mean.double().sum(0).view(c.C), (m2 / n / scale / scale).view(c.C)
+    mean, var = (torch.where(count > 0, of, other.double()) for of, other in zip((mean, var), otherwise, strict=True))
+    column = lambda p: None if p is None else p.to(acc).view(c.C, 1)
+    x_hat = reference.normalize(flat, reference.split(mean, acc).unsqueeze(2), column(torch.rsqrt(var + eps)))
+    return reference.affine(x_hat, column(weight), column(bias)).to(x.dtype).view(x.shape), count, mean.detach(), var.detach()

@@ -16,7 +16,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import autograd, fused, ops
+from . import autograd, fused, masked, ops
 from .autograd import PLAIN, traced
 from .composite import counted
 from .dispatch import DEVICES, DTYPES, direct, select
@@ -147,6 +147,8 @@ def batch_norm(
     *,
     activation=None,
     residual=None,
+    mask=None,
+    lengths=None,
 ):
     r"""Batch normalization (Ioffe and Szegedy, 2015) over every dimension but dim 1.
 
@@ -168,14 +170,23 @@ def batch_norm(
         eps: added to the variance.
         activation: as `layer_norm`'s.
         residual: input's shape and dtype, added before the activation.
+        mask: bool, input's shape without the channels or one that broadcasts to it: in training statistics are of the values
+            where it is True (and no gradient goes through them to the others). All are normalised. Where it is True nowhere,
+            the running statistics normalise and stay. Evaluation has no use for it.
+        lengths: instead of a mask, how many values of a ``(B, C, L, ...)`` input count along L, integers ``(B,)``.
 
     Returns:
         A tensor of input's shape, dtype and memory format (contiguous, channels_last or channels_last_3d).
 
     Raises:
         ValueError, RuntimeError, TypeError: torch's own, with torch's message; running statistics are then unchanged.
-            ValueError as well where there is no such activation.
+            ValueError as well where there is no such activation, and for a mask or lengths that do not fit.
     """
+    if mask is not None or lengths is not None:
+        mask = masked.mask_of(mask, lengths, input.shape[:1] + input.shape[2:], input.device)
+        if training:
+            options = (momentum, eps, activation, residual)
+            return masked.batch_norm(input, mask, running_mean, running_var, weight, bias, *options)
     if activation is not None or residual is not None:
         options = (training, momentum, eps, activation, residual)
         return fused.batch_norm(input, running_mean, running_var, weight, bias, *options)

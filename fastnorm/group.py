@@ -62,5 +62,6 @@ def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, *, activatio
     if backend is None:
         return activations.ACTIVATIONS[activation].value(F.group_norm(input, num_groups, weight, bias, eps), alpha)
     if needs_grad(input, weight, bias):
-        return autograd.group_norm(input, weight, bias, activation, alpha, eps, num_groups, backend)
+        options = autograd.Ended("group", activation, alpha, eps, backend, (num_groups,))
+        return autograd.ended_norm(input, weight, bias, options)
     return backend.group_fwd(input, weight, bias, activation, alpha, eps, num_groups)[0]

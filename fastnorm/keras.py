@@ -11,7 +11,7 @@ import warnings
 
 import torch
 
-from . import functional
+from . import functional, masked
 from .geometry import around
 from .reference import accumulate_dtype, affine, update_running
 
@@ -63,7 +63,13 @@ class KerasBatchNorm(torch.nn.Module):
         return y.view(input.shape)
 
     def _masked(self, x, mask):
-        """By torch's operators. Where nothing counts, mean and variance are 0, as in Keras."""
+        """Where nothing counts, mean and variance are 0, as in Keras. By torch's operators where a mask knows channels."""
+        if mask is not None and range(x.dim())[self.axis] == x.dim() - 1:
+            nothing = torch.zeros_like(self.running_mean)
+            given = (mask.bool().expand(x.shape[:-1]).reshape(-1), (nothing, nothing), self.weight, self.bias, self.eps)
+            y, _, mean, var = masked.normalize(x.reshape(around(x.shape, self.axis)), *given)
+            self._update(mean, var)
+            return y.view(x.shape)
         dims = [d for d in range(x.dim()) if d != range(x.dim())[self.axis]]
         counts = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool().unsqueeze(-1).expand_as(x)
         xf = x.to(accumulate_dtype(x.dtype))

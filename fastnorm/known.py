@@ -7,6 +7,7 @@ Compared with the forwards of timm 1.0.31, torchvision 0.29.2 and transformers 5
 from __future__ import annotations
 
 from . import functional
+from .channels_first import channels_first_layer_norm
 
 
 def _rows(self, x):
@@ -14,7 +15,9 @@ def _rows(self, x):
 
 
 def _channels_first(self, x):
-    return _rows(self, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    if self.normalized_shape != x.shape[1:2]:  # torch says what is wrong
+        return _rows(self, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return channels_first_layer_norm(x, self.weight, self.bias, self.eps)
 
 
 FORWARDS = {

@@ -8,7 +8,7 @@ import inspect
 import torch
 from torch.fx import Proxy
 
-from . import activations, functional, group, instance
+from . import activations, channels_first, functional, group, instance, masked
 from .geometry import around
 from .tracing import OPTIONS, Scriptable, extras, given, leaf
 
@@ -67,12 +67,16 @@ def _statistics(module):
         return module.running_mean, module.running_var, module.num_batches_tracked
 
 
-def _batch_norm(module, input, training, **extras):
+def _batch_norm(module, input, training, mask=None, **extras):
     (weight, bias), (mean, var, tracked) = _affine(module), _statistics(module)
     if not training:
         tracked = None
     elif not module.track_running_stats:
         mean = var = tracked = None
+    if mask is not None and (training or mean is None):
+        momentum = module.momentum or (None if module.momentum is None and tracked is not None else 0.0)
+        options = (momentum, module.eps, *extras.values())
+        return masked.batch_norm(input, mask, mean, var, weight, bias, *options, num_batches_tracked=tracked)
     if tracked is not None and module.momentum is None:
         return functional.cumulative_batch_norm(input, mean, var, weight, bias, tracked, module.eps, **extras)
     momentum = 0.0 if module.momentum is None else module.momentum
@@ -185,6 +189,31 @@ class ModulatedLayerNorm(LayerNorm):
         return functional.modulated_layer_norm(input, self.normalized_shape, scale, shift, *options, **extras)
 
 
+class LayerNorm2d(LayerNorm):
+    """`LayerNorm` over the channels of ``(B, C, *)`` inputs, ConvNeXt's; nothing is permuted for it.
+
+    Equivalent to: ``torch.nn.LayerNorm(C)(x.movedim(1, -1)).movedim(-1, 1)``, and the activation after it; see
+    `fastnorm.channels_first_layer_norm`. The constructor is torch.nn.LayerNorm's.
+
+    Raises:
+        ValueError: normalized_shape has more than one dimension.
+    """
+
+    channels_first = True
+
+    def __init__(self, normalized_shape, *args, **kwargs):
+        super().__init__(normalized_shape, *args, **kwargs)
+        if len(self.normalized_shape) != 1:
+            raise ValueError(f"expected normalized_shape to be the number of channels, got {self.normalized_shape}")
+
+    def forward(self, input):
+        if isinstance(input, Proxy) and (node := leaf(self, input)) is not None:
+            return node
+        if input.dim() > 1 and input.shape[1] != self.normalized_shape[0]:
+            raise ValueError(f"expected {self.normalized_shape[0]} channels in dim 1, got an input of {tuple(input.shape)}")
+        return channels_first.channels_first_layer_norm(input, *_affine(self), self.eps, activation=self.activation)
+
+
 @_with_options("activation")
 class GroupNorm(_Options, Scriptable, torch.nn.GroupNorm):
     """Group normalization of ``(B, C, *)`` inputs, on fused kernels.
@@ -226,15 +255,17 @@ class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
 class _BatchNorm(_Options, Scriptable):
     """torch.nn._BatchNorm.forward on fused kernels; a call that raises leaves num_batches_tracked as it was, too."""
 
-    def forward(self, input, residual=None):
+    def forward(self, input, residual=None, mask=None, lengths=None):
         if isinstance(input, Proxy):
-            if (node := leaf(self, input, residual)) is not None:
+            if (node := leaf(self, input, residual, mask=mask, lengths=lengths)) is not None:
                 return node
-            residual = given(self, residual)
+            residual, mask, lengths = (given(self, t) for t in (residual, mask, lengths))
         self._check_input_dim(input)
         training, extras = self.training and not self.frozen, {}
         if residual is not None or self.activation is not None:
             extras = {"activation": self.activation, "residual": residual}
+        if mask is not None or lengths is not None:
+            extras["mask"] = masked.mask_beside(input, mask, lengths, self.channel_axis)
         if self.channel_axis == 1:
             return _batch_norm(self, input, training, **extras)
         shape = around(input.shape, self.channel_axis)

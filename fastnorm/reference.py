@@ -399,3 +399,13 @@ def channel_masked_grad(dy, x, mask, mean, rstd, weight, c1, c2):
     x_hat = normalize(c.view(x).to(acc), mean.view(2, c.C, 1), column(rstd))
     dx = torch.where(counts, grad_input(g, x_hat, column(rstd), column(c1), column(c2)), g * column(rstd))
     return _like(dx, x, suggest_memory_format(x))
+
+
+def channel_masked_bwd(backend, dy, x, mask, weight, count, mean, rstd, need):
+    """dx, dweight (C,), dbias (C,) by the pieces of a backend; count (1,) is of the positions that count"""
+    sum_dz, sum_dz_x_hat = backend.channel_sums(dy, x, mean, rstd)
+    dx = None
+    if need[0]:
+        share = (1.0 if weight is None else weight.to(rstd.dtype)) / count.clamp(min=1)
+        dx = backend.channel_masked_grad(dy, x, mask, mean, rstd, weight, share * sum_dz_x_hat, share * sum_dz)
+    return dx, needed(sum_dz_x_hat, need[1]), needed(sum_dz, need[2])

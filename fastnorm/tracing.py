@@ -25,6 +25,7 @@ OPTIONS = {
     "zero_centred": False,
     "addend": False,
     "modulated": False,
+    "channels_first": False,
     "channel_axis": 1,
     "frozen": False,
 }
@@ -42,9 +43,9 @@ def twin(module):
     return twin
 
 
-def leaf(module, proxy, residual=None):
-    """The call_module node of torch.fx for `module(proxy)` or `module(proxy, residual)`; None where torch.nn's module would be
-    traced through as well.
+def leaf(module, proxy, residual=None, **named):
+    """The call_module node of torch.fx for `module(proxy)`, with a residual and others by their names where these are not None;
+    None where torch.nn's module would be traced through as well.
 
     Raises:
         TraceError: the module has forward hooks. They have run by now and would run again with the node.
@@ -57,15 +58,16 @@ def leaf(module, proxy, residual=None):
         return None
     if module._forward_hooks or module._forward_pre_hooks:
         raise TraceError(f"{path} has forward hooks, which torch.fx cannot see past: trace after fastnorm.revert(model)")
-    return tracer.create_proxy("call_module", path, (proxy,) if residual is None else (proxy, residual), {})
+    named = {name: t for name, t in named.items() if t is not None}
+    return tracer.create_proxy("call_module", path, (proxy,) if residual is None else (proxy, residual), named)
 
 
 def given(module, residual):
-    """None for the residual of a root that is traced through by itself: its placeholder has the default, None, and a graph that
-    is called with anything else says so."""
+    """None for an optional argument (a residual, say) of a root that is traced through by itself: its placeholder has the
+    default, None, and a graph that is called with anything else says so."""
     if not isinstance(residual, Proxy) or module is not residual.tracer.root:
         return residual
-    message = "this graph was traced without a residual"
+    message = f"this graph was traced without a {residual.node.target}"
     residual.tracer.create_proxy("call_function", _assert_is_none, (residual, message), {})
     return None
 
