@@ -77,6 +77,12 @@ std::tuple<Tensor, Tensor, Tensor> channel_masked_stats(const Tensor& x, const T
 Tensor channel_masked_grad(const Tensor& dy, const Tensor& x, const Tensor& mask, const Tensor& mean, const Tensor& rstd,
                            const Maybe& weight, const Tensor& c1, const Tensor& c2);
 
+// h = addend + x * row_scale * column_scale * kept / (1 - p). `seed` is one int64, of no use where p is 0.
+Tensor branch_fwd(const Tensor& x, const Tensor& addend, const Maybe& row_scale, const Maybe& column_scale, double p,
+                  const Maybe& seed, at::ScalarType dtype);
+std::tuple<Maybe, Maybe> branch_bwd(const Tensor& dh, const Maybe& x, const Maybe& row_scale, const Maybe& column_scale,
+                                    double p, const Maybe& seed, MaybeType dx_dtype, MaybeType dcolumn_dtype);
+
 // The forward passes with statistics in the caller's memory, for a tensor costs a quarter of a microsecond: mean, 2 n elements,
 // and rstd, n, of x's accumulate dtype, where n is the number of rows or of channels. They are asked for once y is there: small
 // memory taken first may be cut from what an earlier y has left, and this one would go to new pages.

@@ -1,5 +1,6 @@
 // The fused functions of the contract over tensors: a norm with what surrounds it.
 #include <array>
+#include <cmath>
 
 #include "tensors.h"
 
@@ -57,6 +58,36 @@ ConstArray dense_beside(const Tensor& t, const char* name, const Tensor& x, Tens
   TORCH_CHECK(t.sizes() == x.sizes(), name, " should have x's shape ", text(x.sizes()), ", got ", text(t.sizes()));
   keep = as(t, x.scalar_type()).contiguous();
   return input(keep, name, x);
+}
+
+// The rows that scales are for.
+Rows branch_rows(const Tensor& x, const Maybe& row_scale, const Maybe& column_scale) {
+  check_served(x);
+  const int64_t n = x.numel(), R = row_scale ? row_scale->numel() : 1, last = x.dim() > 0 && n > 0 ? x.size(-1) : 1;
+  const int64_t N = column_scale ? column_scale->numel() : R > 0 && n % (R * last) == 0 ? last : n;
+  TORCH_CHECK(n > 0 && R > 0 && N > 0 && n % (R * N) == 0, text(n), " elements are not rows for ", text(R),
+              " row scales and columns for ", text(N), " column scales");
+  return {n / N, N, R};
+}
+
+// A scale in x's accumulate dtype, dense; `keep` owns a copy.
+const void* scale_of(const Maybe& t, const char* name, const Tensor& x, Tensor& keep) {
+  if (!t) return nullptr;
+  check_beside(*t, name, x);
+  keep = as(*t, accumulate_type(x)).contiguous();
+  return keep.const_data_ptr();
+}
+
+// `keep` owns a copy of the seed.
+Dropout dropout(double p, const Maybe& seed, const Tensor& x, Tensor& keep) {
+  TORCH_CHECK(p >= 0 && p <= 1, "a probability is between 0 and 1");
+  if (p == 0) return {};
+  TORCH_CHECK(seed && seed->numel() == 1 && seed->scalar_type() == at::kLong, "the seed should be one int64");
+  check_beside(*seed, "seed", x);
+  keep = seed->contiguous();
+  if (p == 1) return {keep.const_data_ptr<int64_t>(), 0, 0};
+  constexpr double WORDS = 4294967296.0;
+  return {keep.const_data_ptr<int64_t>(), static_cast<uint32_t>(std::min(std::nearbyint(p * WORDS), WORDS - 1)), 1 / (1 - p)};
 }
 
 }  // namespace
@@ -195,6 +226,37 @@ Grads position_bwd(const Tensor& dy, const Tensor& x, const Maybe& weight, const
      parameter(on, weight, "weight", g.C, x, w), parameter(on, bias, "bias", g.C, x, b), epilogue(activation, alpha),
      statistic(mean, "mean", x, 2 * g.M()), statistic(rstd, "rstd", x, g.M()), maybe(dx), maybe(dweight), maybe(dbias));
   return {dx, wanted(std::move(dweight), std::get<1>(need)), wanted(std::move(dbias), std::get<2>(need))};
+}
+
+Tensor branch_fwd(const Tensor& x, const Tensor& addend, const Maybe& row_scale, const Maybe& column_scale, double p,
+                  const Maybe& seed, at::ScalarType dtype) {
+  On on(x);
+  Tensor keep, keep_addend, keep_seed, r, c, h = empty_result(x, dtype);
+  const Rows g = branch_rows(x, row_scale, column_scale);
+  check_beside(addend, "addend", x);
+  TORCH_CHECK(addend.sizes() == x.sizes(), "addend should have x's shape ", text(x.sizes()), ", got ", text(addend.sizes()));
+  keep = x.contiguous();
+  keep_addend = readable(addend, x).contiguous();
+  TORCH_CHECK(dtype == x.scalar_type() || dtype == accumulate_type(x), "h should be in x's dtype or in ", accumulate_type(x));
+  on(&Kernels::branch_fwd, g, input(keep, "x", x), input(keep_addend, "addend", x), scale_of(row_scale, "row_scale", x, r),
+     scale_of(column_scale, "column_scale", x, c), dropout(p, seed, x, keep_seed), output(h));
+  return h;
+}
+
+std::tuple<Maybe, Maybe> branch_bwd(const Tensor& dh, const Maybe& x, const Maybe& row_scale, const Maybe& column_scale,
+                                    double p, const Maybe& seed, MaybeType dx_dtype, MaybeType dcolumn_dtype) {
+  On on(dh);
+  TORCH_CHECK(!dcolumn_dtype || (x && column_scale), "dcolumn_scale needs x and column_scale");
+  TORCH_CHECK(!x || x->sizes() == dh.sizes(), "x should have dh's shape ", text(dh.sizes()));
+  const Rows g = branch_rows(dh, row_scale, column_scale);
+  Tensor keep = dh.contiguous(), keep_x, keep_seed, r, c;
+  if (dcolumn_dtype) keep_x = x->contiguous();
+  const Maybe dx = dx_dtype ? Maybe(empty_result(dh, *dx_dtype)) : std::nullopt;
+  Maybe dcolumn = empty_grad(on, dh, dcolumn_dtype, g.N);
+  on(&Kernels::branch_bwd, g, input(keep, "dh", dh), dcolumn_dtype ? input(keep_x, "x", dh) : ConstArray{},
+     scale_of(row_scale, "row_scale", dh, r), scale_of(column_scale, "column_scale", dh, c), dropout(p, seed, dh, keep_seed),
+     maybe(dx), maybe(dcolumn));
+  return {dx, wanted(std::move(dcolumn), dcolumn_dtype)};
 }
 
 }  // namespace fastnorm

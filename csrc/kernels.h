@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "activations.h"
+#include "philox.h"
 
 namespace fastnorm {
 
@@ -160,6 +161,14 @@ struct Kernels {
                                 void* deviation);
   Error (*channel_masked_grad)(const Place&, Channels g, const ChannelsInput& dy, const ChannelsInput& x, const bool* mask,
                                const void* mean, const void* rstd, ConstArray weight, const void* c1, const void* c2, Array dx);
+  // A branch onto a stream, all dense: h = addend + x * factor, where the factor of an element is row_scale (P numbers, each
+  // for the next M / P rows) times column_scale (N) times dropout's; what is absent is 1. Scales are in x's accumulate dtype;
+  // addend and h (and dh, the gradient of h) in that or in x's dtype, dx in x's. dcolumn_scale is the sum over rows of dh * x
+  // times the other factors, and needs x, which is absent without it.
+  Error (*branch_fwd)(const Place&, Rows g, ConstArray x, ConstArray addend, const void* row_scale, const void* column_scale,
+                      Dropout dropout, Array h);
+  Error (*branch_bwd)(const Place&, Rows g, ConstArray dh, ConstArray x, const void* row_scale, const void* column_scale,
+                      Dropout dropout, Array dx, Array dcolumn_scale);
   // Whether these are a GPU's: rows in two dtypes at once, as above; and every parameter is in x's dtype or in the accumulate
   // dtype, and no result but these is wider. Else y and dy have x's dtype, and parameters any.
   bool gpu;

@@ -135,6 +135,58 @@ class FusedRowsFunction(torch.autograd.Function):
         return dx, dx if daddend else None, shaped(dweight), shaped(dbias), dy if dresidual and ctx.plain else dz, None
 
 
+class Branch(NamedTuple):
+    """What happens to a branch on its way onto the stream, beside a scale of its columns."""
+
+    dropout: float
+    seed: torch.Tensor | None
+    row_scale: torch.Tensor | None
+    dtype: torch.dtype  # the stream's
+
+
+class BranchRowsFunction(torch.autograd.Function):
+    """y, in x's dtype, and h = stream + dropout(x) * row_scale * column_scale."""
+
+    @staticmethod
+    def forward(ctx, x, stream, weight, bias, column_scale, b, o):
+        h = o.backend.branch_fwd(x, stream, b.row_scale, column_scale, b.dropout, b.seed, b.dtype)
+        y, _, mean, rstd = o.backend.row_fused_fwd(h, None, weight, bias, None, o.activation, o.alpha, o.eps, o.N, o.centre)
+        plain = o.activation == "identity"
+        saved = (None if column_scale is None or not ctx.needs_input_grad[4] else x, column_scale, b.row_scale, b.seed)
+        ctx.save_for_backward(h, weight, None if plain else bias, mean, rstd, *saved)
+        ctx.options, ctx.dropout, ctx.dtypes, ctx.bias_dtype = o, b.dropout, (x.dtype, stream.dtype), _dtype(bias)
+        ctx.parameter_shape = None if weight is None and bias is None else (bias if weight is None else weight).shape
+        ctx.set_materialize_grads(False)
+        if not any(ctx.needs_input_grad[i] for i in (0, 1, 4)):
+            ctx.mark_non_differentiable(h)
+        return y.to(x.dtype), h
+
+    @staticmethod
+    def backward(ctx, dy, dh):
+        h, weight, bias, mean, rstd, x, column_scale, row_scale, seed = ctx.saved_tensors
+        o, (x_dtype, stream_dtype), needed = ctx.options, ctx.dtypes, ctx.needs_input_grad
+        if dy is None and dh is None:
+            return (None,) * 7
+        branch, again = (needed[0], needed[4]), any(g is not None and is_differentiable(g) for g in (dy, dh))
+        total, dweight, dbias = dh, None, None
+        if dy is not None:
+            need = (any(branch) or needed[1], *_parameter_dtypes(ctx, weight, needed[2:4]), False)
+            if again:
+                formula, options = composite.fused_rows_backward, (o.activation, o.alpha, o.eps, o.N, o.centre)
+                total, dweight, dbias, _ = formula(dy.to(h.dtype), dh, h, weight, bias, None, *options, need)
+            else:
+                run, options = o.backend.row_fused_bwd, (o.activation, o.alpha, mean, rstd, need, o.centre)
+                total, dweight, dbias, _ = run(dy.to(h.dtype), dh, h, None, weight, bias, *options)
+        dx = dcolumn = None
+        if any(branch):
+            run = (reference if again else o.backend).branch_bwd
+            dtypes = (x_dtype if branch[0] else None, column_scale.dtype if branch[1] else None)
+            dx, dcolumn = run(total, x, row_scale, column_scale, ctx.dropout, seed, *dtypes)
+        shaped = lambda d: d if d is None else d.view(ctx.parameter_shape)
+        dcolumn = None if dcolumn is None else dcolumn.view(column_scale.shape)
+        return dx, total.to(stream_dtype) if needed[1] else None, shaped(dweight), shaped(dbias), dcolumn, None, None
+
+
 class FusedBatchNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, activation, alpha, mean, var, training, momentum, eps, tracked, backend):
@@ -236,6 +288,7 @@ def apply_of(function):
 
 layer_norm, batch_norm = apply_of(LayerNormFunction), apply_of(BatchNormFunction)
 fused_rows, fused_batch_norm = apply_of(FusedRowsFunction), apply_of(FusedBatchNormFunction)
+branch_rows = apply_of(BranchRowsFunction)
 ended_norm, masked_batch_norm = apply_of(EndedNormFunction), apply_of(MaskedBatchNormFunction)
 extension.differentiate_with(
     composite.layer_norm_backward,

@@ -313,7 +313,7 @@ def gpu_architectures() -> list[str]:
 
 
 def cuda_key(architectures: list[str]) -> str:
-    shared = [(csrc() / name).read_text() for name in ("kernels.h", "activations.h", "norm_math.h")]
+    shared = [(csrc() / name).read_text() for name in ("kernels.h", "activations.h", "norm_math.h", "philox.h")]
     return f"fastnorm-cuda-{digest([csrc() / 'cuda'], f'{CUDA_FLAGS} {shared}')}-{'-'.join(architectures)}-"
 
 

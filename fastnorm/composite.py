@@ -107,6 +107,21 @@ def rows_in_sequence(x, addend, normalized_shape, weight, bias, eps, activation,
     return _ended(z, residual, activation, alpha), None if addend is None else h
 
 
+def branch_in_sequence(
+    x, stream, normalized_shape, weight, bias, eps, activation, alpha, centre, dropout, row_scale, layer_scale, dtype
+):
+    """y and h, by torch's own functions; h in `dtype` where that is given, and y in x's."""
+    u = F.dropout(x, dropout) if dropout > 0 else x
+    for scale in (row_scale, layer_scale):
+        u = u if scale is None else u * scale
+    if dtype is None:
+        return rows_in_sequence(u, stream, normalized_shape, weight, bias, eps, activation, alpha, None, centre)
+    weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
+    options = (normalized_shape, weight, bias, eps, activation, alpha, None, centre)
+    y, h = rows_in_sequence(u.to(dtype), stream.to(dtype), *options)
+    return y.to(x.dtype), h
+
+
 def modulated_in_sequence(x, normalized_shape, scale, shift, weight, bias, eps, activation, alpha):
     """y, by torch's own functions."""
     return _ended(F.layer_norm(x, normalized_shape, weight, bias, eps) * (1 + scale) + shift, None, activation, alpha)

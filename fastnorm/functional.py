@@ -16,7 +16,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import autograd, fused, masked, ops
+from . import autograd, branch, fused, masked, ops
 from .autograd import PLAIN, traced
 from .composite import counted
 from .dispatch import DEVICES, DTYPES, direct, select
@@ -289,25 +289,48 @@ def _eps(input, eps):
     return torch.finfo(input.dtype).eps if eps is None and input.is_floating_point() else eps
 
 
-def add_layer_norm(input, residual, normalized_shape, weight=None, bias=None, eps=1e-5, *, activation=None):
+def add_layer_norm(
+    input,
+    residual,
+    normalized_shape,
+    weight=None,
+    bias=None,
+    eps=1e-5,
+    *,
+    activation=None,
+    dropout=0.0,
+    row_scale=None,
+    layer_scale=None,
+    residual_in_fp32=False,
+):
     """The pre-norm of a transformer's block: the branch's output is added to the stream, and the sum is normalised.
 
-    Equivalent to: ``h = input + residual; y = activation(layer_norm(h, normalized_shape, weight, bias, eps)); return y, h``
+    Equivalent to: ``h = dropout(input) * row_scale * layer_scale + residual; y = activation(layer_norm(h, normalized_shape,
+    weight, bias, eps)); return y, h``
 
-    The gradient of h is added in the kernel of the backward pass. Only h is saved for it.
+    The gradient of h is added in the kernel of the backward pass. Only h is saved for it; with a layer_scale input as well.
+    What dropout keeps is not saved, but computed again from a seed, which torch's generator of input's device gives.
 
     Args:
         input: the branch's output, ``(*, *normalized_shape)``.
-        residual: the stream, of input's shape and dtype.
+        residual: the stream, of input's shape and dtype, or float32 beside a half input with ``residual_in_fp32``.
         normalized_shape, weight, bias, eps, activation: as `layer_norm`'s.
+        dropout: the probability with which an element of input is zeroed; the others are divided by ``1 - dropout``.
+        row_scale: one factor for each sample or row (drop path), of the shape of input's first dimensions, with or without
+            ones after them.
+        layer_scale: one factor for each column, ``normalized_shape`` (Touvron et al., 2021).
+        residual_in_fp32: h is float32 where input is a half type, and y has input's dtype.
 
     Returns:
-        ``(y, h)``, contiguous, of input's shape and dtype.
+        ``(y, h)``, contiguous, of input's shape and dtype, or h in float32.
 
     Raises:
         RuntimeError, TypeError: torch's own, with torch's message, for shapes, devices and types that do not fit.
-        ValueError: there is no such activation.
+        ValueError: there is no such activation; `dropout` is no probability; `row_scale` does not fit.
     """
+    if dropout or residual_in_fp32 or row_scale is not None or layer_scale is not None:
+        options = (True, dropout, row_scale, layer_scale, residual_in_fp32)
+        return branch.rows(input, residual, normalized_shape, weight, bias, eps, activation, *options)
     return fused.rows(input, residual, normalized_shape, weight, bias, eps, activation, None)
 
 
@@ -336,9 +359,26 @@ def modulated_layer_norm(input, normalized_shape, scale, shift, weight=None, bia
     return fused.modulated_rows(input, normalized_shape, scale, shift, weight, bias, eps, activation)
 
 
-def add_rms_norm(input, residual, normalized_shape, weight=None, eps=None, *, activation=None):
+def add_rms_norm(
+    input,
+    residual,
+    normalized_shape,
+    weight=None,
+    eps=None,
+    *,
+    activation=None,
+    dropout=0.0,
+    row_scale=None,
+    layer_scale=None,
+    residual_in_fp32=False,
+):
     """`add_layer_norm` with RMSNorm.
 
-    Equivalent to: ``h = input + residual; y = activation(rms_norm(h, normalized_shape, weight, eps)); return y, h``
+    Equivalent to: ``h = dropout(input) * row_scale * layer_scale + residual; y = activation(rms_norm(h, normalized_shape,
+    weight, eps)); return y, h``
     """
+    if dropout or residual_in_fp32 or row_scale is not None or layer_scale is not None:
+        eps = torch.finfo(torch.float32 if residual_in_fp32 else input.dtype).eps if eps is None else eps
+        options = (False, dropout, row_scale, layer_scale, residual_in_fp32)
+        return branch.rows(input, residual, normalized_shape, weight, None, eps, activation, *options)
     return fused.rows(input, residual, normalized_shape, weight, None, _eps(input, eps), activation, None, centre=False)

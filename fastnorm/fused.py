@@ -18,7 +18,7 @@ from .reference import accumulate_dtype
 _is_compiling = torch.compiler.is_compiling
 
 
-def _backend(x, like_x, others):
+def serving(x, like_x, others):
     """The backend that serves x with tensors of its shape and dtype, and with others; None where torch has to."""
     if has_torch_function_variadic(x, *like_x, *others) or traced() or not covers(x, *like_x, *others):
         return None
@@ -38,7 +38,7 @@ def rows(x, addend, normalized_shape, weight, bias, eps, activation, residual, c
         arguments = (x, addend, normalized_shape, weight, bias, eps, activation, alpha, residual, centre)
         if (results := direct.fused_rows(*arguments)) is not None:
             return results
-        backend = _backend(x, (addend, residual), (weight, bias))
+        backend = serving(x, (addend, residual), (weight, bias))
     if backend is None or autocasts(x) or not rows_fit(x, normalized_shape, weight, bias, eps):
         return composite.rows_in_sequence(x, addend, normalized_shape, weight, bias, eps, activation, alpha, residual, centre)
     options = Rows(torch.Size(normalized_shape).numel(), eps, activation, alpha, centre, backend)
@@ -50,7 +50,7 @@ def rows(x, addend, normalized_shape, weight, bias, eps, activation, residual, c
 def modulated_rows(x, normalized_shape, scale, shift, weight, bias, eps, activation):
     """y = activation(layer_norm(x) * (1 + scale) + shift), where scale and shift are the same for the rows of a sample."""
     activation, alpha = activations.parse(activation)
-    backend = None if _is_compiling() else _backend(x, (), (scale, shift, weight, bias))
+    backend = None if _is_compiling() else serving(x, (), (scale, shift, weight, bias))
     fits = backend is not None and not autocasts(x) and rows_fit(x, normalized_shape, weight, bias, eps)
     if not (fits and scale.shape == shift.shape and parts_fit(x, normalized_shape, scale)):
         return composite.modulated_in_sequence(x, normalized_shape, scale, shift, weight, bias, eps, activation, alpha)
@@ -77,7 +77,7 @@ def batch_norm(
         arguments = (input, *statistics, weight, bias, *options, activation, alpha, residual, num_batches_tracked)
         if (y := direct.fused_batch_norm(*arguments)) is not None:
             return y
-        backend = _backend(input, (residual,), (*statistics, weight, bias))
+        backend = serving(input, (residual,), (*statistics, weight, bias))
     if backend is None or not channels_fit(input, *statistics, weight, bias, *options):
         arguments = (input, *statistics, weight, bias, *options, activation, alpha, residual)
         return composite.counted(num_batches_tracked, composite.channels_in_sequence, *arguments)

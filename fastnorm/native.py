@@ -54,6 +54,6 @@ def whole_calls(device_type: str):
 
 def __getattr__(name):
     """The functions of the contract are the extension's own."""
-    if name.startswith(("row_", "channel_", "group_", "position_")):
+    if name.startswith(("row_", "channel_", "group_", "position_", "branch_")):
         return globals().setdefault(name, getattr(load(), name))  # found without this function from now on
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

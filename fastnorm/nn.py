@@ -10,6 +10,7 @@ from torch.fx import Proxy
 
 from . import activations, channels_first, functional, group, instance, masked
 from .geometry import around
+from .reference import accumulate_dtype
 from .tracing import OPTIONS, Scriptable, extras, given, leaf
 
 
@@ -121,18 +122,60 @@ class LayerNorm(_Options, Scriptable, torch.nn.LayerNorm):
         return functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps, **extras)
 
 
-class AddLayerNorm(LayerNorm):
-    """`LayerNorm` of a sum, which it returns as well: ``y, h = norm(branch, stream)``, the pre-norm of a transformer's block.
-
-    Equivalent to: ``h = branch + stream; y = activation(torch.nn.LayerNorm(...)(h))``; see
-    `fastnorm.functional.add_layer_norm`.
-    """
+class _Branch:
+    """What happens to the branch of a pre-norm on its way onto the stream."""
 
     addend = True
 
+    def __init__(self, *args, dropout=0.0, drop_path=0.0, layer_scale=None, residual_in_fp32=False, **kwargs):
+        for name, p in (("dropout", dropout), ("drop_path", drop_path)):
+            if not 0 <= p <= 1:
+                raise ValueError(f"{name} probability has to be between 0 and 1, but got {p}")
+        super().__init__(*args, **kwargs)
+        self.dropout, self.drop_path, self.residual_in_fp32 = dropout, drop_path, residual_in_fp32
+        factory = {name: kwargs.get(name) for name in ("device", "dtype")}
+        scale = None if layer_scale is None else torch.full(self.normalized_shape, float(layer_scale), **factory)
+        self.register_parameter("layer_scale", None if scale is None else torch.nn.Parameter(scale))
+
+    def extra_repr(self):
+        given = {"dropout": self.dropout, "drop_path": self.drop_path, "residual_in_fp32": self.residual_in_fp32}
+        given["layer_scale"] = self.layer_scale is not None
+        return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in given.items() if value)])
+
+    def _extras(self, input):
+        row_scale = None
+        if self.training and self.drop_path > 0:
+            row_scale = input.new_empty(input.shape[:1], dtype=accumulate_dtype(input.dtype)).bernoulli_(1 - self.drop_path)
+            row_scale = row_scale / max(1 - self.drop_path, torch.finfo(row_scale.dtype).tiny)
+        return {
+            "activation": self.activation,
+            "dropout": self.dropout if self.training else 0.0,
+            "row_scale": row_scale,
+            "layer_scale": self.layer_scale,
+            "residual_in_fp32": self.residual_in_fp32,
+        }
+
+
+class AddLayerNorm(_Branch, LayerNorm):
+    """`LayerNorm` of a sum, which it returns as well: ``y, h = norm(branch, stream)``, the pre-norm of a transformer's block.
+
+    Equivalent to: ``h = dropout(branch) * path * layer_scale + stream; y = activation(torch.nn.LayerNorm(...)(h))``; see
+    `fastnorm.functional.add_layer_norm`.
+
+    Args:
+        dropout: the probability with which an element of the branch is zeroed in training, as torch.nn.Dropout's.
+        drop_path: the probability with which a sample's branch is left out in training (stochastic depth; Huang et al., 2016);
+            the others are divided by ``1 - drop_path``.
+        layer_scale: what the parameter `layer_scale`, of normalized_shape, begins with; None for no such parameter.
+        residual_in_fp32: h is float32 where the branch is a half type.
+
+    Raises:
+        ValueError: a probability is none.
+    """
+
     def forward(self, input, residual):
         weight, bias = _affine(self)
-        extras = {"activation": self.activation}
+        extras = self._extras(input)
         return functional.add_layer_norm(input, residual, self.normalized_shape, weight, bias, self.eps, **extras)
 
 
@@ -165,13 +208,12 @@ class RMSNorm(_Options, Scriptable, torch.nn.RMSNorm):
         return functional.rms_norm(input, self.normalized_shape, self._factor(), self.eps, **extras)
 
 
-class AddRMSNorm(RMSNorm):
-    """`RMSNorm` of a sum, which it returns as well: ``y, h = norm(branch, stream)``. See `fastnorm.functional.add_rms_norm`."""
-
-    addend = True
+class AddRMSNorm(_Branch, RMSNorm):
+    """`RMSNorm` of a sum, which it returns as well: ``y, h = norm(branch, stream)``. See `fastnorm.functional.add_rms_norm`,
+    and `AddLayerNorm` for the options of the branch."""
 
     def forward(self, input, residual):
-        extras = {"activation": self.activation}
+        extras = self._extras(input)
         return functional.add_rms_norm(input, residual, self.normalized_shape, self._factor(), self.eps, **extras)
 
 

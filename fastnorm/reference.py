@@ -29,6 +29,11 @@ Those with `position` are a layer norm over the C channels of every position (ch
 Those with `masked` are pieces of a batch norm of which some positions do not count: `mask` is bool and (B, *), x without its
 channels, True where they do. All of x is normalised, and all of dy is in the sums of channel_sums.
 
+`branch_fwd` and `branch_bwd` add a branch to a stream: h = addend + x * row_scale * column_scale * kept / (1 - p). row_scale is
+R elements, each for the next numel / R elements, and column_scale N, or None. addend, h and dh are in x's dtype or in its
+accumulate dtype. Element i is kept where word i % 4 of Philox4x32-10's counter i / 4 with the key `seed`, an int64 tensor of
+one element or None where p is 0, is at least p * 2^32: backward computes that anew.
+
 No element count is ever zero here: functional.py hands empty inputs to torch.
 """
 
@@ -409,3 +414,64 @@ def channel_masked_bwd(backend, dy, x, mask, weight, count, mean, rstd, need):
         share = (1.0 if weight is None else weight.to(rstd.dtype)) / count.clamp(min=1)
         dx = backend.channel_masked_grad(dy, x, mask, mean, rstd, weight, share * sum_dz_x_hat, share * sum_dz)
     return dx, needed(sum_dz_x_hat, need[1]), needed(sum_dz, need[2])
+
+
+# ---------------------------------------------------------------- a branch onto a stream
+
+
+def philox(seed, counters):
+    """Four words each, int64 below 2^32, in a last dimension: Philox4x32-10 (Salmon et al., 2011)."""
+    LOW = 0xFFFFFFFF
+    c0, c1 = counters & LOW, counters >> 32 & LOW
+    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    k0, k1 = seed & LOW, seed >> 32 & LOW
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wrap around where 64 bits end, which leaves both halves right
+        c0, c1, c2, c3 = (p1 >> 32 & LOW) ^ c1 ^ k0, p1 & LOW, (p0 >> 32 & LOW) ^ c3 ^ k1, p0 & LOW
+        k0, k1 = k0 + 0x9E3779B9 & LOW, k1 + 0xBB67AE85 & LOW
+    return torch.stack((c0, c1, c2, c3), -1)
+
+
+def kept(n, p, seed):
+    """Which of n elements dropout keeps, (n,)"""
+    words = philox(seed, torch.arange((n + 3) // 4, device=seed.device))
+    return words.view(-1)[:n] >= least_word(p)
+
+
+def least_word(p):
+    """The least word that keeps an element with probability 1 - p, for p < 1."""
+    return min(round(p * 2**32), 2**32 - 1)
+
+
+def _dropped(t, row_scale, p, seed):
+    """t * row_scale * kept / (1 - p), flat; nothing is kept where p is 1"""
+    t = t.reshape(-1)
+    if row_scale is not None:
+        t = (t.view(row_scale.numel(), -1) * row_scale.to(t.dtype).reshape(-1, 1)).view(-1)
+    if p == 0:
+        return t
+    return torch.where(kept(t.numel(), p, seed), t * (1 / (1 - p)), 0) if p < 1 else torch.zeros_like(t)
+
+
+def _by_columns(t, column_scale):
+    return t if column_scale is None else (t.view(-1, column_scale.numel()) * column_scale.to(t.dtype).reshape(-1)).view(-1)
+
+
+def branch_fwd(x, addend, row_scale, column_scale, p, seed, dtype):
+    """h, contiguous, in this dtype"""
+    acc = accumulate_dtype(x.dtype)
+    u = _by_columns(_dropped(x.to(acc), row_scale, p, seed), column_scale)
+    return (u.view(x.shape) + addend.to(acc)).to(dtype)
+
+
+def branch_bwd(dh, x, row_scale, column_scale, p, seed, dx_dtype, dcolumn_dtype):
+    """dx in its dtype and dcolumn_scale (N,) in its, each None where it is not wanted; x is None without the latter."""
+    acc = accumulate_dtype(dh.dtype)
+    dx = dcolumn = None
+    dropped = _dropped(dh.to(acc), row_scale, p, seed)
+    if dx_dtype is not None:
+        dx = _by_columns(dropped, column_scale).view(dh.shape).to(dx_dtype)
+    if dcolumn_dtype is not None:
+        rows = lambda t: t.reshape(-1, column_scale.numel())
+        dcolumn = (rows(dropped) * rows(x.to(acc))).sum(0, dtype=torch.float64).to(dcolumn_dtype)
+    return dx, dcolumn

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import BF16, F32
+from masks import written_out
 from torch import fx, nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -14,6 +15,17 @@ import fastnorm
 from fastnorm.activations import ACTIVATIONS
 
 D = torch.float64
+
+
+PATHS = [[[0.5]], [[0.0]], [[2.0]]]
+
+
+def _counting(x):
+    return torch.arange(6, device=x.device).expand(3, 6) < torch.tensor([[2], [6], [0]], device=x.device)
+
+
+def _gelu_of(norm, h):
+    return F.gelu(norm(h)), h
 
 
 def _norms():
@@ -51,6 +63,28 @@ def _norms():
             lambda x, r, w: fastnorm.add_rms_norm(x, r, ln, w, activation="tanh"),
             lambda x, r, w: (rms(x + r, ln, w).tanh(), x + r),
             (x, x, n),
+        ),
+        "scaled add_layer_norm": (
+            lambda x, r, s, w, b: fastnorm.add_layer_norm(
+                x, r, ln, w, b, activation="gelu", row_scale=x.new_tensor(PATHS), layer_scale=s
+            ),
+            lambda x, r, s, w, b: _gelu_of(lambda h: F.layer_norm(h, ln, w, b), x * x.new_tensor(PATHS) * s + r),
+            (x, x, n, n, n),
+        ),
+        "scaled add_rms_norm": (
+            lambda x, r, s: fastnorm.add_rms_norm(x, r, ln, eps=1e-3, row_scale=s),
+            lambda x, r, s: (rms(x * s + r, ln, eps=1e-3), x * s + r),
+            (x, x, (3, 4, 1)),
+        ),
+        "channels_first_layer_norm": (
+            lambda x, w, b: fastnorm.channels_first_layer_norm(x, w, b, 1e-3, activation="silu"),
+            lambda x, w, b: F.silu(F.layer_norm(x.mT, (4,), w, b, 1e-3).mT),
+            (x, c, c),
+        ),
+        "masked batch_norm": (
+            lambda x, r, w, b: fastnorm.batch_norm(x, None, None, w, b, True, activation="silu", residual=r, mask=_counting(x)),
+            lambda x, r, w, b: F.silu(written_out(x, _counting(x), w, b, 1e-5, x.dtype) + r),
+            (x, x, c, c),
         ),
         "batch_norm": (
             lambda x, r, w, b: fastnorm.batch_norm(x, None, None, w, b, True, activation="silu", residual=r),
@@ -100,8 +134,9 @@ NORMS = _norms()
 
 @pytest.fixture(autouse=True)
 def _groups_of_any_size(monkeypatch):
-    monkeypatch.setattr(fastnorm.group, "LEAST", 1)
-    monkeypatch.setattr(fastnorm.group, "LEAST_POSITIONS", 1)
+    for module in (fastnorm.group, fastnorm.channels_first):
+        monkeypatch.setattr(module, "LEAST", 1)
+        monkeypatch.setattr(module, "LEAST_POSITIONS", 1)
     monkeypatch.setattr(fastnorm.group, "LEAST_PLAIN_POSITIONS", 1)
 
 

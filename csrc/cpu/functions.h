@@ -1,4 +1,4 @@
-// What row_*.cpp, channel*.cpp, group.cpp and position.cpp implement: the functions of ../kernels.h, which ask for no place.
+// What row_*.cpp, channel*.cpp, group.cpp, position.cpp and branch.cpp implement: the functions of ../kernels.h, which ask for no place.
 #pragma once
 
 #include "../kernels.h"
@@ -43,5 +43,9 @@ void position_bwd(Positions g, ConstArray dy, ConstArray x, ConstArray weight, C
 void channel_masked_stats(Channels g, const ChannelsInput& x, const bool* mask, void* count, void* mean, void* deviation);
 void channel_masked_grad(Channels g, const ChannelsInput& dy, const ChannelsInput& x, const bool* mask, const void* mean,
                          const void* rstd, ConstArray weight, const void* c1, const void* c2, Array dx);
+void branch_fwd(Rows g, ConstArray x, ConstArray addend, const void* row_scale, const void* column_scale, Dropout dropout,
+                Array h);
+void branch_bwd(Rows g, ConstArray dh, ConstArray x, const void* row_scale, const void* column_scale, Dropout dropout, Array dx,
+                Array dcolumn_scale);
 
 }  // namespace fastnorm::cpu

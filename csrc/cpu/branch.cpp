@@ -1,0 +1,137 @@
+// A branch onto a stream: dropout and scales of its elements, and the sum; dense rows.
+//
+// The factors of a piece of a row are made first, in an array that stays in L1: words of a generator become plain vectors there.
+
+#include "loops.h"
+
+namespace fastnorm::cpu {
+namespace {
+
+constexpr int64_t PIECE_OF_ROW = 2048;  // elements of a row at a time
+constexpr int64_t ROWS_OF_SUMS = 64;    // rows of which a column is added up in the accumulate dtype
+
+template <class A>
+class Factors {
+ public:
+  Factors(Rows g, const void* row_scale, const void* column_scale, Dropout dropout)
+      : g_(g), rows_(as<A>(row_scale)), columns_(as<A>(column_scale)), dropout_(dropout) {}
+
+  // Of elements [n, n + count) of row m, at `out`; without those of the columns where not `whole`.
+  void make(int64_t m, int64_t n, int64_t count, bool whole, A* out) const {
+    A scale = static_cast<A>(dropout_.scale);
+    if (rows_) scale *= rows_[m / (g_.M / g_.P)];
+    if (dropout_.seed)
+      drop(m * g_.N + n, count, scale, out);
+    else
+      std::fill_n(out, count, scale);
+    if (whole && columns_)
+      for (int64_t i = 0; i < count; ++i) out[i] *= columns_[n + i];
+  }
+
+ private:
+  void drop(int64_t first, int64_t count, A scale, A* out) const {
+    constexpr int64_t AT_ONCE = 16;  // counters
+    const uint64_t seed = static_cast<uint64_t>(*dropout_.seed);
+    uint32_t words[4 * AT_ONCE];
+    for (int64_t at = first / 4 * 4; at < first + count; at += 4 * AT_ONCE) {
+      uint32_t w[4][AT_ONCE];
+      for (int64_t k = 0; k < AT_ONCE; ++k) {
+        const Words of = philox(seed, static_cast<uint64_t>(at / 4 + k));
+        for (int64_t j = 0; j < 4; ++j) w[j][k] = of.w[j];
+      }
+      for (int64_t i = 0; i < 4 * AT_ONCE; ++i) words[i] = w[i % 4][i / 4];
+      const int64_t begin = std::max(at, first), end = std::min(at + 4 * AT_ONCE, first + count);
+      for (int64_t i = begin; i < end; ++i) out[i - first] = words[i - at] >= dropout_.least ? scale : A(0);
+    }
+  }
+
+  Rows g_;
+  const A *rows_, *columns_;
+  Dropout dropout_;
+};
+
+// f(m, n, count) for all pieces of rows [begin, end).
+template <class F>
+void for_pieces(int64_t begin, int64_t end, int64_t N, const F& f) {
+  for (int64_t m = begin; m < end; ++m)
+    for (int64_t n = 0; n < N; n += PIECE_OF_ROW) f(m, n, std::min(PIECE_OF_ROW, N - n));
+}
+
+// f(null pointers to the types of a branch and of a stream).
+template <class F>
+void with_types(DType branch, DType stream, const F& f) {
+  with_type(branch, [&](auto* t) {
+    using A = Acc<std::remove_pointer_t<decltype(t)>>;
+    if (stream == branch)
+      f(t, t);
+    else
+      f(t, static_cast<A*>(nullptr));
+  });
+}
+
+}  // namespace
+
+void branch_fwd(Rows g, ConstArray x, ConstArray addend, const void* row_scale, const void* column_scale, Dropout dropout,
+                Array h) {
+  with_types(x.dtype, addend.dtype, [&](auto* t, auto* a) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using A = Acc<T>;
+    const Factors<A> factors(g, row_scale, column_scale, dropout);
+    const auto run = [&](auto* to) {
+      parallel_for(g.M, 2 * g.N, [&](int64_t begin, int64_t end) {
+        A factor[PIECE_OF_ROW];
+        for_pieces(begin, end, g.N, [&](int64_t m, int64_t n, int64_t count) {
+          factors.make(m, n, count, true, factor);
+          const int64_t first = m * g.N + n;
+          const T* from = as<T>(x.data) + first;
+          const auto* onto = as<std::remove_pointer_t<decltype(a)>>(addend.data) + first;
+          for_vectors<Vec<T>>(count, [&](int64_t i, int64_t k) FN_LAMBDA {
+            store(to + first + i, affine(load(from + i, k), load(factor + i, k), load(onto + i, k)), k);
+          });
+        });
+      });
+    };
+    if (h.dtype == x.dtype)
+      run(as<T>(h.data));
+    else
+      run(as<A>(h.data));
+  });
+}
+
+void branch_bwd(Rows g, ConstArray dh, ConstArray x, const void* row_scale, const void* column_scale, Dropout dropout, Array dx,
+                Array dcolumn_scale) {
+  const int64_t blocks = ceil_div(g.M, ROWS_OF_SUMS);
+  with_types(dx.data ? dx.dtype : x.dtype, dh.dtype, [&](auto* t, auto* s) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using H = std::remove_pointer_t<decltype(s)>;
+    using A = Acc<T>;
+    const Factors<A> factors(g, row_scale, column_scale, dropout);
+    const A* columns = as<A>(column_scale);
+    const Buffer<A> sums(dcolumn_scale.data ? blocks * g.N : 0);
+    parallel_for(blocks, 3 * g.N * std::min(g.M, ROWS_OF_SUMS), [&](int64_t begin, int64_t end) {
+      A factor[PIECE_OF_ROW];
+      if (sums) std::fill(sums + begin * g.N, sums + end * g.N, A(0));
+      for_pieces(begin * ROWS_OF_SUMS, std::min(end * ROWS_OF_SUMS, g.M), g.N, [&](int64_t m, int64_t n, int64_t count) {
+        factors.make(m, n, count, !sums, factor);
+        const H* from = as<H>(dh.data) + m * g.N + n;
+        A* sum = sums ? sums + m / ROWS_OF_SUMS * g.N + n : nullptr;
+        for_vectors<Vec<T>>(count, [&](int64_t i, int64_t k) FN_LAMBDA {
+          const int64_t at = m * g.N + n + i;
+          auto u = load(from + i, k) * load(factor + i, k);
+          if (sum) {
+            store(sum + i, load(sum + i, k) + u * load(as<T>(x.data) + at, k), k);
+            u = u * load(columns + n + i, k);
+          }
+          if (dx.data) store(as<T>(dx.data) + at, u, k);
+        });
+      });
+    });
+    if (!sums) return;
+    std::vector<double> total(g.N, 0.0);
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int64_t n = 0; n < g.N; ++n) total[n] += static_cast<double>(sums[b * g.N + n]);
+    set_elements(dcolumn_scale, 0, g.N, total.data());
+  });
+}
+
+}  // namespace fastnorm::cpu
