@@ -22,6 +22,7 @@ from run import DTYPES, MODES, machine, number, publish
 from timing import GraphClock, device_in_turn, in_turn, ratio, spread
 
 import fastnorm
+from fastnorm import reference
 
 EPS = 1e-5
 
@@ -38,13 +39,14 @@ class Fused:
     beside: int = 0
     parameter: tuple[int, ...] | None = None  # the shape of weight and of bias, where it is another than (N,) or (C,)
     layout: str = "dense"
+    truth: Callable | None = None  # `torchs` where that draws random numbers: with what ours draws
 
     def __str__(self):
         return f"{self.name} {'x'.join(map(str, self.shape))}{'' if self.layout == 'dense' else f' {self.layout}'}"
 
     @property
     def rows(self) -> bool:
-        return "LN" in self.name or "RMS" in self.name
+        return "LN" in self.name.removesuffix("LN2d") or "RMS" in self.name
 
     @property
     def parameters(self) -> tuple[int, ...]:
@@ -145,6 +147,66 @@ def _groups(shape):
     )
 
 
+def _channels_first(shape):
+    yield Fused(
+        "LN2d",
+        shape,
+        lambda x, w, b: fastnorm.channels_first_layer_norm(x, w, b, EPS),
+        lambda x, w, b: F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], w, b, EPS).permute(0, 3, 1, 2).contiguous(),
+        lambda x, w, b: F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], w, b, EPS).permute(0, 3, 1, 2),
+    )
+
+
+def _counting(x):
+    """Padding: of the samples the first L / B positions, 2 L / B, and so on."""
+    B, _, L = x.shape
+    return torch.arange(L, device=x.device) * B < torch.arange(1, B + 1, device=x.device).unsqueeze(1) * L
+
+
+def _masked_in_operators(x, w, b):
+    counts, xf = _counting(x).unsqueeze(1), x.float() if x.element_size() == 2 else x
+    n = counts.sum()
+    mean = (xf * counts).sum((0, 2), keepdim=True) / n
+    var = ((xf - mean) * counts).square().sum((0, 2), keepdim=True) / n
+    return ((xf - mean) * torch.rsqrt(var + EPS) * w.view(-1, 1) + b.view(-1, 1)).to(x.dtype)
+
+
+def _masked(shape):
+    yield Fused(
+        "BN masked",
+        shape,
+        lambda x, w, b: fastnorm.batch_norm(x, None, None, w, b, True, 0.1, EPS, mask=_counting(x)),
+        _masked_in_operators,
+    )
+
+
+DROPPED = 0.1
+
+
+def _dropped_as_ours(x, r, w, b):
+    seed = torch.randint(-(1 << 63), (1 << 63) - 1, (1,), device=x.device)
+    return _sum_and_layer_norm(x * reference.kept(x.numel(), DROPPED, seed).view(x.shape) / (1 - DROPPED), r, w, b)
+
+
+def _branches(shape):
+    norm = lambda x, r, w, b, **extras: fastnorm.add_layer_norm(x, r, x.shape[-1:], w, b, EPS, **extras)
+    yield Fused(
+        "drop+add+LN",
+        shape,
+        lambda *tensors: norm(*tensors, dropout=DROPPED),
+        lambda x, *others: _sum_and_layer_norm(F.dropout(x, DROPPED), *others),
+        beside=1,
+        truth=_dropped_as_ours,
+    )
+    yield Fused(
+        "scale+add+LN",
+        shape,
+        lambda x, r, w, b: norm(x, r, w, b, layer_scale=w),
+        lambda x, r, w, b: _sum_and_layer_norm(x * w, r, w, b),
+        beside=1,
+    )
+
+
 def _reshaped(shape):
     yield Fused(
         "IN",
@@ -161,6 +223,9 @@ FUSED = (
     *_reshaped((8, 128, 32, 32)),
     *(row for shape in ((8, 256, 1152), (2, 1024, 3072)) for row in _modulated(shape)),
     *(row for shape in ((4, 320, 64, 64), (4, 1280, 16, 16)) for row in _groups(shape)),
+    *(row for shape in ((8, 96, 56, 56), (8, 384, 14, 14), (8, 768, 7, 7)) for row in _channels_first(shape)),
+    *(row for shape in ((32, 256, 512), (16, 64, 3136)) for row in _masked(shape)),
+    *(row for shape in ((8192, 1024),) for row in _branches(shape)),
 )
 
 
@@ -177,7 +242,8 @@ def make(row: Fused, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
 
 
 def results(function, inputs, gradients):
-    """Outputs and gradients."""
+    """Outputs and gradients; random numbers begin anew."""
+    torch.manual_seed(0)
     y = function(*inputs)
     y = y if isinstance(y, tuple) else (y,)
     grads = torch.autograd.grad(y, inputs, gradients[: len(y)], allow_unused=True)
@@ -186,8 +252,9 @@ def results(function, inputs, gradients):
 
 def disagreement(row, inputs, gradients) -> str | None:
     wide = [t.detach().double().requires_grad_() for t in inputs]
-    truth = results(row.torchs, wide, [g.double() for g in gradients])
-    ours, torchs = (results(f, inputs, gradients) for f in (row.ours, row.torchs))
+    torchs = row.truth or row.torchs
+    truth = results(torchs, wide, [g.double() for g in gradients])
+    ours, torchs = (results(f, inputs, gradients) for f in (row.ours, torchs))
     for i, (a, b, t) in enumerate(zip(ours, torchs, truth, strict=True)):
         error, allowed = ((r.double() - t).abs().max().item() for r in (a, b))
         allowed = 2 * allowed + torch.finfo(a.dtype).eps * t.abs().max().item()
@@ -306,7 +373,10 @@ def main(argv=None) -> int:
         print("\n".join(" ".join(map(str, job)) for job in jobs))
         return 0
     torch.set_num_threads(args.threads)
-    rows = [measure(*job, args) for job in jobs]
+    rows = []
+    for job in jobs:
+        rows.append(measure(*job, args))
+        print(*line(rows[-1]), file=sys.stderr, flush=True)  # what is measured is not lost where the rest is not waited for
     return publish(machine(args), [HEAD, *map(line, rows)], rows, args.json)
 
 

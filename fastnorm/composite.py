@@ -122,6 +122,16 @@ def branch_in_sequence(
     return y.to(x.dtype), h
 
 
+def masked_rows_in_sequence(x, mask, normalized_shape, weight, bias, eps):
+    """y; statistics of each row over what counts, mean 0 and variance 1 where nothing does. `mask` has x's dimensions."""
+    acc, dims = accumulate_dtype(x.dtype), tuple(range(x.dim() - len(normalized_shape), x.dim()))
+    n, mean, m2, scale = moments(x.to(acc), dims, mask)
+    some = mask.expand(x.shape).sum(dims, keepdim=True) > 0
+    mean, rstd = torch.where(some, mean, 0), torch.where(some, rstd_of(n, m2, scale, eps, acc), (1 + eps) ** -0.5)
+    weight, bias = (None if p is None else p.to(acc) for p in (weight, bias))
+    return reference.affine(normalize(x.to(acc), mean, rstd), weight, bias).to(x.dtype)
+
+
 def modulated_in_sequence(x, normalized_shape, scale, shift, weight, bias, eps, activation, alpha):
     """y, by torch's own functions."""
     return _ended(F.layer_norm(x, normalized_shape, weight, bias, eps) * (1 + scale) + shift, None, activation, alpha)

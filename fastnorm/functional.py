@@ -73,7 +73,18 @@ def _layer_norm_otherwise(input, normalized_shape, weight, bias, eps):
     return ops.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
-def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, activation=None, residual=None):
+def layer_norm(
+    input,
+    normalized_shape,
+    weight=None,
+    bias=None,
+    eps=1e-5,
+    *,
+    activation=None,
+    residual=None,
+    mask=None,
+    lengths=None,
+):
     r"""Layer normalization (Ba, Kiros and Hinton, 2016) over the last dimensions.
 
     Equivalent to: ``torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)``, and with the extras to
@@ -93,6 +104,10 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, act
             pair of a name and its number, as ("leaky_relu", 0.2) or ("elu", 0.5). Backward computes it anew: nothing is saved
             beside what the norm alone saves, but for the residual.
         residual: input's shape and dtype, added before the activation.
+        mask: bool, of the shape of input's first dimensions, ``(B, L)`` beside ``(B, L, C)``: the statistics of a row are of
+            the values where it is True, and no gradient goes through them to the others. All are normalised; where it is True
+            nowhere in a row, by mean 0 and variance 1. Plain torch operators so far.
+        lengths: instead of a mask, how many values of a ``(B, L, *)`` input count along L, integers ``(B,)``.
 
     Returns:
         A contiguous tensor of input's shape and dtype; float32 under CUDA autocast, as in torch, unless
@@ -100,8 +115,10 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, act
 
     Raises:
         RuntimeError, TypeError: torch's own, with torch's message, for shapes, devices and types that do not fit.
-        ValueError: there is no such activation.
+        ValueError: there is no such activation; a mask or lengths do not fit.
     """
+    if mask is not None or lengths is not None:
+        return masked.rows(input, mask, lengths, normalized_shape, weight, bias, eps, activation, residual)
     if activation is not None or residual is not None:
         return fused.rows(input, None, normalized_shape, weight, bias, eps, activation, residual)[0]
     if _is_compiling():

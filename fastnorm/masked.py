@@ -9,7 +9,7 @@ from torch.overrides import has_torch_function_variadic
 from . import activations, composite
 from .autograd import masked_batch_norm, traced
 from .dispatch import DTYPES, select
-from .gate import channels_fit, covers, needs_grad
+from .gate import channels_fit, covers, needs_grad, rows_fit
 from .geometry import around
 from .reference import accumulate_dtype, update_running
 
@@ -25,14 +25,25 @@ def mask_of(mask, lengths, shape, device):
     if mask is not None:
         fits = mask.dim() == len(shape) and all(m in (1, n) for m, n in zip(mask.shape, shape, strict=True))
         if mask.dtype != torch.bool or not fits:
-            wanted = f"expected a bool mask of shape {tuple(shape)}, input's without its channels"
+            wanted = f"expected a bool mask of shape {tuple(shape)}"
             raise ValueError(f"{wanted}, got {mask.dtype} of shape {tuple(mask.shape)}")
         return mask.expand(shape)
     if lengths.shape != shape[:1] or len(shape) < 2 or lengths.is_floating_point() or lengths.dtype == torch.bool:
-        wanted = f"expected integer lengths of shape {tuple(shape[:1])}, one a sample of a (B, C, L, ...) input"
+        wanted = f"expected integer lengths of shape {tuple(shape[:1])}, one a sample"
         raise ValueError(f"{wanted}, got {lengths.dtype} of shape {tuple(lengths.shape)}")
     counts = torch.arange(shape[1], device=device) < lengths.to(device).unsqueeze(1)
     return counts.view(*counts.shape, *[1] * (len(shape) - 2)).expand(shape)
+
+
+def rows(input, mask, lengths, normalized_shape, weight, bias, eps, activation, residual):
+    """layer_norm of what counts, by torch's operators; see `functional.layer_norm`."""
+    activation, alpha = activations.parse(activation)
+    if not rows_fit(input, normalized_shape, weight, bias, eps) or not input.is_floating_point():
+        F.layer_norm(input, normalized_shape, weight, bias, eps)  # raises what torch raises
+    mask = mask_of(mask, lengths, input.shape[: 2 if mask is None else mask.dim()], input.device)
+    mask = mask.view(*mask.shape, *[1] * (input.dim() - mask.dim()))
+    y = composite.masked_rows_in_sequence(input, mask, normalized_shape, weight, bias, eps)
+    return activations.ACTIVATIONS[activation].value(y if residual is None else y + residual, alpha)
 
 
 def mask_beside(input, mask, lengths, channel_axis):

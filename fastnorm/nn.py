@@ -110,15 +110,15 @@ class LayerNorm(_Options, Scriptable, torch.nn.LayerNorm):
     the activations, the dtypes and the errors.
     """
 
-    def forward(self, input, residual=None):
+    def forward(self, input, residual=None, mask=None, lengths=None):
         if isinstance(input, Proxy):
-            if (node := leaf(self, input, residual)) is not None:
+            if (node := leaf(self, input, residual, mask=mask, lengths=lengths)) is not None:
                 return node
-            residual = given(self, residual)
+            residual, mask, lengths = (given(self, t) for t in (residual, mask, lengths))
         weight, bias = _affine(self)
-        if residual is None and self.activation is None:
+        if residual is None and self.activation is None and mask is None and lengths is None:
             return functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
-        extras = {"activation": self.activation, "residual": residual}
+        extras = {"activation": self.activation, "residual": residual, "mask": mask, "lengths": lengths}
         return functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps, **extras)
 
 

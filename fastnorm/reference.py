@@ -83,13 +83,13 @@ def moments(x, dims, mask=None):
     """count, mean pair, m2 (the sum of squares about the mean, float64), rstd's factor `scale`; every tensor keeps `dims`.
 
     Two passes; sums and what is one number per row or channel are in float64, so that they cost x_hat no accuracy.
-    m2 is in units of 1 / scale^2, see BIG. With a mask, which broadcasts against x, the count is a tensor, and at least 1.
+    m2 is in units of 1 / scale^2, see BIG. With a mask, which broadcasts to x, the count is a tensor, and at least 1.
     """
     n, kept = 1, lambda t: t if mask is None else torch.where(mask, t, 0)
     for d in dims:
         n *= x.shape[d]
     if mask is not None:
-        n = mask.sum().double().clamp(min=1)
+        n = mask.expand(x.shape).sum(dims, keepdim=True).double().clamp(min=1)
     total = lambda t: kept(t).sum(dims, keepdim=True, dtype=torch.float64)
     high = (total(x) / n).to(x.dtype)
     centred = x - high

@@ -214,3 +214,49 @@ def test_traced_modules(device):
     assert torch.equal(graph(x, mask), model.eval()(x))
     graph.train()
     assert not torch.allclose(graph(x, mask), model(x))
+
+
+@pytest.mark.parametrize("kind", ["padding", "random", "none"])
+@pytest.mark.parametrize("dtype", [F64, F32, BF16])
+@pytest.mark.parametrize(("shape", "dims"), [((4, 6, 5), 2), ((4, 6), 1), ((3, 4, 5, 2), 3), ((3, 4, 5, 2), 2)])
+def test_rows(shape, dims, dtype, kind, backend, device):
+    """layer_norm row by row, of what counts in it; a row of which nothing counts has mean 0 and variance 1."""
+    x, dy = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    n = shape[len(shape) - dims :]
+    w, b = torch.randn(2, *n, device=device, dtype=dtype)
+    mask = mask_for(x.movedim(-1, 1) if len(shape) > 2 else x[:, None], kind)
+
+    def written(x, w, b):
+        counts = mask.view(*mask.shape, *[1] * (x.dim() - mask.dim())).expand(x.shape)
+        rows = [
+            (row - row[m].mean()) * torch.rsqrt(row[m].var(correction=0) + 1e-5) if m.any() else row * (1 + 1e-5) ** -0.5
+            for row, m in zip(x.reshape(-1, *n), counts.reshape(-1, *n), strict=True)
+        ]
+        return torch.stack(rows).view(x.shape) * w + b
+
+    def run(function, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, w, b)]
+        y = function(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, dy.to(dtype))]
+
+    tight = {F64: 1e-12, F32: 2e-5, BF16: 2e-2}[dtype]
+    for ours, truth in zip(
+        run(lambda x, w, b: fastnorm.layer_norm(x, n, w, b, mask=mask), dtype), run(written, F64), strict=True
+    ):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), truth, rtol=tight, atol=tight * truth.abs().max().item())
+
+
+def test_lengths_of_rows(backend, device):
+    x, r = torch.randn(2, 4, 6, 5, device=device)
+    lengths = torch.tensor([1, 6, 3, 0], device=device)
+    norm = lambda **options: fastnorm.layer_norm(x, (6, 5), activation="relu", residual=r, **options)
+    assert torch.equal(norm(lengths=lengths), norm(mask=torch.arange(6, device=device) < lengths[:, None]))
+    assert not torch.equal(norm(lengths=lengths), norm())
+    module = fastnorm.LayerNorm((6, 5), activation="relu", device=device)
+    assert torch.equal(module(x, r, lengths=lengths), norm(lengths=lengths))
+    for wrong in ({"mask": x > 0, "lengths": lengths}, {"mask": x}, {"mask": x[:, :3] > 0}, {"lengths": lengths[:3]}):
+        with pytest.raises(ValueError, match=r"expected|give one"):
+            norm(**wrong)
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        fastnorm.layer_norm(x, (5, 5), lengths=lengths)
