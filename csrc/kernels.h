@@ -8,7 +8,6 @@
 #include <cstdint>
 
 #include "activations.h"
-#include "philox.h"
 
 namespace fastnorm {
 
@@ -94,6 +93,14 @@ struct Groups {
 struct Positions {
   int64_t B, C, S;
   int64_t M() const { return B * S; }
+};
+
+// What dropout needs: word i % 4 of counter i / 4 of philox.h decides over element i, which is kept from `least` on; `scale` is
+// 1 / (1 - p).
+struct Dropout {
+  const int64_t* seed = nullptr;  // in the device's memory; null: everything is kept, and scale is 1
+  uint32_t least = 0;
+  double scale = 1;
 };
 
 // Where a device's kernels run, and memory that is theirs until the call ends; the CPU's ask for none of it.

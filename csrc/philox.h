@@ -8,31 +8,25 @@
 
 namespace fastnorm {
 
-// What dropout needs: word i % 4 of counter i / 4 decides over element i, which is kept from `least` on; `scale` is 1 / (1 - p).
-struct Dropout {
-  const int64_t* seed = nullptr;  // in the device's memory; null: everything is kept, and scale is 1
-  uint32_t least = 0;
-  double scale = 1;
-};
+// A word in the lower half of 64 bits, whatever is above it; the CPU has several at once, with functions of the same names.
+FN_HD uint64_t product(uint64_t word, uint32_t factor) { return static_cast<uint64_t>(static_cast<uint32_t>(word)) * factor; }
+FN_HD uint64_t upper(uint64_t product) { return product >> 32; }
+FN_HD uint64_t all(uint64_t, uint32_t word) { return word; }
 
-struct Words {
-  uint32_t w[4];
-};
-
-FN_HD Words philox(uint64_t seed, uint64_t counter) {
+// From the counter's two halves in c[0] and c[1], and zeros, to the words.
+template <class W>
+FN_HD void philox(W (&c)[4], uint64_t seed) {
   constexpr uint32_t M0 = 0xD2511F53, M1 = 0xCD9E8D57, W0 = 0x9E3779B9, W1 = 0xBB67AE85;
-  uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(M0) * c0, p1 = static_cast<uint64_t>(M1) * c2;
-    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c1 = static_cast<uint32_t>(p1);
-    c3 = static_cast<uint32_t>(p0);
+    const W p0 = product(c[0], M0), p1 = product(c[2], M1);
+    c[0] = upper(p1) ^ c[1] ^ all(p1, k0);
+    c[1] = p1;
+    c[2] = upper(p0) ^ c[3] ^ all(p0, k1);
+    c[3] = p0;
     k0 += W0;
     k1 += W1;
   }
-  return {{c0, c1, c2, c3}};
 }
 
 }  // namespace fastnorm

@@ -3,6 +3,7 @@
 // The factors of a piece of a row are made first, in an array that stays in L1: words of a generator become plain vectors there.
 
 #include "loops.h"
+#include "words.h"
 
 namespace fastnorm::cpu {
 namespace {
@@ -30,18 +31,19 @@ class Factors {
 
  private:
   void drop(int64_t first, int64_t count, A scale, A* out) const {
-    constexpr int64_t AT_ONCE = 16;  // counters
+    constexpr int64_t COUNTERS = 16, WORDS = 4 * COUNTERS;
     const uint64_t seed = static_cast<uint64_t>(*dropout_.seed);
-    uint32_t words[4 * AT_ONCE];
-    for (int64_t at = first / 4 * 4; at < first + count; at += 4 * AT_ONCE) {
-      uint32_t w[4][AT_ONCE];
-      for (int64_t k = 0; k < AT_ONCE; ++k) {
-        const Words of = philox(seed, static_cast<uint64_t>(at / 4 + k));
-        for (int64_t j = 0; j < 4; ++j) w[j][k] = of.w[j];
+    const uint32_t least = dropout_.least;
+    uint32_t words[WORDS];
+    for (int64_t at = first / 4 * 4; at < first + count; at += WORDS) {
+      random_words<COUNTERS>(seed, static_cast<uint64_t>(at / 4), words);
+      if (at >= first && at + WORDS <= first + count) {
+        A* to = out + (at - first);
+        for (int64_t i = 0; i < WORDS; ++i) to[i] = words[i] >= least ? scale : A(0);
+        continue;
       }
-      for (int64_t i = 0; i < 4 * AT_ONCE; ++i) words[i] = w[i % 4][i / 4];
-      const int64_t begin = std::max(at, first), end = std::min(at + 4 * AT_ONCE, first + count);
-      for (int64_t i = begin; i < end; ++i) out[i - first] = words[i - at] >= dropout_.least ? scale : A(0);
+      const int64_t begin = std::max(at, first), end = std::min(at + WORDS, first + count);
+      for (int64_t i = begin; i < end; ++i) out[i - first] = words[i - at] >= least ? scale : A(0);
     }
   }
 
