@@ -27,6 +27,7 @@ OPTIONS = {
     "modulated": False,
     "channel_axis": 1,
     "frozen": False,
+    "virtual_batch_size": None,
 }
 
 
