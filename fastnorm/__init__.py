@@ -6,6 +6,7 @@ from .convert import convert, revert
 from .dispatch import use_backend
 from .fold import fold
 from .functional import add_layer_norm, add_rms_norm, batch_norm, layer_norm, modulated_layer_norm, rms_norm
+from .ghost import ghost_batch_norm
 from .group import group_norm
 from .instance import instance_norm
 from .keras import from_keras
@@ -54,6 +55,7 @@ __all__ = [
     "fold",
     "from_keras",
     "functional",
+    "ghost_batch_norm",
     "group_norm",
     "instance_norm",
     "layer_norm",

@@ -85,6 +85,8 @@ def lint(model, batch_size=None, input=None) -> Report:
     no-running-statistics       note      a batch norm that uses the batch's own statistics in evaluation as well
     ==========================  ========  =================================================================================
 
+    A batch norm with a virtual batch size is judged by its ghost batches.
+
     Nothing is changed: no mode, no buffer, no hook, no random state of torch's. The order of the calls is that of a copy of the
     model without memory for its tensors, in the modes that the model is in: traced by `torch.fx` with every optional argument
     at its default, or, where `input` is given, of a run, which also knows shapes. Where it cannot be traced as a whole, its

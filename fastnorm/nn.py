@@ -8,7 +8,7 @@ import inspect
 import torch
 from torch.fx import Proxy
 
-from . import activations, channels_first, functional, group, instance, masked
+from . import activations, channels_first, functional, ghost, group, instance, masked
 from .geometry import around
 from .reference import accumulate_dtype
 from .tracing import OPTIONS, Scriptable, extras, given, leaf
@@ -26,6 +26,8 @@ def _with_options(*names):
         def __init__(self, *args, **kwargs):
             given = {name: kwargs.pop(name) for name in names if name in kwargs}
             activations.parse(given.get("activation"))
+            if given.get("virtual_batch_size") is not None:
+                ghost.check(given["virtual_batch_size"])
             for name, value in given.items():  # before torch's constructor resets the parameters, which may depend on them
                 object.__setattr__(self, name, value)
             theirs(self, *args, **kwargs)
@@ -44,6 +46,7 @@ class _Options:
     zero_centred = OPTIONS["zero_centred"]
     channel_axis = OPTIONS["channel_axis"]
     frozen = OPTIONS["frozen"]
+    virtual_batch_size = OPTIONS["virtual_batch_size"]
 
     def extra_repr(self):
         given = [f"{name}={getattr(self, name)!r}" for name in extras(self) if name in vars(self)]
@@ -85,6 +88,13 @@ def _batch_norm(module, input, training, mask=None, **extras):
         return functional.counting_batch_norm(input, mean, var, weight, bias, tracked, momentum, module.eps, **extras)
     own_statistics = training or (mean is None and var is None)
     return functional.batch_norm(input, mean, var, weight, bias, own_statistics, momentum, module.eps, **extras)
+
+
+def _ghost_batch_norm(module, input, residual):
+    """A step of training."""
+    statistics = _statistics(module) if module.track_running_stats else (None, None, None)
+    options = (module.momentum, module.eps, module.virtual_batch_size, module.channel_axis, module.activation, residual)
+    return ghost.training_batch_norm(input, *statistics, *_affine(module), *options)
 
 
 def layer_norm_forward(self, input):
@@ -307,7 +317,11 @@ class _BatchNorm(_Options, Scriptable):
         if residual is not None or self.activation is not None:
             extras = {"activation": self.activation, "residual": residual}
         if mask is not None or lengths is not None:
+            if self.virtual_batch_size is not None:
+                raise ValueError("virtual_batch_size knows no masks and no lengths")
             extras["mask"] = masked.mask_beside(input, mask, lengths, self.channel_axis)
+        if training and self.virtual_batch_size is not None:
+            return _ghost_batch_norm(self, input, residual)
         if self.channel_axis == 1:
             return _batch_norm(self, input, training, **extras)
         shape = around(input.shape, self.channel_axis)
@@ -316,7 +330,7 @@ class _BatchNorm(_Options, Scriptable):
         return _batch_norm(self, input.reshape(shape), training, **extras).view(input.shape)
 
 
-@_with_options("activation", "channel_axis", "frozen")
+@_with_options("activation", "channel_axis", "frozen", "virtual_batch_size")
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
     """Batch normalization of ``(B, C)`` or ``(B, C, L)`` inputs, on fused kernels.
 
@@ -325,11 +339,12 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
     See `fastnorm.functional.batch_norm` for the formula, the activations, the dtypes and the errors, and `LayerNorm` for
     activation and residual; ``momentum=None`` averages over all batches. ``channel_axis=-1``: the channels are the last
     dimension, and nothing is moved for it. ``frozen=True``: in training, too, the running statistics normalise and stay as
-    they are, while weight and bias learn.
+    they are, while weight and bias learn. ``virtual_batch_size=n``: in training, statistics are those of ghost batches of n
+    samples, see `fastnorm.ghost_batch_norm`.
     """
 
 
-@_with_options("activation", "channel_axis", "frozen")
+@_with_options("activation", "channel_axis", "frozen", "virtual_batch_size")
 class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
     """Batch normalization of ``(B, C, H, W)`` inputs, contiguous or channels_last, on fused kernels.
 
@@ -338,11 +353,12 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
     See `fastnorm.functional.batch_norm` for the formula, the activations, the dtypes and the errors, and `LayerNorm` for
     activation and residual; ``momentum=None`` averages over all batches. ``channel_axis=-1``: the channels are the last
     dimension, and nothing is moved for it. ``frozen=True``: in training, too, the running statistics normalise and stay as
-    they are, while weight and bias learn.
+    they are, while weight and bias learn. ``virtual_batch_size=n``: in training, statistics are those of ghost batches of n
+    samples, see `fastnorm.ghost_batch_norm`.
     """
 
 
-@_with_options("activation", "channel_axis", "frozen")
+@_with_options("activation", "channel_axis", "frozen", "virtual_batch_size")
 class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     """Batch normalization of ``(B, C, D, H, W)`` inputs, contiguous or channels_last_3d, on fused kernels.
 
@@ -351,5 +367,6 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     See `fastnorm.functional.batch_norm` for the formula, the activations, the dtypes and the errors, and `LayerNorm` for
     activation and residual; ``momentum=None`` averages over all batches. ``channel_axis=-1``: the channels are the last
     dimension, and nothing is moved for it. ``frozen=True``: in training, too, the running statistics normalise and stay as
-    they are, while weight and bias learn.
+    they are, while weight and bias learn. ``virtual_batch_size=n``: in training, statistics are those of ghost batches of n
+    samples, see `fastnorm.ghost_batch_norm`.
     """

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from .activations import parse
+from .ghost import shares
 from .order import Call, is_per_sample, option
 
 # The variance of 16 normal values is off by sqrt(2 / 15) = 37 %, their mean by a quarter of their deviation.
@@ -24,10 +25,20 @@ TEXTS = {  # rule, or rule:case -> severity, what is wrong, what to change
         "one value per channel: its variance is 0, and torch raises ValueError in training",
         "a larger batch, drop_last=True in the data loader, or a LayerNorm",
     ),
+    "one-value:ghost": (
+        "warning",
+        "one value per channel of a ghost batch: its variance is 0, and torch raises ValueError in training",
+        "a larger virtual_batch_size",
+    ),
     "small-batch": (
         "warning",
         "statistics of a batch of {0}, fewer than {1} {2}: noise in training, and others than in evaluation",
         "a larger batch, or a norm of each sample: LayerNorm or, for images, GroupNorm",
+    ),
+    "small-batch:ghost": (
+        "warning",
+        "statistics of ghost batches of {0}, fewer than {1} {2}: noise in training, and others than in evaluation",
+        "a larger virtual_batch_size, unless so much noise is meant",
     ),
     "unsynchronised": (
         "warning",
@@ -182,14 +193,22 @@ def _batch_sizes(seen):
         ranks = _ranks(call.module)
         together = seen.batch_size * ranks
         batch = together if isinstance(call.module, nn.SyncBatchNorm) else seen.batch_size
+        ghost = _ghost_batch_size(call.module, batch)
+        batch, case = (batch, "") if ghost is None else (ghost, ":ghost")
         values = _values_per_sample(seen, call)
         few, what = (FEW_ROWS, "rows") if values == 1 else (FEW_SAMPLES, "samples")
         if values is not None and batch * values <= 1:
-            yield "one-value", [call.name]
-        elif batch < few <= together:
+            yield f"one-value{case}", [call.name]
+        elif batch < few <= together and not case:
             yield "unsynchronised", [call.name], batch, few, what, together
         elif batch < few:
-            yield "small-batch", [call.name], batch, few, what
+            yield f"small-batch{case}", [call.name], batch, few, what
+
+
+def _ghost_batch_size(norm, batch):
+    """That of the smallest ghost batch; None where the batch is one."""
+    n = None if isinstance(norm, nn.SyncBatchNorm) else option(norm, "virtual_batch_size")
+    return None if n is None or batch < 2 * n else shares(batch, n)[-1][0]
 
 
 def _ranks(norm) -> int:

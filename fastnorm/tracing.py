@@ -28,6 +28,7 @@ OPTIONS = {
     "channels_first": False,
     "channel_axis": 1,
     "frozen": False,
+    "virtual_batch_size": None,
 }
 
 

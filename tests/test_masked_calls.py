@@ -174,6 +174,8 @@ def test_masks_that_do_not_fit(options, words, backend, device):
         with pytest.raises(ValueError, match=words):
             call()
     assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
+    with pytest.raises(ValueError, match="virtual_batch_size knows no masks"):
+        fastnorm.BatchNorm1d(6, virtual_batch_size=2, device=device)(x, mask=torch.ones(4, 10, dtype=torch.bool, device=device))
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,7 @@ def test_public_names():
         "fold",
         "from_keras",
         "functional",
+        "ghost_batch_norm",
         "group_norm",
         "instance_norm",
         "layer_norm",
