@@ -2,6 +2,8 @@
 // position.
 #include "position.h"
 
+#include "row.h"
+
 namespace fastnorm::cpu {
 namespace {
 
@@ -200,7 +202,7 @@ struct PositionBackward : PositionNorm<T> {
         if (sums) std::fill_n(sums, 2 * channels(), 0.0);
         for (int64_t i = item * each; i < std::min(blocks.count, (item + 1) * each); ++i) {
           const Block k = blocks[i];
-          const Plane<T> out = blocks.place(dx, k, dx_block);
+          const Plane<T> out = dx ? blocks.place(dx, k, dx_block) : Plane<T>{};
           go(k, {blocks.read(dy, k, dy_block), blocks.read(this->x, k, x_block)}, dz, out, sums);
           if (dx) blocks.write(out, k, dx);
         }
@@ -317,10 +319,21 @@ struct PositionBackward : PositionNorm<T> {
   }
 };
 
+// Samples of one position are rows.
+RowsInput rows_of(Positions g, ConstArray of) {
+  RowsInput in;
+  static_cast<ConstArray&>(in) = of;
+  in.rows.push(g.B, g.C);
+  in.columns.push(g.C, 1);
+  return in;
+}
+
 }  // namespace
 
 void position_fwd(Positions g, ConstArray x, ConstArray weight, ConstArray bias, Epilogue epilogue, double eps, Array y,
                   void* mean, void* rstd) {
+  if (g.S == 1)
+    return row_fused_fwd({g.B, g.C}, rows_of(g, x), ABSENT, ABSENT, weight, bias, epilogue, true, eps, {}, y, mean, rstd);
   with_type(x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     PositionForward<T>(g, x, weight, bias, epilogue, eps, as<T>(y.data), mean, rstd)();
@@ -329,6 +342,9 @@ void position_fwd(Positions g, ConstArray x, ConstArray weight, ConstArray bias,
 
 void position_bwd(Positions g, ConstArray dy, ConstArray x, ConstArray weight, ConstArray bias, Epilogue epilogue,
                   const void* mean, const void* rstd, Array dx, Array dweight, Array dbias) {
+  if (g.S == 1)
+    return row_fused_bwd({g.B, g.C}, rows_of(g, dy), ABSENT, rows_of(g, x), ABSENT, weight, bias, epilogue, true, mean, rstd,
+                         dx, dweight, dbias, {});
   with_type(x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     PositionBackward<T>(g, dy, x, weight, bias, epilogue, mean, rstd, as<T>(dx.data),

@@ -19,8 +19,8 @@ using OfPositions = std::array<A, MAX_WIDTH>;
 
 template <class T>
 struct Plane {  // C rows
-  T* first;
-  int64_t stride;
+  T* first = nullptr;
+  int64_t stride = 0;
   FN_INLINE T* operator[](int64_t c) const { return first + c * stride; }
 };
 
@@ -149,7 +149,7 @@ class Blocks {
     if (!packed_) return {x + offset(k), g_.S};
     const Plane<T> to{scratch, n(k)};
     for (int64_t c = 0; c < g_.C; ++c) std::fill_n(to[c] + k.count, to.stride - k.count, T(0));
-    for_runs(k, [&](int64_t c, int64_t from, int64_t i) { std::copy_n(x + from, g_.S, to[c] + i); });
+    for_runs(k, [&](auto S, int64_t c, int64_t from, int64_t i) FN_LAMBDA { copy<S>(x + from, to[c] + i); });
     return {scratch, to.stride};
   }
   // Where a block of `out` is made; write() brings it there.
@@ -157,7 +157,7 @@ class Blocks {
     return packed_ ? Plane<T>{scratch, n(k)} : Plane<T>{out + offset(k), g_.S};
   }
   void write(Plane<T> from, Block k, T* out) const {
-    if (packed_) for_runs(k, [&](int64_t c, int64_t to, int64_t i) { std::copy_n(from[c] + i, g_.S, out + to); });
+    if (packed_) for_runs(k, [&](auto S, int64_t c, int64_t to, int64_t i) FN_LAMBDA { copy<S>(from[c] + i, out + to); });
   }
   bool streams_to(const T* out, int64_t bytes) const {
     return !packed_ && streams(out, g_.S * static_cast<int64_t>(sizeof(T)), g_.M() * g_.C * bytes);
@@ -165,11 +165,24 @@ class Blocks {
 
  private:
   int64_t offset(Block k) const { return k.m / g_.S * g_.C * g_.S + k.m % g_.S; }
-  // f(c, where the run of S elements lies, its first position in the block)
+  template <size_t S>
+  FN_INLINE static void copy(const T* from, T* to) {
+    repeat<S>([&](auto s) FN_LAMBDA { to[s] = from[s]; });
+  }
+  // f(S, c, where the run of S elements lies, its first position in the block), with S a constant: a run is a few copies.
   template <class F>
   void for_runs(Block k, const F& f) const {
-    for (int64_t i = 0; i < k.count; i += g_.S)
-      for (int64_t c = 0; c < g_.C; ++c) f(c, ((k.m + i) / g_.S * g_.C + c) * g_.S, i);
+    repeat<W>([&](auto S) {
+      if (g_.S == static_cast<int64_t>(S)) for_runs_of<S>(k, f);
+    });
+  }
+  // A few channels of all samples at a time: their lines stay in the first-level cache.
+  template <int64_t S, class F>
+  void for_runs_of(Block k, const F& f) const {
+    for (int64_t c = 0; c < g_.C; c += PLAIN)
+      for (int64_t i = 0; i < k.count; i += S)
+        for (int64_t each = c; each < std::min(g_.C, c + PLAIN); ++each)
+          f(std::integral_constant<size_t, S>{}, each, ((k.m + i) / S * g_.C + each) * S, i);
   }
 
   Positions g_;
