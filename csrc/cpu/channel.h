@@ -9,16 +9,16 @@ namespace fastnorm::cpu {
 
 // Runs below this length are better read as rows of a grid, where they lie side by side. Measured on a Zen 3 and a Xeon.
 template <class T>
-constexpr int64_t SHORT = lanes<Floats> < 16 ? 256
-                          : sizeof(T) == 2   ? 96
-                                             : 40;
+constexpr int64_t SHORTEST_RUN = lanes<Floats> < 16 ? 256
+                                 : sizeof(T) == 2   ? 96
+                                                    : 40;
 
 // f(sweep) with the way to go through these inputs.
 template <class T, size_t P, class F>
 void with_sweep(Channels g, const Inputs<P>& in, const F& f) {
   using Runs = RunSweep<T, P>;
   using Grid = GridSweep<T, P>;
-  if (Runs::serves(g, in) && !(Grid::side_by_side(g, in) && g.S < SHORT<T>)) return f(Runs(g, in));
+  if (Runs::serves(g, in) && !(Grid::side_by_side(g, in) && g.S < SHORTEST_RUN<T>)) return f(Runs(g, in));
   f(Grid(g, in));
 }
 

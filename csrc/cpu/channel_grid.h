@@ -23,11 +23,13 @@ class GridSweep {
   using A = Acc<T>;
   using V = Vec<T>;
 
-  GridSweep(Channels g, const Inputs<P>& in) : g_(g), in_(in), flat_(side_by_side(g, in)) {
+  // `single`: every row is one position, whatever else would be faster.
+  GridSweep(Channels g, const Inputs<P>& in, bool single = false)
+      : g_(g), in_(in), flat_(!single && side_by_side(g, in)) {
     fold_ = flat_ ? g.S : 1;
     find_direct();
     direct_out_ = flat_ || g.last || g.C == 1;
-    positions_ = packed(g, in) ? positions_in_row(g) : 1;
+    positions_ = !single && packed(g, in) ? positions_in_row(g) : 1;
     rows_ = flat_ ? g.B : g.count() / positions_;
     columns_ = g.C * fold_ * positions_;
     // Rows of 16 bits are half as long.
@@ -156,7 +158,7 @@ class GridSweep {
     });
   }
 
- private:
+ protected:
   static int64_t elements(int64_t each) { return each * static_cast<int64_t>(P); }
 
   void find_direct() {
