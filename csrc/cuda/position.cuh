@@ -158,7 +158,7 @@ __device__ __forceinline__ void position_statistics(const PositionThread<V>& at,
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(POSITION_THREADS, 1) position_fwd_kernel(const __grid_constant__ PositionForward<T> p) {
+__global__ void __launch_bounds__(POSITION_THREADS, 2) position_fwd_kernel(const __grid_constant__ PositionForward<T> p) {
   using A = Acc<T>;
   const PositionThread<V> at(p.t, blockIdx.x);
   const auto fetch = [&](int64_t c) { return cuda::fetch<T, V>(p.x + at.offset(c), p.whole, 1); };
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(POSITION_THREADS, 1) position_fwd_kernel(const
     rstd[j] = rstd_of(s[j].m2, static_cast<A>(at.C), s[j].scale, p.eps);
     if (!at.inside || at.h > 0) continue;
     p.mean[at.position() + j] = s[j].high;
-    p.mean[p.t.g.M() + at.position() + j] = s[j].low;
+    p.mean[p.t.units * V + at.position() + j] = s[j].low;
     p.rstd[at.position() + j] = rstd[j];
   }
   each_channel<AT_ONCE_ENDED<V>>(at, fetch, [&](int64_t c, bool valid, const Bits<T, V>& bits) {
@@ -284,7 +284,7 @@ __device__ __forceinline__ void gradient_terms(const PositionBackward<T>& p, con
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(POSITION_THREADS, 1) position_bwd_kernel(const __grid_constant__ PositionBackward<T> p) {
+__global__ void __launch_bounds__(POSITION_THREADS, 2) position_bwd_kernel(const __grid_constant__ PositionBackward<T> p) {
   using A = Acc<T>;
   const int64_t begin = blockIdx.x * p.share, end = begin + p.share < p.t.tiles ? begin + p.share : p.t.tiles;
   for (int64_t tile = begin; tile < end; ++tile) {
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(POSITION_THREADS, 1) position_bwd_kernel(const
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const int64_t m = at.position() + j;
-        s.high[j] = p.mean[m], s.low[j] = p.mean[p.t.g.M() + m], s.rstd[j] = p.rstd[m];
+        s.high[j] = p.mean[m], s.low[j] = p.mean[p.t.units * V + m], s.rstd[j] = p.rstd[m];
       }
     A c[2][V] = {};
     gradient_terms<T, V>(p, at, tile, s, fetch, c);
