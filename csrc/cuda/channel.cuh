@@ -12,44 +12,54 @@ constexpr int FAR = 4;
 constexpr int MOST_PASSES = 3;
 
 // Of this share, for every thread's channels: sums about the mean of the first units, and again about the mean itself where
-// that was far off, or scaled where squares overflow.
-template <class T, int V, bool LAST, bool CALLED>
-__device__ __forceinline__ void statistics(const View<const T, CALLED>& x, Sweep<V, LAST>& w, Statistics<Acc<T>> (&out)[LAST ? V : 1]) {
+// that was far off, or scaled where squares overflow. With a mask, of what counts: nothing else enters a sum, and how much does
+// is a sum as well.
+template <class T, int V, bool LAST, bool CALLED, class M = NoMask>
+__device__ __forceinline__ void statistics(const View<const T, CALLED>& x, Sweep<V, LAST>& w,
+                                           Statistics<Acc<T>> (&out)[LAST ? V : 1], const M& mask = {}) {
   using A = Acc<T>;
-  constexpr int CHANNELS = Sweep<V, LAST>::CHANNELS;
-  A sum[1][CHANNELS] = {}, shift[CHANNELS], scale[CHANNELS], values[V];
+  constexpr int CHANNELS = Sweep<V, LAST>::CHANNELS, MASKED = !std::is_same_v<M, NoMask>;
+  A sum[1 + MASKED][CHANNELS] = {}, shift[CHANNELS], scale[CHANNELS], values[V];
+  bool counts[V];
   const int64_t first = w.first_units();
   for (; w.more() && w.unit < w.begin + first; w.next()) {
     w.read(x, values);
+    w.read(mask, counts);
+#pragma unroll
+    for (int j = 0; j < V; ++j) values[j] = counts[j] ? values[j] : 0;
     w.sum(sum[0], values);
+    if constexpr (MASKED) w.count(sum[1], counts);
   }
-  block_sum<A, 1, V, LAST>(sum, w);
+  block_sum<A, 1 + MASKED, V, LAST>(sum, w);
 #pragma unroll
   for (int i = 0; i < CHANNELS; ++i) {
-    shift[i] = sum[0][i] / static_cast<A>(first * w.per_unit());
+    shift[i] = sum[0][i] / (MASKED ? at_least_one(sum[MASKED][i]) : static_cast<A>(first * w.per_unit()));
     scale[i] = 1;
   }
-  const A n = static_cast<A>((w.end - w.begin) * w.per_unit());
   for (int pass = 0;; ++pass) {
-    A s[2][CHANNELS] = {};
+    A s[2 + MASKED][CHANNELS] = {};
     for (w.restart(); w.more(); w.next()) {
       w.read(x, values);
+      w.read(mask, counts);
       A squares[V];
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const int i = w.channel(j);
-        values[j] = (values[j] - shift[i]) * scale[i];
+        values[j] = counts[j] ? (values[j] - shift[i]) * scale[i] : 0;
         squares[j] = values[j] * values[j];
       }
       w.sum(s[0], values);
       w.sum(s[1], squares);
+      if constexpr (MASKED) w.count(s[2], counts);
     }
-    block_sum<A, 2, V, LAST>(s, w);
+    block_sum<A, 2 + MASKED, V, LAST>(s, w);
     bool again = false;
 #pragma unroll
     for (int i = 0; i < CHANNELS; ++i) {
+      const A counted = MASKED ? s[1 + MASKED][i] : static_cast<A>((w.end - w.begin) * w.per_unit());
+      const A n = MASKED ? at_least_one(counted) : counted;
       const Centred<A> c = about(shift[i], s[0][i], s[1][i], n, scale[i]);
-      out[i] = {n, c};
+      out[i] = {counted, c};
       const A delta = s[0][i] / n;
       const bool overflow = infinite(s[1][i]) && scale[i] == 1, far = delta * delta * n > FAR * FAR * c.m2;
       again = again || (w.inside() && (overflow || far));
@@ -120,22 +130,29 @@ __device__ __forceinline__ void apply(const P& p, Sweep<V, LAST>& w, const Facto
   }
 }
 
-template <class T, int V, bool LAST>
-__global__ void __launch_bounds__(CHANNEL_THREADS, 1) channel_stats_kernel(const __grid_constant__ ChannelForward<T> p) {
-  using A = Acc<T>;
-  Sweep<V, LAST> w(p.g);
-  Statistics<A> s[LAST ? V : 1];
-  statistics<T, V, LAST>(p.x, w, s);
+// Those of this share, and how much counts where there is a plane for it.
+template <class A, int V, bool LAST>
+__device__ __forceinline__ void keep_statistics(A* partial, const Sweep<V, LAST>& w, const Statistics<A> (&s)[LAST ? V : 1],
+                                                bool counted) {
   if (!w.leads()) return;
-  const int64_t plane = p.g.P * p.g.C;
+  const int64_t plane = w.g.P * w.g.C;
 #pragma unroll
   for (int i = 0; i < w.CHANNELS; ++i) {
-    A* const to = p.partial + w.share * p.g.C + w.c + i;
+    A* const to = partial + w.share * w.g.C + w.c + i;
     to[0] = s[i].c.high;
     to[plane] = s[i].c.low;
     to[2 * plane] = s[i].c.m2;
     to[3 * plane] = s[i].c.scale;
+    if (counted) to[4 * plane] = s[i].n;
   }
+}
+
+template <class T, int V, bool LAST>
+__global__ void __launch_bounds__(CHANNEL_THREADS, 1) channel_stats_kernel(const __grid_constant__ ChannelForward<T> p) {
+  Sweep<V, LAST> w(p.g);
+  Statistics<Acc<T>> s[LAST ? V : 1];
+  statistics<T, V, LAST>(p.x, w, s);
+  keep_statistics<Acc<T>, V, LAST>(p.partial, w, s, false);
 }
 
 // y, with the statistics given or, in evaluation, the running ones.
@@ -194,7 +211,7 @@ __global__ void __launch_bounds__(CHANNEL_THREADS, 1) channel_fwd_kernel(const _
 
 template <class T, bool CALLED = false>
 struct ChannelBackward {
-  static constexpr bool FUSED = false;
+  static constexpr bool FUSED = false, MASKED = false;
 
   Shares g;
   View<const T, CALLED> dy, x;
@@ -286,11 +303,13 @@ __device__ __forceinline__ void gradient(const P& p, Sweep<V, LAST>& w, const Fa
       w.read(p.dy, dz);
       if (through_statistics) w.read(p.x, x);
     }
+    [[maybe_unused]] bool counts[V];
+    if constexpr (P::MASKED) w.read(p.mask, counts);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       const int i = w.channel(j);
       const Acc<T> g = dz[j] * f[i].weight;
-      dz[j] = through_statistics
+      dz[j] = through_statistics && (!P::MASKED || counts[j])
                   ? grad_input(g, normalize(x[j], f[i].high, f[i].low, f[i].rstd), f[i].rstd, means[0][i], means[1][i])
                   : g * f[i].rstd;
     }
@@ -314,8 +333,8 @@ __global__ void __launch_bounds__(CHANNEL_THREADS, 1) channel_sums_kernel(const 
   }
 }
 
-template <class T, int V, bool LAST, bool FUSED>
-__global__ void __launch_bounds__(CHANNEL_THREADS, 1) channel_grad_kernel(const __grid_constant__ ChannelBackwardOf<T, FUSED> p) {
+template <class T, int V, bool LAST, class P>
+__device__ __forceinline__ void derive(const P& p) {
   Sweep<V, LAST> w(p.g);
   if (!w.inside()) return;
   Factors<Acc<T>> f[LAST ? V : 1];
@@ -325,6 +344,11 @@ __global__ void __launch_bounds__(CHANNEL_THREADS, 1) channel_grad_kernel(const 
 #pragma unroll
     for (int i = 0; i < w.CHANNELS; ++i) means[0][i] = p.c1[w.c + i], means[1][i] = p.c2[w.c + i];
   gradient<T, V, LAST>(p, w, f, means, p.c1 != nullptr);
+}
+
+template <class T, int V, bool LAST, bool FUSED>
+__global__ void __launch_bounds__(CHANNEL_THREADS, 1) channel_grad_kernel(const __grid_constant__ ChannelBackwardOf<T, FUSED> p) {
+  derive<T, V, LAST>(p);
 }
 
 // All of a backward through the statistics, where a block has all positions of its channels.

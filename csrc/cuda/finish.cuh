@@ -96,6 +96,7 @@ struct Settled {
   int64_t* tracked;
   A eps, momentum, kept;  // kept = 1 - momentum
   int64_t C;
+  A* count = nullptr;  // of the first channel, beside `deviation`: how much counts, or null
 
   // The channel's rstd; stored, with all the rest, where it is `mine`.
   __device__ __forceinline__ A settle(const Statistics<A>& s, int64_t c, bool mine) const {
@@ -104,7 +105,8 @@ struct Settled {
     if (!mine) return r;
     mean[c] = m.high;
     mean[C + c] = m.low;
-    if (deviation) return deviation[c] = sqrt(m.m2 / s.n) / m.scale;
+    if (c == 0 && count) *count = s.n;
+    if (deviation) return deviation[c] = sqrt(m.m2 / at_least_one(s.n)) / m.scale;
     rstd[c] = r;
     update(running_mean, c, m.high + m.low);
     update(running_var, c, m.m2 / (s.n - 1) / m.scale / m.scale);
@@ -116,13 +118,14 @@ struct Settled {
   }
 };
 
-// Of (P, C) shares, where share p has `counts(p)` elements of each channel.
+// Of (P, C) shares, which have as many elements of a channel as they have units, or, `counted`, as they say themselves.
 template <class A>
 struct Merge {
-  const A* partial;  // (4, P, C): high, low, m2, scale
+  const A* partial;  // (4, P, C): high, low, m2, scale; or (5, P, C)
   int64_t P, units, per_share, unit;  // elements: `unit` of every unit
   int width;
   Settled<A> settled;
+  bool counted = false;
 };
 
 template <class A>
@@ -134,7 +137,8 @@ __global__ void __launch_bounds__(FINISH_THREADS, 1) merge_kernel(const __grid_c
     for (int64_t i = at.h; i < p.P; i += at.H) {
       const A* from = p.partial + i * C + at.column;
       const int64_t left = p.units - i * p.per_share, units = left < p.per_share ? left : p.per_share;
-      all = merged(all, {static_cast<A>(units * p.unit), {from[0], from[plane], from[2 * plane], from[3 * plane]}});
+      const A n = p.counted ? from[4 * plane] : static_cast<A>(units * p.unit);
+      all = merged(all, {n, {from[0], from[plane], from[2 * plane], from[3 * plane]}});
     }
   auto* const place = shared<Statistics<A>>();
   place[threadIdx.x] = all;

@@ -126,6 +126,12 @@ __device__ __forceinline__ Centred<A> about(A shift, A s1, A s2, A n, A scale) {
   return {high, low, m2 < 0 ? 0 : m2, scale};
 }
 
+// A count, for a division: where nothing counts, what is divided is 0.
+template <class A>
+__device__ __forceinline__ A at_least_one(A count) {
+  return count > 1 ? count : 1;
+}
+
 template <class A>
 __device__ __forceinline__ A rstd_of(A m2, A n, A scale, A eps) {
   return scale / sqrt(m2 / n + eps * scale * scale);

@@ -23,6 +23,14 @@ struct View {
   }
 };
 
+// (B, S), side by side: whether a position counts, as 0 or 1.
+struct Mask {
+  const bool* data;
+  bool whole;  // at a multiple of a unit's bytes
+};
+// All positions do.
+struct NoMask {};
+
 struct Shares {
   int64_t B, C, S;
   int64_t P, per_share, units;  // shares of a channel, units of a share and of a channel
@@ -86,6 +94,23 @@ struct Sweep {
     const int64_t stride = LAST ? v.channel : v.space.stride[0];
     return cuda::fetch<T, V>(begins(v) + (LAST ? 0 : V == 1 ? v.offset(v.space, s) : s * V * stride), v.whole, stride);
   }
+  // Which elements of a unit count.
+  __device__ __forceinline__ void read(const Mask& mask, bool (&out)[V]) const {
+    using Bytes = std::conditional_t<V == 8, uint64_t, std::conditional_t<V == 4, uint32_t, uint16_t>>;
+    const bool* const from = mask.data + (LAST ? unit : b * g.S + s * V);
+    if (LAST || V == 1 || !mask.whole) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) out[j] = from[LAST ? 0 : j];
+    } else {
+      const Bytes bytes = *reinterpret_cast<const Bytes*>(from);
+#pragma unroll
+      for (int j = 0; j < V; ++j) out[j] = bytes >> 8 * j & 1;
+    }
+  }
+  __device__ __forceinline__ void read(NoMask, bool (&out)[V]) const {
+#pragma unroll
+    for (int j = 0; j < V; ++j) out[j] = true;
+  }
   template <class T, bool CALLED>
   __device__ __forceinline__ void write(const View<T, CALLED>& v, const Acc<T> (&values)[V]) const {
     store<T, V>(begins(v) + (LAST ? 0 : s * V), values);
@@ -101,6 +126,13 @@ struct Sweep {
     } else {
       to[0] += pairwise_sum(values);
     }
+  }
+  template <class A>
+  __device__ static __forceinline__ void count(A (&to)[CHANNELS], const bool (&counts)[V]) {
+    A ones[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) ones[j] = counts[j] ? 1 : 0;
+    sum(to, ones);
   }
   // Elements of each channel in the first units of this share, and in all of them.
   __device__ __forceinline__ int64_t first_units() const {
