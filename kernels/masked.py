@@ -184,7 +184,7 @@ def channel_masked_stats(x, mask):
     acc, C = accumulate_dtype(x.dtype), x.shape[1]
     fresh = lambda *shape: torch.empty(shape, dtype=acc, device=x.device)
     count, mean, std = fresh(1), fresh(2, C), fresh(C)
-    plan, (view,) = planned(x, reading="stats")
+    plan, (view,) = planned(x, reading="stats", fused=True)  # the mask takes registers
     partial = fresh(4, plan.P, C)
     plan.launch(_masked_stats_kernel, view, _bytes(mask), partial, *plan.strides, X_FASTEST=plan.fastest[0],
                 LEADS=leads(x.device, x.nbytes))  # fmt: skip

@@ -173,15 +173,17 @@ def _position_bwd_long_kernel(dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rst
                               B, C, S_v, alpha, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, VEC: tl.constexpr,
                               CROSSES: tl.constexpr, STAGES: tl.constexpr, ACTIVATION: tl.constexpr,
                               LEADS: tl.constexpr):  # fmt: skip
-    """Any number of channels: for each of a program's P tiles a sweep for the sums, and one back for dx. Every tile has a
-    partial row; few programs run, so that L2 holds what they read again."""
+    """Any number of channels, persistent: for every P-th tile a sweep for the sums, and one back for dx. A program adds to its
+    own partial row, which is in L2, as is what so few programs read again."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     let_next_start(LEADS)
     S = S_v * VEC
     M = tl.cast(B, tl.int64) * S
     share = inverse(C.to(ACC))
     blocks = tl.cdiv(C, BLOCK_C)
-    for tile in range(tl.program_id(0), P, tl.num_programs(0)):
+    p = tl.program_id(0)
+    for tile in range(p, tl.cdiv(M, BLOCK_S).to(tl.int32), P):
+        tl.debug_barrier()  # other threads may have stored what a thread adds to
         i, start, there = _positions(tile, B, C, S, BLOCK_S, CROSSES)
         high, low, rstd = load_statistics(mean_ptr, rstd_ptr, i, M)
         s1 = tl.zeros((BLOCK_C, BLOCK_S), ACC)
@@ -193,8 +195,12 @@ def _position_bwd_long_kernel(dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rst
             bias = load_wanted(bias_ptr, c, c < C)
             x_hat, dz, _, _ = _load_tile(dy_ptr, x_ptr, weight, bias, high, low, rstd, c, C, S, start, there, alpha,
                                          ACTIVATION)  # fmt: skip
-            dw, db = sum2(dz * x_hat, dz, 1)
-            store_sums(partial_ptr, dw_ptr, db_ptr, dw[None, :], db[None, :], tl.cast(tile, tl.int32), P, cols, cols < C, C)
+            if partial_ptr is not None:
+                dw, db = sum2(dz * x_hat, dz, 1)
+                later = cols < tl.where(tl.cast(tile, tl.int32) >= P, C, 0)
+                dw += tl.load(partial_ptr + p.to(tl.int64) * C + cols, mask=later, other=0.0)
+                db += tl.load(partial_ptr + (p.to(tl.int64) + P) * C + cols, mask=later, other=0.0)
+                store_sums(partial_ptr, dw_ptr, db_ptr, dw[None, :], db[None, :], p, P, cols, cols < C, C)
             g = affine(dz, weight, None)
             s1 += g * x_hat
             s2 += g
@@ -252,11 +258,11 @@ def position_bwd(dy, x, weight, bias, activation, alpha, mean, rstd, need):
     config = heuristics_positions.backward(B, C, S, x.element_size(), vec * x.element_size(), sm_count(x.device))
     partial = None
     if dw is not None or db is not None:
-        partial = torch.empty((2, config.partial_rows, C), dtype=rstd.dtype, device=x.device)
+        partial = torch.empty((2, config.programs, C), dtype=rstd.dtype, device=x.device)
     launch(_position_bwd_kernel if config.whole else _position_bwd_long_kernel, config.programs, x.device, dy.contiguous(), x,
            dense(weight), None if activation == "identity" else dense(bias), dense(mean), dense(rstd), dx, partial, dw, db,
-           config.partial_rows, B, C, S // vec, number(activation, alpha), STAGES=config.stages,
+           config.programs, B, C, S // vec, number(activation, alpha), STAGES=config.stages,
            LEADS=leads(x.device, x.nbytes), **_options(config, S, vec, activation))  # fmt: skip
-    if partial is not None and config.partial_rows > 1:
+    if partial is not None and config.programs > 1:
         finalise(partial, dw, db)
     return dx, dw, db
