@@ -20,6 +20,8 @@ from .channel import (
 )
 from .group import group_bwd, group_fwd
 from .launch import INTERPRETED, check
+from .masked import channel_masked_grad, channel_masked_stats
+from .position import position_bwd, position_fwd
 from .row import row_bwd, row_fwd
 from .row_fused import row_fused_bwd, row_fused_fwd
 
@@ -30,11 +32,15 @@ __all__ = [
     "channel_fused_fwd",
     "channel_fwd",
     "channel_grad",
+    "channel_masked_grad",
+    "channel_masked_stats",
     "channel_stats",
     "channel_sums",
     "forget",
     "group_bwd",
     "group_fwd",
+    "position_bwd",
+    "position_fwd",
     "row_bwd",
     "row_fused_bwd",
     "row_fused_fwd",

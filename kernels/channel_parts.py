@@ -55,11 +55,21 @@ def _shifted_sums(x_ptr, x_strides, c0, inside, shift, scale, p, P, B, S, C, X_F
 
 
 @triton.jit
+def store_share(partial_ptr, p, P, cols, C, high, low, m2, scale, n):
+    """Row p of partial (4, P, C): mean pair, m2 (negative: it overflows, and stands there in units of BIG_SCALE^-2), count."""
+    row = partial_ptr + p.to(tl.int64) * C + cols
+    step = P.to(tl.int64) * C
+    tl.store(row, high, mask=cols < C)
+    tl.store(row + step, low, mask=cols < C)
+    tl.store(row + 2 * step, tl.where(scale == 1.0, m2, -m2), mask=cols < C)
+    tl.store(row + 3 * step, n, mask=cols < C)
+
+
+@triton.jit
 def store_statistics(partial_ptr, p, P, x_ptr, x_strides, c0, inside, B, S, C, X_FASTEST: tl.constexpr, VEC_S: tl.constexpr,
                      VEC_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
                      STAGES: tl.constexpr):  # fmt: skip
-    """Row p of partial (4, P, C), over every P-th tile, so that all programs are about as far at any time: mean pair, m2
-    (negative: it overflows, and stands there in units of BIG_SCALE^-2), and count."""
+    """Row p of partial (4, P, C), over every P-th tile, so that all programs are about as far at any time, see store_share."""
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     b0, s0, _ = tile_corner(p, c0, tile_span(x_ptr, S, X_FASTEST), BLOCK_B, BLOCK_S)
     corner = (b0, tl.where(s0 + BLOCK_S > S, 0, s0), c0)  # the last tile of a row may be too short for a mean of many
@@ -77,17 +87,11 @@ def store_statistics(partial_ptr, p, P, x_ptr, x_strides, c0, inside, B, S, C, X
         s1, s2, n = _shifted_sums(x_ptr, x_strides, c0, inside, shift[None, :], scale[None, :], p, P, B, S, C,
                                   X_FASTEST, VEC_S, VEC_C, BLOCK_B, BLOCK_S, STAGES)  # fmt: skip
     high, low, m2 = shifted_moments(shift, s1, s2, n, scale)
-    cols = c0 + tl.arange(0, BLOCK_C)
-    row = partial_ptr + p.to(tl.int64) * C + cols
-    step = P.to(tl.int64) * C
-    tl.store(row, high, mask=cols < C)
-    tl.store(row + step, low, mask=cols < C)
-    tl.store(row + 2 * step, tl.where(scale == 1.0, m2, -m2), mask=cols < C)
-    tl.store(row + 3 * step, tl.zeros((BLOCK_C,), ACC) + n, mask=cols < C)
+    store_share(partial_ptr, p, P, c0 + tl.arange(0, BLOCK_C), C, high, low, m2, scale, tl.zeros((BLOCK_C,), ACC) + n)
 
 
 @triton.jit
-def _load_partial(partial_ptr, first, cols, P, C, BLOCK_P: tl.constexpr):
+def load_partial(partial_ptr, first, cols, P, C, BLOCK_P: tl.constexpr):
     """high, low, m2 as it is stored, and count of BLOCK_P partial rows."""
     p = first + tl.arange(0, BLOCK_P)
     mask = (p < P)[:, None] & (cols < C)[None, :]
@@ -103,7 +107,7 @@ def _merged_m2(partial_ptr, high, low, scale, cols, P, C, BLOCK_P: tl.constexpr)
     """Chan: the m2 of the parts, and the parts' means about the common one; all deviations times scale."""
     m2 = tl.zeros((BLOCK_P, cols.shape[0]), high.dtype)
     for first in range(0, P, BLOCK_P):
-        part_high, part_low, part_m2, n = _load_partial(partial_ptr, first, cols, P, C, BLOCK_P)
+        part_high, part_low, part_m2, n = load_partial(partial_ptr, first, cols, P, C, BLOCK_P)
         unit = tl.where(part_m2 < 0, scale[None, :] * (1 / BIG_SCALE), scale[None, :])
         d = ((part_high - high[None, :]) + (part_low - low[None, :])) * scale[None, :]
         m2 += tl.where(n > 0, tl.abs(part_m2) * unit * unit + n * d * d, 0.0)
@@ -111,15 +115,17 @@ def _merged_m2(partial_ptr, high, low, scale, cols, P, C, BLOCK_P: tl.constexpr)
 
 
 @triton.jit
-def merged(partial_ptr, cols, total, P, C, BLOCK_P: tl.constexpr):
-    """Mean pair, m2 and its scale of channels `cols` from all P rows of partial (4, P, C)."""
+def merged(partial_ptr, cols, total, P, C, BLOCK_P: tl.constexpr, shift=None):
+    """Mean pair, m2 and its scale of channels `cols` from all P rows of partial (4, P, C). `shift`: the mean of one of them,
+    where that is not to be the first."""
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
-    shift = tl.load(partial_ptr + cols, mask=cols < C, other=0.0)
+    if shift is None:
+        shift = tl.load(partial_ptr + cols, mask=cols < C, other=0.0)
     shift = if_finite(shift, shift)
     delta = tl.zeros((BLOCK_P, cols.shape[0]), ACC)
     share = inverse(total)
     for first in range(0, P, BLOCK_P):
-        part_high, part_low, _, n = _load_partial(partial_ptr, first, cols, P, C, BLOCK_P)
+        part_high, part_low, _, n = load_partial(partial_ptr, first, cols, P, C, BLOCK_P)
         # A part without a position of a channel, see SKEWED, has no mean of it.
         delta += tl.where(n > 0, (n * share) * ((part_high - shift[None, :]) + part_low), 0.0)
     delta = tl.sum(delta, axis=0)

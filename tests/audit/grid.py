@@ -123,6 +123,13 @@ GROUPS = (
     ((2, 32, 333, 333), 4), ((4, 64, 56, 56), 2),
 )  # fmt: skip
 FEW_GROUPS = GROUPS[0], GROUPS[2], GROUPS[4], GROUPS[10]
+# Tiles with rows of a line and of a sector of memory, positions that vectors do not divide, few of them, channels read twice.
+POSITIONS = (
+    (32, 96, 56, 56), (32, 192, 28, 28), (32, 384, 14, 14), (32, 768, 7, 7), (32, 768, 8, 8), (16, 1024, 24, 24),
+    (8, 3, 64, 64), (16, 32, 99, 99), (16, 256, 27, 27), (64, 640, 4), (64, 40, 3, 3), (8, 1536, 7, 7), (8, 1536, 8, 8),
+    (4, 5000, 9), (4, 5000, 16),
+)  # fmt: skip
+FEW_POSITIONS = POSITIONS[0], POSITIONS[3], POSITIONS[4], POSITIONS[12]
 FUSED_DTYPES = ((bfloat16, bfloat16), (bfloat16, float32), (float32, float32), (float64, float64))
 FEW_FUSED_DTYPES = ((bfloat16, float32), (float32, float32))
 
@@ -189,6 +196,22 @@ def groups(shape, count, dtype, parameter, activation, alone=False):
     y, mean, rstd = K.group_fwd(x, p, p, activation, 0.0, 1e-5, count)
     for need in ((True, parameter, parameter), *(((True, None, None), (False, parameter, parameter)) if alone else ())):
         K.group_bwd(y, x, p, p, activation, 0.0, mean, rstd, need)
+
+
+def positions(shape, dtype, parameter, activation, alone=False):
+    """Forward and backward, and with `alone` gradients that are wanted alone."""
+    x, p = torch.empty(shape, dtype=dtype), torch.empty(shape[1], dtype=parameter)
+    y, mean, rstd = K.position_fwd(x, p, p, activation, 0.0, 1e-5)
+    for need in ((True, parameter, parameter), *(((True, None, None), (False, parameter, parameter)) if alone else ())):
+        K.position_bwd(y, x, p, p, activation, 0.0, mean, rstd, need)
+
+
+def masked(shape, layout, dtype, parameter):
+    """The pieces of a batch norm of which some positions do not count."""
+    x, p = _laid_out(shape, layout, dtype), torch.empty(shape[1], dtype=parameter)
+    mask = torch.empty(shape[0], *shape[2:], dtype=torch.bool)
+    _, mean, rstd = K.channel_masked_stats(x, mask)
+    K.channel_masked_grad(x, x, mask, mean, rstd, p, rstd, rstd)
 
 
 def fused_channels(shape, layout, dtype, parameter, around, pieces=False):
@@ -274,6 +297,18 @@ def _parted_calls(few: bool) -> Iterator[Call]:
         yield Call(f"{count} groups {shape} {dtype} {parameter} {activation}", wide, call)
 
 
+def _position_calls(few: bool) -> Iterator[Call]:
+    dtypes = FEW_FUSED_DTYPES if few else FUSED_DTYPES
+    kinds = itertools.product(FEW_POSITIONS if few else POSITIONS, dtypes, ("gelu", "identity")[: 1 if few else 2])
+    for shape, (dtype, parameter), activation in kinds:
+        wide = ALL if prod(shape[2:]) % (16 // dtype.itemsize) == 0 else ()
+        call = lambda args=(shape, dtype, parameter, activation, not few): positions(*args)
+        yield Call(f"positions {shape} {dtype} {parameter} {activation}", wide, call)
+    for (shape, layout), (dtype, parameter) in itertools.product(FEW_CHANNEL_SHAPES if few else CHANNEL_SHAPES, dtypes):
+        call = lambda args=(shape, layout, dtype, parameter): masked(*args)
+        yield Call(f"masked {shape} {layout} {dtype} {parameter}", _wide(shape, layout, dtype), call)
+
+
 def _wide(shape, layout, dtype):
     vector, (C, *positions) = 16 // dtype.itemsize, shape[1:]
     S = prod(positions)
@@ -286,5 +321,5 @@ def _wide(shape, layout, dtype):
 
 def calls(few: bool = False) -> list[Call]:
     """A variant is judged by the first call that reaches it: those that allow wide accesses come first."""
-    every = itertools.chain(_row_calls(few), _channel_calls(few), _fused_calls(few), _parted_calls(few))
+    every = itertools.chain(_row_calls(few), _channel_calls(few), _fused_calls(few), _parted_calls(few), _position_calls(few))
     return sorted(every, key=lambda call: -len(call.wide))

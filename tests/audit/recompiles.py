@@ -32,6 +32,13 @@ CALLS = {
     "split rows in parts": lambda M: grid.parted_rows(6 * M, 20000, float16, float32, grid.FUSED_ROWS[0], parts=3),
     "groups": lambda B: grid.groups((B, 64, 10, 10), 8, float16, float32, "silu"),
     "large groups": lambda B: grid.groups((B, 64, 40, 40), 8, float16, float32, "silu"),
+    "positions": lambda B: grid.positions((B, 64, 10, 10), float16, float32, "silu"),
+    "few positions": lambda B: grid.positions((B, 96, 3, 3), float32, float32, "silu"),
+    "positions of many channels": lambda B: grid.positions((B, 3000, 4, 4), float16, float32, "silu"),
+    "positions without channels' rows": lambda B: grid.positions((B, 1000, 1), float16, float32, "silu"),
+    "masked": lambda B: grid.masked((B, 6, 130, 130), "dense", float16, float32),
+    "masked channels_last": lambda B: grid.masked((min(B, 64), 24, 130, 130), "channels_last", float16, float32),
+    "masked NC": lambda B: grid.masked((B, 65), "dense", float32, float32),
     "slab NC": lambda B: grid.channels((B, 65), "dense", float32, float32),
 }
 

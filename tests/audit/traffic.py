@@ -128,8 +128,9 @@ class Op:
 
 # Tensors that an op reads and writes. Addend, residual, h and their gradients are as many more.
 ONCE = {"row_fwd": 2, "row_bwd": 3, "evaluation": 2, "channel_fwd": 2, "channel_bwd": 3, "row_fused_fwd": 5, "row_fused_bwd": 6,
-        "row_parted_fwd": 2, "row_parted_bwd": 3, "group_fwd": 2, "group_bwd": 3, "fused_evaluation": 3, "frozen_bwd": 5,
-        "channel_fused_fwd": 3, "channel_fused_bwd": 5}  # fmt: skip
+        "row_parted_fwd": 2, "row_parted_bwd": 3, "group_fwd": 2, "group_bwd": 3, "position_fwd": 2, "position_bwd": 3,
+        "masked_stats": 1, "masked_grad": 3, "fused_evaluation": 3, "frozen_bwd": 5, "channel_fused_fwd": 3,
+        "channel_fused_bwd": 5}  # fmt: skip
 PARTS, GROUPS = 8, 4
 BF16, F32 = torch.bfloat16, torch.float32
 _ROWS = (((4096, 64), F32), ((512, 1024), BF16), ((64, 8192), BF16))
@@ -155,6 +156,12 @@ OPS = (
     *(Op(name, ONCE[name], (64, 64, 7, 7), F32) for name in ("group_fwd", "group_bwd")),
     *(Op(name, ONCE[name], (8, 64, 24, 24), F32, sms=16) for name in ("group_fwd", "group_bwd")),
     *(Op(name, ideal, (8, 8, 160, 160), F32) for name, ideal in (("group_fwd", 3), ("group_bwd", 5))),
+    # All channels of a position in one tile, whatever the positions of a sample are; and in several, which the L2 holds.
+    *(Op(name, ONCE[name], shape, dtype) for shape, dtype in (((16, 64, 24, 24), F32), ((64, 128, 7, 7), BF16))
+      for name in ("position_fwd", "position_bwd")),
+    *(Op(name, ONCE[name], (12, 1536, 8, 8), BF16, sms=4) for name in ("position_fwd", "position_bwd")),
+    *(Op(name, ONCE[name], shape, dtype, layout) for shape, layout in _LARGE for dtype in (F32, BF16)
+      for name in ("masked_stats", "masked_grad")),
     *(Op(name, ONCE[name], shape, F32, layout) for shape, layout in _LARGE
       for name in ("evaluation", "fused_evaluation", "frozen_bwd")),
     *(Op(name, ONCE[name], shape, F32, layout) for shape, layout in _SLAB for name, _ in _TWICE),
@@ -172,7 +179,9 @@ def _run(op: Op):
     weight, bias, running = torch.randn(N), torch.randn(N), (torch.randn(N), torch.rand(N))
     mean, rstd = torch.zeros(2, x.numel() // N if rows else N), torch.ones(x.numel() // N if rows else N)
     dy, residual, addend, need = x.clone(), x.clone(), x.clone(), (True, torch.float32, torch.float32)
-    parted, groups = weight.repeat(PARTS).view(PARTS, N), (torch.zeros(2, GROUPS * len(x)), torch.ones(GROUPS * len(x)))
+    parted, made = weight.repeat(PARTS).view(PARTS, N), lambda n: (torch.zeros(2, n), torch.ones(n))
+    groups, positions = made(GROUPS * len(x)), made(x.numel() // N)
+    mask = torch.rand(len(x), *x.shape[2:]) < 0.7
     fwd = lambda training: K.channel_fwd(x, weight, bias, *running, training, 0.1, 1e-5)
     fused_fwd = lambda training: K.channel_fused_fwd(x, weight, bias, residual, "relu", 0.0, *running, training, 0.1, 1e-5)
     fused_bwd = lambda training, need: K.channel_fused_bwd(
@@ -187,6 +196,10 @@ def _run(op: Op):
         "row_parted_bwd": lambda: K.row_fused_bwd(dy, None, x, None, parted, parted, "silu", 0.0, mean, rstd, (*need, False)),
         "group_fwd": lambda: K.group_fwd(x, weight, bias, "silu", 0.0, 1e-5, GROUPS),
         "group_bwd": lambda: K.group_bwd(dy, x, weight, bias, "silu", 0.0, *groups, need),
+        "position_fwd": lambda: K.position_fwd(x, weight, bias, "silu", 0.0, 1e-5),
+        "position_bwd": lambda: K.position_bwd(dy, x, weight, bias, "silu", 0.0, *positions, need),
+        "masked_stats": lambda: K.channel_masked_stats(x, mask),
+        "masked_grad": lambda: K.channel_masked_grad(dy, x, mask, mean, rstd, weight, rstd, rstd),
         "evaluation": lambda: fwd(False),
         "channel_fwd": lambda: fwd(True),
         "channel_bwd": lambda: K.channel_bwd(dy, x, weight, mean, rstd, True, need),
@@ -203,6 +216,8 @@ def ratios(op: Op) -> tuple[float, float]:
     x, run = _run(op)
     memory = count(run, op.sms)
     ideal = op.ideal * x.numel() * x.element_size()
+    if op.name.startswith("masked"):
+        ideal += x.numel() // x.shape[1]  # a byte of the mask for all channels
     return (memory.read + memory.written) / ideal, memory.moved / ideal
 
 
