@@ -302,7 +302,7 @@ def test_a_known_forward_is_known_when_it_is_inherited_and_only_while_it_is_ther
         pass
 
     calls, layer_norm = [], fastnorm.functional.layer_norm
-    monkeypatch.setattr(fastnorm.functional, "layer_norm", lambda *a: calls.append(a) or layer_norm(*a))
+    monkeypatch.setattr(fastnorm.functional, "layer_norm", lambda *a, **extras: calls.append(a) or layer_norm(*a, **extras))
     for cls, shape in ((Inherits, (4, 6)), (libraries.TorchvisionLayerNorm2d, (2, 6, 3, 4))):
         assert_same_results(cls(6).double(), torch.randn(shape).double(), changed=1)
     assert len(calls) == 4
