@@ -48,7 +48,7 @@ sanitize: $(ready)
 	FASTNORM_EMULATOR_SANITIZE=1 FASTNORM_EMULATOR_ORDER=forward $(under) -k emulated $(ARGS) \
 		$(patsubst %,tests/test_%.py,rows channels contract sums fused groups positions masked)
 	$(sanitized) $(PYTHON) -c "from fastnorm import build; build.library()"
-	$(sanitized) $(under) $(ARGS) $(patsubst %,tests/test_%.py,rows channels contract fused autograd eager modules guards)
+	$(sanitized) $(under) $(ARGS) $(patsubst %,tests/test_%.py,rows channels contract fused groups positions masked branch autograd eager modules guards)
 
 lint: $(ready)
 	$(PYTHON) -m ruff check .

@@ -12,7 +12,7 @@ from .dispatch import select
 from .gate import autocasts, covers, needs_grad
 
 # Fewer elements in all, and fewer positions of a channel, are rows of a copy: their calls cost less.
-LEAST, LEAST_POSITIONS = 1 << 12, 8
+LEAST, LEAST_POSITIONS = 1 << 15, 16
 
 
 def _backend(input, weight, bias, eps):
