@@ -337,7 +337,8 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
     Equivalent to: ``torch.nn.BatchNorm1d(num_features, eps, momentum, affine, track_running_stats, device, dtype)``
 
     See `fastnorm.functional.batch_norm` for the formula, the activations, the dtypes and the errors, and `LayerNorm` for
-    activation and residual; ``momentum=None`` averages over all batches. ``channel_axis=-1``: the channels are the last
+    activation and residual; ``norm(x, mask=mask)`` or ``norm(x, lengths=lengths)`` leaves values out of the statistics;
+    ``momentum=None`` averages over all batches. ``channel_axis=-1``: the channels are the last
     dimension, and nothing is moved for it. ``frozen=True``: in training, too, the running statistics normalise and stay as
     they are, while weight and bias learn. ``virtual_batch_size=n``: in training, statistics are those of ghost batches of n
     samples, see `fastnorm.ghost_batch_norm`.
@@ -351,7 +352,8 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
     Equivalent to: ``torch.nn.BatchNorm2d(num_features, eps, momentum, affine, track_running_stats, device, dtype)``
 
     See `fastnorm.functional.batch_norm` for the formula, the activations, the dtypes and the errors, and `LayerNorm` for
-    activation and residual; ``momentum=None`` averages over all batches. ``channel_axis=-1``: the channels are the last
+    activation and residual; ``norm(x, mask=mask)`` or ``norm(x, lengths=lengths)`` leaves values out of the statistics;
+    ``momentum=None`` averages over all batches. ``channel_axis=-1``: the channels are the last
     dimension, and nothing is moved for it. ``frozen=True``: in training, too, the running statistics normalise and stay as
     they are, while weight and bias learn. ``virtual_batch_size=n``: in training, statistics are those of ghost batches of n
     samples, see `fastnorm.ghost_batch_norm`.
@@ -365,7 +367,8 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     Equivalent to: ``torch.nn.BatchNorm3d(num_features, eps, momentum, affine, track_running_stats, device, dtype)``
 
     See `fastnorm.functional.batch_norm` for the formula, the activations, the dtypes and the errors, and `LayerNorm` for
-    activation and residual; ``momentum=None`` averages over all batches. ``channel_axis=-1``: the channels are the last
+    activation and residual; ``norm(x, mask=mask)`` or ``norm(x, lengths=lengths)`` leaves values out of the statistics;
+    ``momentum=None`` averages over all batches. ``channel_axis=-1``: the channels are the last
     dimension, and nothing is moved for it. ``frozen=True``: in training, too, the running statistics normalise and stay as
     they are, while weight and bias learn. ``virtual_batch_size=n``: in training, statistics are those of ghost batches of n
     samples, see `fastnorm.ghost_batch_norm`.

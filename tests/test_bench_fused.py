@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cases  # puts bench on the path
@@ -46,3 +47,16 @@ def test_a_compiled_peer_and_rows_that_are_not_there(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         fused.main([*QUICK, "--filter", "nothing"])
     assert "--list shows them all" in capsys.readouterr().err
+
+
+def test_what_is_dropped_is_dropped_in_the_truth(monkeypatch):
+    """Every row of the new norms agrees at a small size; dropout only with the elements that ours keeps."""
+    monkeypatch.setattr(fastnorm.channels_first, "LEAST", 1)
+    small = [*fused._branches((64, 32)), *fused._channels_first((2, 8, 5, 7)), *fused._masked((4, 6, 20))]
+    for row in small:
+        inputs = fused.make(row, torch.float32, "cpu")
+        gradients = [torch.randn_like(inputs[0]) for _ in range(2)]
+        assert fused.disagreement(row, inputs, gradients) is None, row
+        if row.truth:
+            assert "is off by" in fused.disagreement(replace(row, truth=None), inputs, gradients)
+    assert [bool(row.truth) for row in small] == [True, False, False, False]
