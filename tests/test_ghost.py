@@ -205,6 +205,32 @@ def test_running_statistics_of_remainders(backend, device):
     torch.testing.assert_close(var, sum(x[s].transpose(0, 1).flatten(1).var(1) * len(s) / 7 for s in dealt(7, 2)))
 
 
+@pytest.mark.parametrize("shape", [(64, 3, 9), (64, 3, 4, 2)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sums_over_ghost_batches_are_rounded_once(shape, compiled, backend, device):
+    """bfloat16 parameters and statistics: half a unit in the last place, however many ghost batches."""
+    x, dy = torch.randn(2, *shape, device=device).bfloat16()
+    x = LAYOUTS["channels_last" if len(shape) == 4 else "dense"](x) + 1
+    weight, bias, mean, var = torch.rand(4, 3, device=device).bfloat16()
+
+    def run(x, weight, bias, mean, var):
+        return fastnorm.ghost_batch_norm(x, mean, var, weight, bias, True, 1.0, virtual_batch_size=4)
+
+    def gradients(function, *tensors):
+        x, weight, bias, mean, var = (t.clone() for t in tensors)
+        y, *new = function(x, weight.requires_grad_(), bias.requires_grad_(), mean, var)
+        return [*torch.autograd.grad(y, (weight, bias), dy.to(y.dtype)), *(new or (mean, var))]
+
+    function = torch.compile(run, backend="aot_eager", fullgraph=True) if compiled else run
+    tensors = x, weight, bias, mean, var
+    got = gradients(lambda *a: (function(*a),), *tensors)
+    parts = lambda x, w, b, m, v: by_parts(x, m, v, w, b, 4, 1.0, 1e-5)
+    for a, b in zip(got, gradients(parts, *(t.double() for t in tensors)), strict=True):
+        unit = torch.finfo(torch.bfloat16).eps * torch.exp2(b.abs().log2().floor())
+        assert (a.double() - b).abs().le(0.505 * unit).all()
+    torch._dynamo.reset()
+
+
 # ---------------------------------------------------------------- what PyTorch does with it
 
 
