@@ -18,12 +18,16 @@ struct MaskedStatistics {
   std::vector<char> again;
 
   MaskedStatistics(Channels g_, const ChannelsInput& x_, const bool* mask_)
-      : g(g_), x(x_), mask(mask_), n(std::count(mask, mask + g.count(), true)), shift(g.C), again(g.C, 0) {}
+      : g(g_), x(x_), mask(mask_), n(count_ones(mask, g.count())), shift(g.C), again(g.C, 0) {}
 
   const T* channel(int64_t c) const { return data<T>(x) + c * x.channel; }
 
   // Near the means of channels.
   void guess() const {
+    if (PLAIN_FIRST<T>) {
+      std::fill_n(static_cast<A*>(shift), g.C, A(0));
+      return;
+    }
     int64_t first[4], found = 0;
     for (int64_t i = 0; found < std::min<int64_t>(n, 4); ++i)
       if (mask[i]) first[found++] = x.positions.offset(i);

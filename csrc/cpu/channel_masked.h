@@ -77,7 +77,7 @@ class MaskedRuns {
 
  private:
   using Pair2 = std::array<double, 2>;
-  static constexpr int64_t MOST = 2048, LINE = 64;  // positions of a part, what it is a multiple of
+  static constexpr int64_t MOST = 4096, LINE = 64;  // positions of a part, what it is a multiple of
   static constexpr int64_t MOST_ITEMS = 64, CHANNELS = 64;
 
   static void add(Pair2& sums, const Pair2& more) {
@@ -92,26 +92,27 @@ class MaskedRuns {
     return {unit / cuts_, s, std::min(positions_, g_.S - s)};
   }
 
-  // All ones beside what counts, zeros beside the rest; `begin` to `end` is where something counts, in whole lines.
+  // A word of ones beside what counts, zeros beside the rest; `begin` to `end` is where something counts, in whole lines.
   struct Mask {
-    Buffer<A> natural{MOST + LINE}, lots{MOST + LINE};
+    Buffer<A> ones{MOST + LINE};
+    Buffer<T> same{LOT<T> > 1 ? MOST : 0};
     int64_t begin = 0, end = 0;
 
     void set(const bool* mask, int64_t n, bool in_order_of_lots) {
       const bool* last = mask + n;
       while (last > mask && !last[-1]) --last;
-      const int64_t first = std::find(mask, last, true) - mask;
-      begin = first / LINE * LINE;
+      begin = (std::find(mask, last, true) - mask) / LINE * LINE;
       end = std::min(n, ceil_div(last - mask, LINE) * LINE);
       if (end <= begin) return;
-      A ones;
-      std::memset(&ones, 0xff, sizeof ones);
-      for (int64_t i = begin; i < end; ++i) natural[i] = mask[i] ? ones : A(0);
-      std::fill_n(natural + end, lanes<V>, A(0));
-      if (in_order_of_lots && LOT<T> > 1) in_lots<T>(static_cast<const A*>(natural) + begin, end - begin, lots + begin);
-      if (in_order_of_lots) std::fill_n(lots + end, lanes<V>, A(0));
+      const auto* bytes = reinterpret_cast<const uint8_t*>(mask);  // of which vectors become: gcc would branch at each bool
+      for (int64_t i = begin; i < end; ++i) ones[i] = static_cast<A>(static_cast<int32_t>(bytes[i]));
+      std::fill_n(ones + end, lanes<V>, A(0));
+      if (LOT<T> > 1 && in_order_of_lots) {
+        for_vectors<V>(end - begin, [&](int64_t i, int64_t n) { store(same + i, load(ones + begin + i, n), n); });
+        in_lots<T>(static_cast<const T*>(same), end - begin, ones + begin);
+      }
+      for (int64_t i = begin; i < end; i += lanes<V>) store(ones + i, load(ones + i) != V(0));
     }
-    const A* ordered() const { return LOT<T> > 1 ? lots : natural; }
   };
 
   // f(item, channel, channels, a thread's mask) for all parts of the work.
@@ -133,6 +134,22 @@ class MaskedRuns {
     return at;
   }
 
+  // f(terms) with what is added up over R channels.
+  template <size_t R, class F>
+  static void with_terms(const A* shift, const A* counts, const F& f) {
+    std::array<V, R> about;
+    for (size_t r = 0; r < R; ++r) about[r] = V(shift[r]);
+    if constexpr (PLAIN_FIRST<T>)
+      if (std::all_of(shift, shift + R, [](A a) { return a == 0; }))
+        return f([counts](auto r, int64_t i, int64_t count, const std::array<V, 1>& v) FN_LAMBDA {
+          return typename StatisticsTerms<T>::Plain{}(r, i, count, {v[0] & load(counts + i)});
+        });
+    // What does not count becomes the shift; so does what does not exist.
+    f([about, counts](auto r, int64_t i, int64_t, const std::array<V, 1>& v) FN_LAMBDA {
+      return StatisticsTerms<T>::terms({V::blendv(about[r], v[0], load(counts + i))}, {about[r]}, lanes<V>);
+    });
+  }
+
   void item_sums(int64_t item, int64_t channel, int64_t channels, const A* shift, Mask& mask, Pair2* out) const {
     std::fill_n(out, channels, Pair2{});
     for (int64_t unit = item * each_; unit < std::min((item + 1) * each_, g_.B * cuts_); ++unit) {
@@ -142,22 +159,24 @@ class MaskedRuns {
       if (n <= 0) continue;
       for_sums(n, channels, [&](auto R, auto CHAINS, int64_t k) {
         std::array<std::array<const T*, 1>, R> at;
-        std::array<V, R> about;
         double sums[R][2];
-        repeat<R>([&](auto r) {
-          const int64_t c = channel + k + static_cast<int64_t>(r);
-          at[r] = {place(w, c)[0] + begin};
-          about[r] = V(shift[c]);
-        });
-        // What does not count becomes the shift; so does what does not exist.
-        const auto terms = [about, counts = mask.ordered() + begin](auto r, int64_t i, int64_t, const std::array<V, 1>& v)
-                               FN_LAMBDA {
-          return StatisticsTerms<T>::terms({V::blendv(about[r], v[0], load(counts + i))}, {about[r]}, lanes<V>);
-        };
-        sum_up<2, CHAINS>(at, n, terms, sums);
+        for (size_t r = 0; r < R; ++r) at[r] = {place(w, channel + k + static_cast<int64_t>(r))[0] + begin};
+        with_terms<R>(shift + channel + k, mask.ones + begin,
+                      [&](const auto& terms) { sum_up<2, CHAINS>(at, n, terms, sums); });
         for (size_t r = 0; r < R; ++r) add(out[k + static_cast<int64_t>(r)], {sums[r][0], sums[r][1]});
       });
     }
+  }
+
+  // As for_groups, but the last vector is a whole one, part of which comes out once more, where there are so many elements.
+  template <class F>
+  FN_INLINE static void for_overlapping(int64_t n, const F& f) {
+    constexpr int64_t W = lanes<V>;
+    constexpr std::integral_constant<size_t, 1> one;
+    int64_t i = 0;
+    for (; i + 4 * W <= n; i += 4 * W) f(std::integral_constant<size_t, 4>{}, i, W);
+    for (; i + W <= n; i += W) f(one, i, W);
+    if (i < n) n < W ? f(one, i, n - i) : f(one, n - W, W);
   }
 
   void apply_run(const Part& w, int64_t c, const Mask& mask, const Constants<A, 5>& constants, const Constants<A, 1>& scale,
@@ -168,7 +187,7 @@ class MaskedRuns {
     const auto [dy, x] = place(w, c);
     T* to = out + (w.b * g_.C + c) * g_.S + w.s;
     const auto outside = [&, dy = dy](int64_t begin, int64_t end) FN_LAMBDA {
-      for_groups<V, 4>(end - begin, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
+      for_overlapping(end - begin, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
         std::array<V, J> v;
         repeat<J>([&](auto j) FN_LAMBDA {
           v[j] = Scale<T>::value({load(dy + begin + i + static_cast<int64_t>(j) * lanes<V>, count)}, factor);
@@ -178,13 +197,13 @@ class MaskedRuns {
     };
     const int64_t begin = std::min(mask.begin, mask.end), end = mask.end;
     outside(0, begin);
-    for_groups<V, 4>(end - begin, [&, dy = dy, x = x](auto J, int64_t i, int64_t count) FN_LAMBDA {
+    for_overlapping(end - begin, [&, dy = dy, x = x](auto J, int64_t i, int64_t count) FN_LAMBDA {
       std::array<V, J> v;
       repeat<J>([&](auto j) FN_LAMBDA {
         const int64_t k = begin + i + static_cast<int64_t>(j) * lanes<V>;
         const V dy_k = load(dy + k, count);
         v[j] = V::blendv(Scale<T>::value({dy_k}, factor), WeightedGradient<T>::value({dy_k, load(x + k, count)}, gradient),
-                         load(mask.natural + k));
+                         load(mask.ones + k));
       });
       put_all<T, J>(to + begin + i, v, count, stream);
     });
@@ -239,21 +258,28 @@ class MaskedGrid : GridSweep<T, P> {
   }
 
  private:
-  using typename Base::Block, typename Base::Tiles;
+  using typename Base::Block, typename Base::Order, typename Base::Tiles;
 
   // Rows of a tile.
   struct List {
     int64_t n = 0;
     std::array<int64_t, TURNED_ROWS> row;
     void add(int64_t i) { row[n++] = i; }
-    // f(std::integral_constant<size_t, R>, rows, first) for R of them at a time.
-    template <class F>
-    void for_each(const F& f) const {
-      int64_t i = 0;
-      for (; i + 4 <= n; i += 4) f(std::integral_constant<size_t, 4>{}, row.data() + i, i);
-      for (; i < n; ++i) f(std::integral_constant<size_t, 1>{}, row.data() + i, i);
-    }
   };
+
+  // f(std::integral_constant<size_t, R>, R rows of the list, how many came before), with R of them at a time.
+  template <class F>
+  void for_rows(const List& list, const F& f) const {
+    const Order order{0, this->read_in_place_ ? this->quarter(list.n) : 0};
+    const auto some = [&](auto R, int64_t i) {
+      std::array<int64_t, R> rows;
+      for (size_t r = 0; r < R; ++r) rows[r] = list.row[order(i + static_cast<int64_t>(r))];
+      f(R, rows, i);
+    };
+    int64_t i = 0;
+    for (; i + 4 <= list.n; i += 4) some(std::integral_constant<size_t, 4>{}, i);
+    for (; i < list.n; ++i) some(std::integral_constant<size_t, 1>{}, i);
+  }
 
   template <class F>
   void for_parts(const F& f) const {
@@ -285,17 +311,23 @@ class MaskedGrid : GridSweep<T, P> {
 
   // The sums of one piece of rows, in s and q.
   void piece_sums(const Tiles& tiles, int64_t piece, const Block& k, const A* shift, double* s, double* q) const {
+    const bool plain = PLAIN_FIRST<T> && std::all_of(shift, shift + k.columns, [](A a) { return a == 0; });
     alignas(64) A tile[2][MAX_COLUMNS];
     std::fill_n(s, k.columns, 0.0);
     std::fill_n(q, k.columns, 0.0);
     for_lists(piece, [&](int64_t row, int64_t rows, const List& counts, const List&) {
       if (counts.n > 0) fetch(tiles, 0, row, rows, k);
-      counts.for_each([&](auto R, const int64_t* list, int64_t i) {
+      for_rows(counts, [&](auto R, const auto& list, int64_t i) {
         std::array<std::array<const T*, 1>, R> at;
         for (size_t r = 0; r < R; ++r) at[r] = {place(tiles, 0, row, list[r], k)};
-        const bool first = i % TILE_ROWS == 0, last = (i + R) % TILE_ROWS == 0 || i + static_cast<int64_t>(R) == counts.n;
-        Base::template add_rows<StatisticsTerms<T>, false, R>(at, k.columns, first, {shift}, tile[0], tile[1]);
-        for (int64_t c = 0; last && c < k.columns; ++c) s[c] += tile[0][c], q[c] += tile[1][c];
+        const int64_t end = i + static_cast<int64_t>(R);
+        const bool first = i % TILE_ROWS == 0;
+        if (plain)
+          Base::template add_rows<StatisticsTerms<T>, PLAIN_FIRST<T>, R>(at, k.columns, first, {shift}, tile[0], tile[1]);
+        else
+          Base::template add_rows<StatisticsTerms<T>, false, R>(at, k.columns, first, {shift}, tile[0], tile[1]);
+        if (end % TILE_ROWS != 0 && end != counts.n) return;
+        for (int64_t c = 0; c < k.columns; ++c) s[c] += tile[0][c], q[c] += tile[1][c];
       });
     });
   }
@@ -305,7 +337,7 @@ class MaskedGrid : GridSweep<T, P> {
                   int64_t row, const Block& k, T* out, bool stream) const {
     std::array<const A*, Value::K> of;
     for (size_t i = 0; i < Value::K; ++i) of[i] = constants[i] + k.channel;
-    list.for_each([&](auto R, const int64_t* rows, int64_t) {
+    for_rows(list, [&](auto R, const auto& rows, int64_t) {
       std::array<std::array<const T*, P>, R> at;
       std::array<T*, R> to;
       for (size_t r = 0; r < R; ++r) {
@@ -319,6 +351,17 @@ class MaskedGrid : GridSweep<T, P> {
 
   const bool* mask_;
 };
+
+// How many of n bytes, each 0 or 1, are 1: eight at a time, which a multiplication adds up.
+inline int64_t count_ones(const bool* mask, int64_t n) {
+  int64_t count = 0, i = 0;
+  for (uint64_t eight; i + 8 <= n; i += 8) {
+    std::memcpy(&eight, mask + i, 8);
+    count += static_cast<int64_t>(eight * 0x0101010101010101 >> 56);
+  }
+  for (; i < n; ++i) count += mask[i];
+  return count;
+}
 
 // f(sweep) with the way to go through these inputs.
 template <class T, size_t P, class F>
