@@ -25,6 +25,7 @@ MOST_REGISTERS = {
     "channel": 255,
     "group": 255,
     "position": 255,
+    "branch": 255,
     "finish": 255,
     "merge": 255,
 }  # a block of 512 threads, or of 256
