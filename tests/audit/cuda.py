@@ -20,7 +20,14 @@ from fastnorm import build
 from .code import TOOLS
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
-MOST_REGISTERS = {"row": 128, "channel": 255, "group": 255, "position": 255, "finish": 255, "merge": 255}  # a block of 512 threads, or of 256
+MOST_REGISTERS = {
+    "row": 128,
+    "channel": 255,
+    "group": 255,
+    "position": 255,
+    "finish": 255,
+    "merge": 255,
+}  # a block of 512 threads, or of 256
 
 # Of what is fused, the 16-byte loads and stores of a window or unit: x, and what surrounds the norm.
 FUSED = {
