@@ -8,6 +8,7 @@ import torch
 
 from .. import extension
 from . import channel_tiles, plans, slab
+from .branch import branch_bwd, branch_fwd
 from .channel import (
     channel_apply,
     channel_bwd,
@@ -26,6 +27,8 @@ from .row import row_bwd, row_fwd
 from .row_fused import row_fused_bwd, row_fused_fwd
 
 __all__ = [
+    "branch_bwd",
+    "branch_fwd",
     "channel_apply",
     "channel_bwd",
     "channel_fused_bwd",
