@@ -196,7 +196,7 @@ def channel_masked_stats(x, mask):
 
 def channel_masked_grad(dy, x, mask, mean, rstd, weight, c1, c2):
     dx = like(x)
-    plan, (view, dy, out) = planned(x, dy, dx, reading="dx")
+    plan, (view, dy, out) = planned(x, dy, dx, reading="dx", fused=True)
     x_strides, dy_strides, dx_strides = plan.strides
     x_fastest, dy_fastest, dx_fastest = plan.fastest
     plan.launch(_masked_grad_kernel, dy, view, _bytes(mask), dense(mean), dense(rstd), dense(weight), dense(c1), dense(c2), out,

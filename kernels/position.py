@@ -40,42 +40,46 @@ SIZES = ["B", "C", "S_v", "alpha"]
 
 
 @triton.jit
-def _positions(tile, B, C, S, BLOCK_S: tl.constexpr, CROSSES: tl.constexpr):
-    """Of a tile: its positions, where channel 0 of them is, and which exist, each [1, BLOCK_S]. CROSSES: more than two samples
-    may be in it."""
+def _positions(tile, B, C, S, BLOCK_S: tl.constexpr, CROSSES: tl.constexpr, INDEX: tl.constexpr):
+    """Of a tile: its positions [1, BLOCK_S] and which exist; where channel 0 of the first is, and of the others from there on.
+    CROSSES: more than two samples may be in it."""
     first = tl.cast(tile, tl.int64) * BLOCK_S
     along = tl.arange(0, BLOCK_S)[None, :]
-    place = (first % S).to(tl.int32) + along
+    sample = first // S
+    place = (first % S).to(tl.int32)
     if CROSSES:
-        later = place.to(tl.uint32) // tl.cast(S, tl.uint32)
+        later = (place + along).to(tl.uint32) // tl.cast(S, tl.uint32)
     else:
-        later = place >= S
+        later = place + along >= S
     i = first + along
-    start = i + (first // S + later.to(tl.int64)) * (tl.cast(C - 1, tl.int64) * S)
-    return i, start, i < tl.cast(B, tl.int64) * S
+    start = along.to(INDEX) + later.to(INDEX) * (tl.cast(C - 1, INDEX) * S)
+    return i, i < tl.cast(B, tl.int64) * S, sample * C * S + place, start
 
 
 @triton.jit
-def _load_tile(dy_ptr, x_ptr, weight, bias, high, low, rstd, c, C, S, start, there, alpha, ACTIVATION: tl.constexpr):
-    """x_hat and dz, both 0 outside, of channels c [BLOCK_C, 1], where they are and which exist."""
-    at = start + c.to(tl.int64) * S
+def _load_tile(dy_ptr, x_ptr, weight, bias, high, low, rstd, c, C, S, base, start, there, alpha,
+               ACTIVATION: tl.constexpr):  # fmt: skip
+    """x_hat and dz, both 0 outside, of channels c [BLOCK_C, 1], where they are from `base` on, and which exist."""
+    at = start + c.to(start.dtype) * S
     mask = (c < C) & there
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(rstd.dtype)
+    x = tl.load(x_ptr + base + at, mask=mask, other=0.0).to(rstd.dtype)
     x_hat = tl.where(mask, normalize(x, high, low, rstd), 0.0)
-    return x_hat, load_dz(dy_ptr, None, at, at, mask, x_hat, weight, bias, alpha, ACTIVATION), at, mask
+    return x_hat, load_dz(dy_ptr + base, None, at, at, mask, x_hat, weight, bias, alpha, ACTIVATION), at, mask
 
 
 @triton.jit(do_not_specialize=[*SIZES, "eps", "eps_low"])
 def _position_fwd_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, B, C, S_v, eps, eps_low, alpha,
                          BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, VEC: tl.constexpr, CROSSES: tl.constexpr,
-                         ACTIVATION: tl.constexpr):  # fmt: skip
+                         INDEX: tl.constexpr, ACTIVATION: tl.constexpr):  # fmt: skip
     """All channels in registers."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     S = S_v * VEC
     n = C.to(ACC)
-    i, start, there = _positions(tl.program_id(0), B, C, S, BLOCK_S, CROSSES)
+    i, there, base, start = _positions(tl.program_id(0), B, C, S, BLOCK_S, CROSSES, INDEX)
+    x_ptr += base
+    y_ptr += base
     c = tl.arange(0, BLOCK_C)[:, None]
-    at = start + c.to(tl.int64) * S
+    at = start + c.to(INDEX) * S
     mask = (c < C) & there
     x = tl.load(x_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
     weight = load_wanted(weight_ptr, c, c < C)
@@ -97,7 +101,7 @@ def _shifted_sums(x_ptr, start, there, C, S, shift, scale, BLOCK_C: tl.constexpr
     for first in tl.range(0, C, BLOCK_C, num_stages=STAGES):
         c = first + tl.arange(0, BLOCK_C)[:, None]
         mask = (c < C) & there
-        x = tl.load(x_ptr + (start + c.to(tl.int64) * S), mask=mask, other=0.0).to(shift.dtype)
+        x = tl.load(x_ptr + (start + c.to(start.dtype) * S), mask=mask, other=0.0).to(shift.dtype)
         s1, s2 = add_shifted(s1, s2, x, shift, scale, mask)
     return sum2(s1, s2, 0)
 
@@ -105,14 +109,16 @@ def _shifted_sums(x_ptr, start, there, C, S, shift, scale, BLOCK_C: tl.constexpr
 @triton.jit(do_not_specialize=[*SIZES, "eps", "eps_low"])
 def _position_fwd_long_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, B, C, S_v, eps, eps_low, alpha,
                               BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, VEC: tl.constexpr, CROSSES: tl.constexpr,
-                              STAGES: tl.constexpr, ACTIVATION: tl.constexpr):  # fmt: skip
+                              INDEX: tl.constexpr, STAGES: tl.constexpr, ACTIVATION: tl.constexpr):  # fmt: skip
     """Any number of channels: a sweep for the statistics, and one back that normalises."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     S = S_v * VEC
     n = C.to(ACC)
-    i, start, there = _positions(tl.program_id(0), B, C, S, BLOCK_S, CROSSES)
+    i, there, base, start = _positions(tl.program_id(0), B, C, S, BLOCK_S, CROSSES, INDEX)
+    x_ptr += base
+    y_ptr += base
     inside = tl.arange(0, BLOCK_C)[:, None]
-    some = tl.load(x_ptr + (start + inside.to(tl.int64) * S), mask=(inside < C) & there, other=0.0).to(ACC)
+    some = tl.load(x_ptr + (start + inside.to(INDEX) * S), mask=(inside < C) & there, other=0.0).to(ACC)
     shift = quotient(tl.sum(some, axis=0), tl.minimum(C, BLOCK_C).to(ACC))
     scale = tl.full((BLOCK_S,), 1.0, ACC)
     s1, s2 = _shifted_sums(x_ptr, start, there, C, S, shift[None, :], None, BLOCK_C, BLOCK_S, STAGES)
@@ -126,7 +132,7 @@ def _position_fwd_long_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd
     blocks = tl.cdiv(C, BLOCK_C)
     for back in tl.range(0, blocks, num_stages=STAGES):
         c = (blocks - 1 - back) * BLOCK_C + inside
-        at = start + c.to(tl.int64) * S
+        at = start + c.to(INDEX) * S
         mask = (c < C) & there
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC)
         weight = load_wanted(weight_ptr, c, c < C)
@@ -138,7 +144,7 @@ def _position_fwd_long_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd
 @triton.jit(do_not_specialize=[*SIZES, "P"])
 def _position_bwd_kernel(dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, dx_ptr, partial_ptr, dw_ptr, db_ptr, P, B, C,
                          S_v, alpha, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, VEC: tl.constexpr, CROSSES: tl.constexpr,
-                         STAGES: tl.constexpr, ACTIVATION: tl.constexpr, LEADS: tl.constexpr):  # fmt: skip
+                         INDEX: tl.constexpr, STAGES: tl.constexpr, ACTIVATION: tl.constexpr, LEADS: tl.constexpr):  # fmt: skip
     """All channels in registers, persistent: a program sums dw and db over every P-th tile."""
     ACC: tl.constexpr = rstd_ptr.dtype.element_ty
     let_next_start(LEADS)
@@ -151,10 +157,10 @@ def _position_bwd_kernel(dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr
     dw = tl.zeros((BLOCK_C,), ACC)
     db = tl.zeros((BLOCK_C,), ACC)
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_S).to(tl.int32), P, num_stages=STAGES):
-        i, start, there = _positions(tile, B, C, S, BLOCK_S, CROSSES)
+        i, there, base, start = _positions(tile, B, C, S, BLOCK_S, CROSSES, INDEX)
         high, low, rstd = load_statistics(mean_ptr, rstd_ptr, i, M)
-        x_hat, dz, at, mask = _load_tile(dy_ptr, x_ptr, weight, bias, high, low, rstd, c, C, S, start, there, alpha,
-                                         ACTIVATION)  # fmt: skip
+        x_hat, dz, at, mask = _load_tile(dy_ptr, x_ptr, weight, bias, high, low, rstd, c, C, S, base, start, there,
+                                         alpha, ACTIVATION)  # fmt: skip
         if partial_ptr is not None:
             dw_tile, db_tile = sum2(dz * x_hat, dz, 1)
             dw += dw_tile
@@ -163,7 +169,7 @@ def _position_bwd_kernel(dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr
             g = affine(dz, weight, None)
             c1, c2 = sum2(g * x_hat, g, 0)
             dx = grad_input(g, x_hat, rstd, (c1 * share)[None, :], (c2 * share)[None, :])
-            tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            tl.store(dx_ptr + base + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     cols = tl.arange(0, BLOCK_C)
     store_sums(partial_ptr, dw_ptr, db_ptr, dw[None, :], db[None, :], tl.program_id(0), P, cols, cols < C, C)
 
@@ -171,7 +177,7 @@ def _position_bwd_kernel(dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr
 @triton.jit(do_not_specialize=[*SIZES, "P"])
 def _position_bwd_long_kernel(dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, dx_ptr, partial_ptr, dw_ptr, db_ptr, P,
                               B, C, S_v, alpha, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, VEC: tl.constexpr,
-                              CROSSES: tl.constexpr, STAGES: tl.constexpr, ACTIVATION: tl.constexpr,
+                              CROSSES: tl.constexpr, INDEX: tl.constexpr, STAGES: tl.constexpr, ACTIVATION: tl.constexpr,
                               LEADS: tl.constexpr):  # fmt: skip
     """Any number of channels, persistent: for every P-th tile a sweep for the sums, and one back for dx. A program adds to its
     own partial row, which is in L2, as is what so few programs read again."""
@@ -184,7 +190,7 @@ def _position_bwd_long_kernel(dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rst
     p = tl.program_id(0)
     for tile in range(p, tl.cdiv(M, BLOCK_S).to(tl.int32), P):
         tl.debug_barrier()  # other threads may have stored what a thread adds to
-        i, start, there = _positions(tile, B, C, S, BLOCK_S, CROSSES)
+        i, there, base, start = _positions(tile, B, C, S, BLOCK_S, CROSSES, INDEX)
         high, low, rstd = load_statistics(mean_ptr, rstd_ptr, i, M)
         s1 = tl.zeros((BLOCK_C, BLOCK_S), ACC)
         s2 = tl.zeros((BLOCK_C, BLOCK_S), ACC)
@@ -193,8 +199,8 @@ def _position_bwd_long_kernel(dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rst
             c = cols[:, None]
             weight = load_wanted(weight_ptr, c, c < C)
             bias = load_wanted(bias_ptr, c, c < C)
-            x_hat, dz, _, _ = _load_tile(dy_ptr, x_ptr, weight, bias, high, low, rstd, c, C, S, start, there, alpha,
-                                         ACTIVATION)  # fmt: skip
+            x_hat, dz, _, _ = _load_tile(dy_ptr, x_ptr, weight, bias, high, low, rstd, c, C, S, base, start, there,
+                                         alpha, ACTIVATION)  # fmt: skip
             if partial_ptr is not None:
                 dw, db = sum2(dz * x_hat, dz, 1)
                 later = cols < tl.where(tl.cast(tile, tl.int32) >= P, C, 0)
@@ -211,10 +217,10 @@ def _position_bwd_long_kernel(dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rst
                 c = (blocks - 1 - back) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
                 weight = load_wanted(weight_ptr, c, c < C)
                 bias = load_wanted(bias_ptr, c, c < C)
-                x_hat, dz, at, mask = _load_tile(dy_ptr, x_ptr, weight, bias, high, low, rstd, c, C, S, start, there, alpha,
-                                                 ACTIVATION)  # fmt: skip
+                x_hat, dz, at, mask = _load_tile(dy_ptr, x_ptr, weight, bias, high, low, rstd, c, C, S, base, start, there,
+                                                 alpha, ACTIVATION)  # fmt: skip
                 dx = grad_input(affine(dz, weight, None), x_hat, rstd, c1, c2)
-                tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+                tl.store(dx_ptr + base + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 # ---------------------------------------------------------------- launchers
@@ -232,7 +238,7 @@ def position_fwd(x, weight, bias, activation, alpha, eps):
     rstd = torch.empty(B * S, dtype=acc, device=x.device)
     config = heuristics_positions.forward(B, C, S, x.element_size(), vec * x.element_size())
     args = x, dense(weight), dense(bias), y, mean, rstd, B, C, S // vec, *float_pair(eps), number(activation, alpha)
-    options = _options(config, S, vec, activation)
+    options = _options(config, C, S, vec, activation)
     if config.whole:
         launch(_position_fwd_kernel, config.programs, x.device, *args, **options)
     else:
@@ -240,9 +246,11 @@ def position_fwd(x, weight, bias, activation, alpha, eps):
     return y, mean, rstd
 
 
-def _options(config, S, vec, activation):
-    return dict(BLOCK_C=config.block_c, BLOCK_S=config.block_s, VEC=vec, CROSSES=config.block_s > S, ACTIVATION=activation,
-                warps=config.warps, stages=config.stages, registers=config.registers)  # fmt: skip
+def _options(config, C, S, vec, activation):
+    samples = config.block_s // S + 2  # of which positions may be in a tile
+    index = tl.int32 if (samples * C + config.block_c) * S < 2**31 else tl.int64
+    return dict(BLOCK_C=config.block_c, BLOCK_S=config.block_s, VEC=vec, CROSSES=config.block_s > S, INDEX=index,
+                ACTIVATION=activation, warps=config.warps, stages=config.stages, registers=config.registers)  # fmt: skip
 
 
 def position_bwd(dy, x, weight, bias, activation, alpha, mean, rstd, need):
@@ -262,7 +270,7 @@ def position_bwd(dy, x, weight, bias, activation, alpha, mean, rstd, need):
     launch(_position_bwd_kernel if config.whole else _position_bwd_long_kernel, config.programs, x.device, dy.contiguous(), x,
            dense(weight), None if activation == "identity" else dense(bias), dense(mean), dense(rstd), dx, partial, dw, db,
            config.programs, B, C, S // vec, number(activation, alpha), STAGES=config.stages,
-           LEADS=leads(x.device, x.nbytes), **_options(config, S, vec, activation))  # fmt: skip
+           LEADS=leads(x.device, x.nbytes), **_options(config, C, S, vec, activation))  # fmt: skip
     if partial is not None and config.programs > 1:
         finalise(partial, dw, db)
     return dx, dw, db

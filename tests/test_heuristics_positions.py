@@ -51,7 +51,7 @@ def test_what_is_prefetched_fits_shared_memory(itemsize):
     """x; x and dy: of all programs of a multiprocessor, and with room for what the warps exchange. None of narrow loads."""
     for _, _, width, forward, backward in every(itemsize):
         for c, tensors in ((forward, 1), (backward, 2)):
-            per_sm = max(1, REGISTERS // (32 * c.warps * c.registers)) if tensors == 2 else 1
+            per_sm = min(2, REGISTERS // (32 * c.warps * c.registers)) if tensors == 2 else 1
             assert per_sm * tensors * (c.stages - 1) * c.block_c * c.block_s * itemsize <= H.PREFETCHED < 0.7 * SHARED
             assert c.stages == 1 or width >= 4
 
@@ -91,7 +91,7 @@ def test_the_widths_of_models():
     assert [of(H.forward(32, C, 3136, 2, 16)) for C in (96, 192, 384, 768, 1536)] == [
         (True, 128), (True, 128), (True, 64), (True, 32), (False, 32)]  # fmt: skip
     assert [of(H.backward(32, C, 3136, 2, 16, 132)) for C in (96, 192, 384, 768, 1536)] == [
-        (True, 64), (True, 64), (True, 32), (False, 64), (False, 32)]  # fmt: skip
+        (True, 128), (True, 64), (True, 32), (False, 64), (False, 32)]  # fmt: skip
 
 
 def test_configurations_are_frozen():
