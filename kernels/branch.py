@@ -30,6 +30,17 @@ def repeated(v, TIMES: tl.constexpr):
 
 
 @triton.jit
+def _elements(vectors, VEC: tl.constexpr, WIDE: tl.constexpr):
+    """How many elements so many vectors have; None of None. WIDE: 32 bits do not hold that."""
+    n = None
+    if vectors is not None:
+        n = vectors * VEC
+        if WIDE:
+            n = tl.cast(vectors, tl.int64) * VEC
+    return n
+
+
+@triton.jit
 def kept(seed, first, least, BLOCK: tl.constexpr):
     """Which of the BLOCK elements from each `first` [rows, 1] on, a multiple of 4, dropout keeps. `least`: bits of a uint32."""
     counters = (first >> 2) + tl.arange(0, BLOCK // 4)[None, :]
@@ -107,8 +118,8 @@ def _branch_kernel(x_ptr, addend_ptr, row_scale_ptr, column_scale_ptr, seed_ptr,
     x = tl.load(x_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
     if addend_ptr is not None:
         addend = tl.load(addend_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
-    u = _dropped(x, row_scale_ptr, seed, first, R, None if per_v is None else per_v * VEC_P, scale, scale_low, least, BLOCK,
-                 VEC_P, ROW_ENDS)  # fmt: skip
+    per = _elements(per_v, VEC_P, WIDE)
+    u = _dropped(x, row_scale_ptr, seed, first, R, per, scale, scale_low, least, BLOCK, VEC_P, ROW_ENDS)
     if column_scale_ptr is not None:
         cols = _columns(first, N_v * VEC_P, BLOCK, VEC_P, COLUMN_ENDS)
         u = u * tl.load(column_scale_ptr + cols).to(ACC)
@@ -132,7 +143,8 @@ def _branch_bwd_kernel(dh_ptr, x_ptr, row_scale_ptr, column_scale_ptr, seed_ptr,
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     length = N_v * VEC_N
-    n = n_v * VEC
+    n = _elements(n_v, VEC, WIDE)
+    per = _elements(per_v, VEC_P, WIDE)
     blocks = tl.cdiv(length, BLOCK)
     p = tl.program_id(0) // blocks
     c0 = tl.program_id(0) % blocks * BLOCK
@@ -154,8 +166,7 @@ def _branch_bwd_kernel(dh_ptr, x_ptr, row_scale_ptr, column_scale_ptr, seed_ptr,
         mask = inside & (at < n)
         dh = tl.load(dh_ptr + at, mask=mask, other=0.0).to(ACC)
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC)
-        u = _dropped(dh, row_scale_ptr, seed, first, R, None if per_v is None else per_v * VEC_P, scale, scale_low, least,
-                     BLOCK, VEC_P, ROW_ENDS)  # fmt: skip
+        u = _dropped(dh, row_scale_ptr, seed, first, R, per, scale, scale_low, least, BLOCK, VEC_P, ROW_ENDS)
         total += u * x
         if dx_ptr is not None:
             tl.store(dx_ptr + at, (u * column_scale).to(dx_ptr.dtype.element_ty), mask=mask)

@@ -8,13 +8,14 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
+from unittest import mock
 
 import fastnorm.kernels as K
 import numpy as np
 import torch
 from torch import bfloat16, float16, float32, float64
 
-from fastnorm import heuristics
+from fastnorm import heuristics, heuristics_branch
 
 LENGTHS = (
     10,
@@ -130,6 +131,11 @@ POSITIONS = (
     (4, 5000, 9), (4, 5000, 16),
 )  # fmt: skip
 FEW_POSITIONS = POSITIONS[0], POSITIONS[3], POSITIONS[4], POSITIONS[12]
+# Rows shorter than a block of elements and longer ones, that end inside of it and with it, and that vectors do not divide.
+BRANCHES = (64, 197, 768), (8, 512, 4096), (32, 300, 64), (16, 48, 1001), (8, 7, 5000)
+FEW_BRANCHES = BRANCHES[:1]
+# x's, and the stream's.
+BRANCH_DTYPES = (bfloat16, bfloat16), (bfloat16, float32), (float16, float32), (float32, float32), (float64, float64)
 FUSED_DTYPES = ((bfloat16, bfloat16), (bfloat16, float32), (float32, float32), (float64, float64))
 FEW_FUSED_DTYPES = ((bfloat16, float32), (float32, float32))
 
@@ -212,6 +218,24 @@ def masked(shape, layout, dtype, parameter):
     mask = torch.empty(shape[0], *shape[2:], dtype=torch.bool)
     _, mean, rstd = K.channel_masked_stats(x, mask)
     K.channel_masked_grad(x, x, mask, mean, rstd, p, rstd, rstd)
+
+
+def branches(shape, dtype, stream, row_scales, columns, p, alone=False):
+    """Forward and backward, and with `alone` a gradient of the scale that is wanted alone."""
+    x, h, acc = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=stream), torch.promote_types(dtype, float32)
+    R = {"samples": shape[0], "rows": prod(shape[:-1])}.get(row_scales)
+    scales = None if R is None else torch.empty(R, dtype=acc), torch.empty(shape[-1], dtype=stream) if columns else None
+    seed = torch.empty(1, dtype=torch.int64) if p else None
+    K.branch_fwd(x, h, *scales, p, seed, stream)
+    K.branch_bwd(h, x if columns else None, *scales, p, seed, dtype, stream if columns else None)
+    if alone:
+        K.branch_bwd(h, x, *scales, p, seed, None, stream)
+
+
+def wide_branches(*args):
+    """As if offsets took 64 bits."""
+    with mock.patch.object(heuristics_branch, "WIDE", 0):
+        branches(*args)
 
 
 def fused_channels(shape, layout, dtype, parameter, around, pieces=False):
@@ -309,6 +333,20 @@ def _position_calls(few: bool) -> Iterator[Call]:
         yield Call(f"masked {shape} {layout} {dtype} {parameter}", _wide(shape, layout, dtype), call)
 
 
+def _branch_calls(few: bool) -> Iterator[Call]:
+    dtypes = BRANCH_DTYPES[:4:3] if few else BRANCH_DTYPES
+    scales = itertools.product((None, "samples", "rows"), (False, True), (0.0, 0.1))
+    scales = ((None, False, 0.1), ("rows", True, 0.1)) if few else tuple(scales)
+    kinds = itertools.product(FEW_BRANCHES if few else BRANCHES, dtypes, scales)
+    for shape, (dtype, stream), (row_scales, columns, p) in kinds:
+        wide = ALL if prod(shape) % (16 // dtype.itemsize) == 0 else ()
+        args = shape, dtype, stream, row_scales, columns, p
+        call = lambda args=args: branches(*args, alone=args[-2] and not few)
+        yield Call(f"branch {args}", wide, call)
+        if shape in BRANCHES[:2] and not few:
+            yield Call(f"branch of more elements {args}", wide, lambda args=args: wide_branches(*args))
+
+
 def _wide(shape, layout, dtype):
     vector, (C, *positions) = 16 // dtype.itemsize, shape[1:]
     S = prod(positions)
@@ -321,5 +359,6 @@ def _wide(shape, layout, dtype):
 
 def calls(few: bool = False) -> list[Call]:
     """A variant is judged by the first call that reaches it: those that allow wide accesses come first."""
-    every = itertools.chain(_row_calls(few), _channel_calls(few), _fused_calls(few), _parted_calls(few), _position_calls(few))
+    kinds = _row_calls, _channel_calls, _fused_calls, _parted_calls, _position_calls, _branch_calls
+    every = itertools.chain.from_iterable(kind(few) for kind in kinds)
     return sorted(every, key=lambda call: -len(call.wide))

@@ -39,6 +39,11 @@ CALLS = {
     "masked": lambda B: grid.masked((B, 6, 130, 130), "dense", float16, float32),
     "masked channels_last": lambda B: grid.masked((min(B, 64), 24, 130, 130), "channels_last", float16, float32),
     "masked NC": lambda B: grid.masked((B, 65), "dense", float32, float32),
+    "branches": lambda B: [
+        grid.branches((B, 20, 1000), float16, float32, row_scales, True, 0.1 / B) for row_scales in (None, "rows", "samples")
+    ],
+    "branches that are dropped alone": lambda B: grid.branches((B, 100, 768), float32, float32, None, False, 1 - 0.5 / B),
+    "branches of rows that vectors do not divide": lambda B: grid.branches((8 * B, 4, 77), float16, float16, "rows", True, 0.1),
     "slab NC": lambda B: grid.channels((B, 65), "dense", float32, float32),
 }
 

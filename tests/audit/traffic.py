@@ -129,8 +129,8 @@ class Op:
 # Tensors that an op reads and writes. Addend, residual, h and their gradients are as many more.
 ONCE = {"row_fwd": 2, "row_bwd": 3, "evaluation": 2, "channel_fwd": 2, "channel_bwd": 3, "row_fused_fwd": 5, "row_fused_bwd": 6,
         "row_parted_fwd": 2, "row_parted_bwd": 3, "group_fwd": 2, "group_bwd": 3, "position_fwd": 2, "position_bwd": 3,
-        "masked_stats": 1, "masked_grad": 3, "fused_evaluation": 3, "frozen_bwd": 5, "channel_fused_fwd": 3,
-        "channel_fused_bwd": 5}  # fmt: skip
+        "masked_stats": 1, "masked_grad": 3, "branch_fwd": 3, "branch_bwd": 2, "branch_bwd_columns": 3,
+        "fused_evaluation": 3, "frozen_bwd": 5, "channel_fused_fwd": 3, "channel_fused_bwd": 5}  # fmt: skip
 PARTS, GROUPS = 8, 4
 BF16, F32 = torch.bfloat16, torch.float32
 _ROWS = (((4096, 64), F32), ((512, 1024), BF16), ((64, 8192), BF16))
@@ -160,6 +160,8 @@ OPS = (
     *(Op(name, ONCE[name], shape, dtype) for shape, dtype in (((16, 64, 24, 24), F32), ((64, 128, 7, 7), BF16))
       for name in ("position_fwd", "position_bwd")),
     *(Op(name, ONCE[name], (12, 1536, 8, 8), BF16, sms=4) for name in ("position_fwd", "position_bwd")),
+    *(Op(name, ONCE[name], *row, sms=4) for row in (*_ROWS, ((300, 1001), F32))
+      for name in ("branch_fwd", "branch_bwd", "branch_bwd_columns")),
     *(Op(name, ONCE[name], shape, dtype, layout) for shape, layout in _LARGE for dtype in (F32, BF16)
       for name in ("masked_stats", "masked_grad")),
     *(Op(name, ONCE[name], shape, F32, layout) for shape, layout in _LARGE
@@ -174,13 +176,14 @@ def _run(op: Op):
     x = torch.randn(op.shape).to(op.dtype)
     if op.layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
-    rows = op.name.startswith("row")
+    rows = op.name.startswith(("row", "branch"))
     N = x.shape[-1] if rows else x.shape[1]
     weight, bias, running = torch.randn(N), torch.randn(N), (torch.randn(N), torch.rand(N))
     mean, rstd = torch.zeros(2, x.numel() // N if rows else N), torch.ones(x.numel() // N if rows else N)
     dy, residual, addend, need = x.clone(), x.clone(), x.clone(), (True, torch.float32, torch.float32)
     parted, made = weight.repeat(PARTS).view(PARTS, N), lambda n: (torch.zeros(2, n), torch.ones(n))
     groups, positions = made(GROUPS * len(x)), made(x.numel() // N)
+    row_scale, seed = torch.rand(len(x)), torch.tensor([1])
     mask = torch.rand(len(x), *x.shape[2:]) < 0.7
     fwd = lambda training: K.channel_fwd(x, weight, bias, *running, training, 0.1, 1e-5)
     fused_fwd = lambda training: K.channel_fused_fwd(x, weight, bias, residual, "relu", 0.0, *running, training, 0.1, 1e-5)
@@ -200,6 +203,9 @@ def _run(op: Op):
         "position_bwd": lambda: K.position_bwd(dy, x, weight, bias, "silu", 0.0, *positions, need),
         "masked_stats": lambda: K.channel_masked_stats(x, mask),
         "masked_grad": lambda: K.channel_masked_grad(dy, x, mask, mean, rstd, weight, rstd, rstd),
+        "branch_fwd": lambda: K.branch_fwd(x, addend, row_scale, weight, 0.1, seed, x.dtype),
+        "branch_bwd": lambda: K.branch_bwd(dy, None, row_scale, weight, 0.1, seed, x.dtype, None),
+        "branch_bwd_columns": lambda: K.branch_bwd(dy, x, row_scale, weight, 0.1, seed, x.dtype, weight.dtype),
         "evaluation": lambda: fwd(False),
         "channel_fwd": lambda: fwd(True),
         "channel_bwd": lambda: K.channel_bwd(dy, x, weight, mean, rstd, True, need),
