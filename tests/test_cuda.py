@@ -114,7 +114,7 @@ def test_the_environment_can_refuse(monkeypatch):
 
 def test_sources_that_do_not_compile_are_reported(tmp_path, monkeypatch):
     """Once for both compilers: a log, and a sentence that says where it is."""
-    for name in ("kernels.h", "activations.h", "norm_math.h"):
+    for name in ("kernels.h", "activations.h", "norm_math.h", "philox.h"):
         (tmp_path / name).write_text("")
     (tmp_path / "cuda").mkdir()
     (tmp_path / "cuda" / "broken.cu").write_text("this is no CUDA\n")
@@ -261,7 +261,7 @@ def test_setup_compiles_it_where_that_is_asked_for(tmp_path):
     for folder in ("cpu", "cuda"):
         (tmp_path / "csrc" / folder).mkdir(parents=True)
     (tmp_path / "csrc" / "one.cpp").write_text("this is no C++\n")
-    for name in ("kernels.h", "activations.h", "norm_math.h", "cpu/one.h"):
+    for name in ("kernels.h", "activations.h", "norm_math.h", "philox.h", "cpu/one.h"):
         (tmp_path / "csrc" / name).write_text("")
     (tmp_path / "csrc" / "cuda" / "one.cu").write_text('extern "C" __global__ void one_kernel() {}\n')
     env = {**os.environ, "FASTNORM_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0;9.0"}
