@@ -46,11 +46,10 @@ def elements(itemsize: int) -> Elements:
 def columns(M: int, N: int, itemsizes: tuple[int, ...], width: int, sm_count: int) -> Columns:
     """`itemsizes` of the tensors that are read, `width`: bytes of the narrowest load, which are not prefetched below 4."""
     tile, block = TILE[min(itemsizes)], _columns(N)
-    rows = min(tile // block, power_of_two(M))
-    warps = min(TILE_WARPS, max(1, rows * block * TILE_WARPS // tile))
-    stages = 1 if width < 4 else 1 + min(2, PREFETCHED // (PER_SM * rows * block * sum(itemsizes)))
+    rows = tile // block
+    stages = 1 if width < 4 else 1 + min(2, PREFETCHED // (PER_SM * tile * sum(itemsizes)))
     programs = min(cdiv(M, rows), max(1, PER_SM * sm_count // cdiv(N, block)))
-    return Columns(rows, block, warps, stages, registers(PER_SM * warps), programs)
+    return Columns(rows, block, TILE_WARPS, stages, registers(PER_SM * TILE_WARPS), programs)
 
 
 def _columns(N: int) -> int:

@@ -131,8 +131,8 @@ POSITIONS = (
     (4, 5000, 9), (4, 5000, 16),
 )  # fmt: skip
 FEW_POSITIONS = POSITIONS[0], POSITIONS[3], POSITIONS[4], POSITIONS[12]
-# Rows shorter than a block of elements and longer ones, that end inside of it and with it, and that vectors do not divide.
-BRANCHES = (64, 197, 768), (8, 512, 4096), (32, 300, 64), (16, 48, 1001), (8, 7, 5000)
+# Rows shorter than a block of elements, that end with one, that vectors do not divide, and longer ones that end inside of it.
+BRANCHES = (64, 197, 768), (8, 512, 4096), (16, 48, 1001), (8, 7, 5000)
 FEW_BRANCHES = BRANCHES[:1]
 # x's, and the stream's.
 BRANCH_DTYPES = (bfloat16, bfloat16), (bfloat16, float32), (float16, float32), (float32, float32), (float64, float64)
@@ -335,15 +335,16 @@ def _position_calls(few: bool) -> Iterator[Call]:
 
 def _branch_calls(few: bool) -> Iterator[Call]:
     dtypes = BRANCH_DTYPES[:4:3] if few else BRANCH_DTYPES
-    scales = itertools.product((None, "samples", "rows"), (False, True), (0.0, 0.1))
-    scales = ((None, False, 0.1), ("rows", True, 0.1)) if few else tuple(scales)
+    scales = (None, False, 0.1), ("rows", True, 0.1)
+    if not few:
+        scales += (None, True, 0.1), (None, True, 0.0), ("samples", False, 0.0), ("samples", True, 0.1), ("rows", False, 0.1)
     kinds = itertools.product(FEW_BRANCHES if few else BRANCHES, dtypes, scales)
     for shape, (dtype, stream), (row_scales, columns, p) in kinds:
         wide = ALL if prod(shape) % (16 // dtype.itemsize) == 0 else ()
         args = shape, dtype, stream, row_scales, columns, p
         call = lambda args=args: branches(*args, alone=args[-2] and not few)
         yield Call(f"branch {args}", wide, call)
-        if shape in BRANCHES[:2] and not few:
+        if shape == BRANCHES[0] and dtype == stream and not few:
             yield Call(f"branch of more elements {args}", wide, lambda args=args: wide_branches(*args))
 
 
