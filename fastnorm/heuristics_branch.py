@@ -30,7 +30,7 @@ class Columns:
 # itemsize -> elements of a thread: two whole vectors of each tensor are asked for before one is waited for.
 THREAD, WARPS = {2: 16, 4: 8, 8: 4}, 4
 # itemsize -> elements of a tile, of which there are x, dh, the random words and the sums.
-TILE, TILE_WARPS, PER_SM = {2: 4096, 4: 4096, 8: 2048}, 8, 2
+TILE, TILE_WARPS, PER_SM = {2: 4096, 4: 4096, 8: 1024}, 8, 2
 # The most columns of a tile; the fewest, but where there are no more; and the part of them that may be beyond the last.
 LONGEST, SHORTEST, WASTED = 1024, 256, 1 / 8
 # Bytes that the programs of a multiprocessor prefetch at the most.
