@@ -176,56 +176,53 @@ FusedGrads channel_fused_bwd(const Tensor& dy, const Tensor& x, const Maybe& res
   return given(dx, dweight, dbias, dresidual, need);
 }
 
-std::tuple<Tensor, Tensor, Tensor> group_fwd(const Tensor& x, const Maybe& weight, const Maybe& bias,
-                                             const std::string& activation, double alpha, double eps, int64_t groups) {
+// Norms of (B, C, *) with parameters of channels that end in an activation, M of them: group norm, layer norm over channels.
+template <class G, class F>
+std::tuple<Tensor, Tensor, Tensor> ended_fwd(F Kernels::* function, const G& g, const Tensor& x, const Maybe& weight,
+                                             const Maybe& bias, const Epilogue& epilogue, double eps) {
   On on(x);
-  channels_of(x);
-  const Groups g = groups_of(x, groups * x.size(0));
   Tensor keep, w, b, y = empty_result(x, x.scalar_type());
   SavedStatistics saved;
   const Statistics s = saved.make(x, g.M());
-  on(&Kernels::group_fwd, g, dense_beside(x, "x", x, keep), parameter(on, weight, "weight", g.C, x, w),
-     parameter(on, bias, "bias", g.C, x, b), epilogue(activation, alpha), eps, output(y), s.mean, s.rstd);
+  on(function, g, dense_beside(x, "x", x, keep), parameter(on, weight, "weight", g.C, x, w),
+     parameter(on, bias, "bias", g.C, x, b), epilogue, eps, output(y), s.mean, s.rstd);
   return {y, saved.mean, saved.rstd};
+}
+
+template <class G, class F>
+Grads ended_bwd(F Kernels::* function, const G& g, const Tensor& dy, const Tensor& x, const Maybe& weight, const Maybe& bias,
+                const Epilogue& epilogue, const Tensor& mean, const Tensor& rstd, const Need& need) {
+  On on(x);
+  Tensor keep, keep_dy, w, b;
+  const Maybe dx = std::get<0>(need) ? Maybe(empty_result(x, x.scalar_type())) : std::nullopt;
+  Maybe dweight = empty_grad(on, x, std::get<1>(need), g.C), dbias = empty_grad(on, x, std::get<2>(need), g.C);
+  on(function, g, dense_beside(dy, "dy", x, keep_dy), dense_beside(x, "x", x, keep),
+     parameter(on, weight, "weight", g.C, x, w), parameter(on, bias, "bias", g.C, x, b), epilogue,
+     statistic(mean, "mean", x, 2 * g.M()), statistic(rstd, "rstd", x, g.M()), maybe(dx), maybe(dweight), maybe(dbias));
+  return {dx, wanted(std::move(dweight), std::get<1>(need)), wanted(std::move(dbias), std::get<2>(need))};
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_fwd(const Tensor& x, const Maybe& weight, const Maybe& bias,
+                                             const std::string& activation, double alpha, double eps, int64_t groups) {
+  channels_of(x);
+  return ended_fwd(&Kernels::group_fwd, groups_of(x, groups * x.size(0)), x, weight, bias, epilogue(activation, alpha), eps);
 }
 
 Grads group_bwd(const Tensor& dy, const Tensor& x, const Maybe& weight, const Maybe& bias, const std::string& activation,
                 double alpha, const Tensor& mean, const Tensor& rstd, const Need& need) {
-  On on(x);
   channels_of(x);
-  const Groups g = groups_of(x, rstd.numel());
-  Tensor keep, keep_dy, w, b;
-  const Maybe dx = std::get<0>(need) ? Maybe(empty_result(x, x.scalar_type())) : std::nullopt;
-  Maybe dweight = empty_grad(on, x, std::get<1>(need), g.C), dbias = empty_grad(on, x, std::get<2>(need), g.C);
-  on(&Kernels::group_bwd, g, dense_beside(dy, "dy", x, keep_dy), dense_beside(x, "x", x, keep),
-     parameter(on, weight, "weight", g.C, x, w), parameter(on, bias, "bias", g.C, x, b), epilogue(activation, alpha),
-     statistic(mean, "mean", x, 2 * g.M()), statistic(rstd, "rstd", x, g.M()), maybe(dx), maybe(dweight), maybe(dbias));
-  return {dx, wanted(std::move(dweight), std::get<1>(need)), wanted(std::move(dbias), std::get<2>(need))};
+  return ended_bwd(&Kernels::group_bwd, groups_of(x, rstd.numel()), dy, x, weight, bias, epilogue(activation, alpha), mean,
+                   rstd, need);
 }
 
 std::tuple<Tensor, Tensor, Tensor> position_fwd(const Tensor& x, const Maybe& weight, const Maybe& bias,
                                                 const std::string& activation, double alpha, double eps) {
-  On on(x);
-  const Positions g = positions_of(x);
-  Tensor keep, w, b, y = empty_result(x, x.scalar_type());
-  SavedStatistics saved;
-  const Statistics s = saved.make(x, g.M());
-  on(&Kernels::position_fwd, g, dense_beside(x, "x", x, keep), parameter(on, weight, "weight", g.C, x, w),
-     parameter(on, bias, "bias", g.C, x, b), epilogue(activation, alpha), eps, output(y), s.mean, s.rstd);
-  return {y, saved.mean, saved.rstd};
+  return ended_fwd(&Kernels::position_fwd, positions_of(x), x, weight, bias, epilogue(activation, alpha), eps);
 }
 
 Grads position_bwd(const Tensor& dy, const Tensor& x, const Maybe& weight, const Maybe& bias, const std::string& activation,
                    double alpha, const Tensor& mean, const Tensor& rstd, const Need& need) {
-  On on(x);
-  const Positions g = positions_of(x);
-  Tensor keep, keep_dy, w, b;
-  const Maybe dx = std::get<0>(need) ? Maybe(empty_result(x, x.scalar_type())) : std::nullopt;
-  Maybe dweight = empty_grad(on, x, std::get<1>(need), g.C), dbias = empty_grad(on, x, std::get<2>(need), g.C);
-  on(&Kernels::position_bwd, g, dense_beside(dy, "dy", x, keep_dy), dense_beside(x, "x", x, keep),
-     parameter(on, weight, "weight", g.C, x, w), parameter(on, bias, "bias", g.C, x, b), epilogue(activation, alpha),
-     statistic(mean, "mean", x, 2 * g.M()), statistic(rstd, "rstd", x, g.M()), maybe(dx), maybe(dweight), maybe(dbias));
-  return {dx, wanted(std::move(dweight), std::get<1>(need)), wanted(std::move(dbias), std::get<2>(need))};
+  return ended_bwd(&Kernels::position_bwd, positions_of(x), dy, x, weight, bias, epilogue(activation, alpha), mean, rstd, need);
 }
 
 Tensor branch_fwd(const Tensor& x, const Tensor& addend, const Maybe& row_scale, const Maybe& column_scale, double p,

@@ -80,12 +80,12 @@ BAD_GROUPS = [
     lambda f, x: f(x, 0),
     lambda f, x: f(x, -2),
     lambda f, x: f(x, 2.0),
-    lambda f, x: f(x, 2, torch.ones(3)),
-    lambda f, x: f(x, 2, None, torch.ones(6, 1)),
+    lambda f, x: f(x, 2, x.new_ones(3)),
+    lambda f, x: f(x, 2, None, x.new_ones(6, 1)),
     lambda f, x: f(x[0, 0], 2),
     lambda f, x: f(x[:1, :2, :1], 2),
     lambda f, x: f(x.long(), 2),
-    lambda f, x: f(x.to("meta"), 2, torch.ones(6)),
+    lambda f, x: f(x.to("meta"), 2, x.new_ones(6)),
     lambda f, x: f(x, 2, eps="small"),
     lambda f, x: f("x", 2),
 ]
@@ -96,7 +96,7 @@ OTHERS = [lambda f, x: f(x[:0], 2), lambda f, x: f(x, 2, eps=-1e-9), lambda f, x
 @pytest.mark.parametrize("call", [*BAD_GROUPS, *OTHERS])
 def test_calls_that_torch_answers(call, backend, device):
     """The same exception, or the same result."""
-    x = torch.randn(2, 6, 20)
+    x = torch.randn(2, 6, 20, device=device)
     ours, theirs = outcome(lambda: call(fastnorm.group_norm, x)), outcome(lambda: call(F.group_norm, x))
     assert type(ours) is type(theirs)
     if torch.is_tensor(theirs):

@@ -98,11 +98,11 @@ def test_compiled(device):
 
 
 BAD = [
-    lambda f, x: f(x, torch.ones(3)),
-    lambda f, x: f(x, None, torch.ones(6, 1)),
+    lambda f, x: f(x, x.new_ones(3)),
+    lambda f, x: f(x, None, x.new_ones(6, 1)),
     lambda f, x: f(x.long()),
     lambda f, x: f(x, eps="small"),
-    lambda f, x: f(x.to("meta"), torch.ones(6)),
+    lambda f, x: f(x.to("meta"), x.new_ones(6)),
 ]
 OTHERS = [lambda f, x: f(x[:0]), lambda f, x: f(x.mT), lambda f, x: f(x[:, :, ::2]), lambda f, x: f(x.to("meta"))]
 
@@ -111,7 +111,7 @@ OTHERS = [lambda f, x: f(x[:0]), lambda f, x: f(x.mT), lambda f, x: f(x[:, :, ::
 @pytest.mark.parametrize("call", [*BAD, *OTHERS])
 def test_calls_that_torch_answers(call, backend, device):
     """The same exception, or the same result."""
-    x = torch.randn(2, 6, 20)
+    x = torch.randn(2, 6, 20, device=device)
     ours, theirs = outcome(lambda: call(fastnorm.channels_first_layer_norm, x)), outcome(lambda: call(reference, x))
     assert type(ours) is type(theirs)
     if torch.is_tensor(theirs):
