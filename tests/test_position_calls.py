@@ -20,6 +20,7 @@ SHAPES = [(2, 6, 5), (3, 4), (2, 6, 40), (2, 8, 12, 12), (2, 6, 2, 5, 5), (40, 1
 def any_size(monkeypatch):
     monkeypatch.setattr(channels_first, "LEAST", 1)
     monkeypatch.setattr(channels_first, "LEAST_POSITIONS", 1)
+    monkeypatch.setattr(channels_first, "DEVICES", ("cpu", "cuda"))
 
 
 class Permuted(nn.LayerNorm):
@@ -128,8 +129,10 @@ def test_what_has_no_channels(device):
 
 
 def test_which_calls_the_kernels_get(monkeypatch, backend, device):
-    """Contiguous ones that are not small; channels_last are rows as they lie."""
+    """Contiguous ones that are not small, on a CPU; channels_last are rows as they lie."""
     calls = []
+    assert channels_first.DEVICES == ("cpu",)
+    position = "position_fwd" if device == "cpu" else "layer_norm"
     for name, module in (("position_fwd", backend), ("layer_norm", fastnorm.functional)):
         real = getattr(module, name)
         wrapped = lambda *args, name=name, real=real, **options: calls.append((name, args[0])) or real(*args, **options)
@@ -140,18 +143,20 @@ def test_which_calls_the_kernels_get(monkeypatch, backend, device):
         (name, got), *more = calls
         calls.clear()
         assert not more
-        assert got.data_ptr() == x.data_ptr()
+        assert got.is_contiguous()
+        assert (got.data_ptr() == x.data_ptr()) == (name == "position_fwd" or x.movedim(1, -1).is_contiguous())
         return name
 
     x = torch.randn(8, 64, 8, 8, device=device)
-    assert served(x) == "position_fwd"
+    assert served(x) == position
     assert served(x.contiguous(memory_format=torch.channels_last)) == "layer_norm"
     assert served(x[:1, :4]) == "layer_norm"
     assert served(torch.randn(256, 64, 4, device=device)) == "layer_norm"
     assert served(torch.randn(640, 64, device=device)) == "layer_norm"
-    assert served(x.bfloat16()) == "position_fwd"
+    assert served(x.bfloat16()) == position
 
 
+@pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize("activation", [None, "silu", "gelu"])
 def test_what_is_saved(activation, backend, device):
     x, w, b = (t.requires_grad_() for t in (torch.randn(4, 64, 16, 16, device=device), *torch.randn(2, 64, device=device)))

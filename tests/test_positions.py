@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import BF16, F16, F32, F64, Case
-from compare import accumulate
-from sequences import Fused, cancelling, check, differentiated
+from ended import check_batches, check_kernels, check_wanted
+from sequences import Fused
 
-from fastnorm import reference
 from fastnorm.activations import ACTIVATIONS
 
 SAME = lambda dtype: {"dtype": dtype, "weight": dtype, "bias": dtype}
@@ -35,45 +34,15 @@ POSITIONS = [
 ]  # fmt: skip
 
 
-def statistics(fused, x):
-    """What the contract's mean and rstd are, computed in float64."""
-    wide = x.double().reshape(*x.shape[:2], -1)
-    acc, flat = accumulate(x.dtype), lambda t: t.reshape(-1)
-    return reference.split(flat(wide.mean(1)), acc), torch.rsqrt(flat(wide.var(1, correction=0)) + fused.case.eps).to(acc)
-
-
 @pytest.mark.parametrize("fused", POSITIONS, ids=str)
 def test_positions(fused, backend, device):
-    x, dy, weight, bias, *_ = inputs = fused.inputs(device, 0, False)
-    truth = differentiated("positions", fused, F64, *inputs)
-    options = fused.activation, fused.alpha
-    y, mean, rstd = backend.position_fwd(x, weight, bias, *options, fused.case.eps)
-    exact_mean, exact_rstd = statistics(fused, x)
-    assert mean.shape == (2, rstd.numel())
-    torch.testing.assert_close(mean.double().sum(0), exact_mean.double().sum(0), rtol=1e-6, atol=1e-6 * fused.case.scale)
-    torch.testing.assert_close(rstd, exact_rstd, rtol=2e-6, atol=0)
-    need = (True, *(None if p is None else p.dtype for p in (weight, bias)))
-    gradients = backend.position_bwd(dy, x, weight, bias, *options, exact_mean, exact_rstd, need)
-    names = ("dx", "dweight", "dbias")
-    results = {"y": y} | {name: g for name, g in zip(names, gradients, strict=True) if g is not None}
-    assert [name for name in names if name in results] == [n for n, w in zip(names, need, strict=True) if w]
-    assert all(results[name].is_contiguous() and results[name].dtype == x.dtype for name in ("y", "dx"))
-    check("positions", fused, results, truth, device, cancelling("positions", fused, x, weight, truth["dz"]))
+    check_kernels("position", fused, backend, device, lambda shape: (*shape[:2], -1), 1)
 
 
 @pytest.mark.parametrize("wanted", range(8))
 @pytest.mark.parametrize("shape", [(3, 6, 20), (2, 4, 60, 60), (2, 3000, 9)])
 def test_gradients_that_are_not_wanted(shape, wanted, backend, device):
-    """Each alone and all combinations: what is not wanted is None, what is wanted is as it is among all."""
-    x, dy, weight, bias, *_ = Fused(Case(shape)).inputs(device, 0, False)
-    _, *s = reference.position_fwd(x, weight, bias, "gelu", 0.0, 1e-5)
-    run = lambda need: backend.position_bwd(dy, x, weight, bias, "gelu", 0.0, *s, need)
-    bits = [bool(wanted >> i & 1) for i in range(3)]
-    some = run((bits[0], *(F32 if bit else None for bit in bits[1:])))
-    for bit, one, full in zip(bits, some, run((True, F32, F32)), strict=True):
-        assert (one is not None) == bit
-        if bit:
-            torch.testing.assert_close(one, full, rtol=1e-6, atol=1e-6)
+    check_wanted("position", Fused(Case(shape)), backend, device, wanted)
 
 
 @pytest.mark.parametrize("C", [2, 40, 3000])
@@ -97,18 +66,4 @@ def test_what_is_not_finite_stays_at_its_position(value, backend, device):
 
 
 def test_a_sample_does_not_depend_on_its_batch(backend, device):
-    """To the bit: y and dx; and two runs give the same bits of everything. torch's silu differs at an array's end."""
-    x, dy, weight, bias, *_ = Fused(Case((7, 6, 33))).inputs(device, 0, False)
-    activation = "identity" if backend is reference else "silu"
-    run = lambda x, dy: _both(backend, x, dy, weight, bias, activation)
-    y, dx, *sums = run(x, dy)
-    for i in (0, 3, 6):
-        alone_y, alone_dx, *_ = run(x[i : i + 1], dy[i : i + 1])
-        assert torch.equal(alone_y[0], y[i])
-        assert torch.equal(alone_dx[0], dx[i])
-    assert all(torch.equal(a, b) for a, b in zip((y, dx, *sums), run(x, dy), strict=True))
-
-
-def _both(backend, x, dy, weight, bias, activation):
-    y, mean, rstd = backend.position_fwd(x, weight, bias, activation, 0.0, 1e-5)
-    return y, *backend.position_bwd(dy, x, weight, bias, activation, 0.0, mean, rstd, (True, F32, F32))
+    check_batches("position", Fused(Case((7, 6, 33))), backend, device)

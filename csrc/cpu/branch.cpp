@@ -1,7 +1,7 @@
 // A branch onto a stream: dropout and scales of its elements, and the sum; dense rows.
 //
-// The factors of a piece of a row are made first, in an array that stays in L1: words of a generator become plain vectors there.
-
+// The factors of a piece of a row are made first, in an array that stays in L1: words of a generator become plain vectors
+// there.
 #include "loops.h"
 #include "words.h"
 

@@ -1,4 +1,5 @@
-// What row_*.cpp, channel*.cpp, group.cpp, position.cpp and branch.cpp implement: the functions of ../kernels.h, which ask for no place.
+// What row_*.cpp, channel*.cpp, group.cpp, position.cpp and branch.cpp implement: the functions of ../kernels.h, which ask for
+// no place.
 #pragma once
 
 #include "../kernels.h"
