@@ -242,7 +242,7 @@ class ModulatedLayerNorm(LayerNorm):
 
 
 class LayerNorm2d(LayerNorm):
-    """`LayerNorm` over the channels of ``(B, C, *)`` inputs, ConvNeXt's; nothing is permuted for it.
+    """`LayerNorm` over the channels of ``(B, C, *)`` inputs, ConvNeXt's; on a CPU nothing is permuted for it.
 
     Equivalent to: ``torch.nn.LayerNorm(C)(x.movedim(1, -1)).movedim(-1, 1)``, and the activation after it; see
     `fastnorm.channels_first_layer_norm`. The constructor is torch.nn.LayerNorm's.
