@@ -209,13 +209,13 @@ class RMSNorm(_Options, Scriptable, torch.nn.RMSNorm):
     def _factor(self):
         return self.weight + 1 if self.zero_centred and self.weight is not None else self.weight
 
-    def forward(self, input, residual=None):
-        if isinstance(input, Proxy):
-            if (node := leaf(self, input, residual)) is not None:
+    def forward(self, x, residual=None):  # torch.nn's name for it
+        if isinstance(x, Proxy):
+            if (node := leaf(self, x, residual)) is not None:
                 return node
             residual = given(self, residual)
         extras = {"activation": self.activation, "residual": residual}
-        return functional.rms_norm(input, self.normalized_shape, self._factor(), self.eps, **extras)
+        return functional.rms_norm(x, self.normalized_shape, self._factor(), self.eps, **extras)
 
 
 class AddRMSNorm(_Branch, RMSNorm):

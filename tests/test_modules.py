@@ -17,12 +17,23 @@ PAIRS = [
     pytest.param(fastnorm.BatchNorm3d, torch.nn.BatchNorm3d, (6,), (2, 6, 3, 2, 4), id="BatchNorm3d"),
 ]
 pairs = pytest.mark.parametrize(("ours", "theirs", "args", "shape"), PAIRS)
+MORE = [
+    pytest.param(fastnorm.RMSNorm, torch.nn.RMSNorm, (6,), (4, 6), id="RMSNorm"),
+    pytest.param(fastnorm.GroupNorm, torch.nn.GroupNorm, (3, 6), (4, 6, 5), id="GroupNorm"),
+    pytest.param(fastnorm.InstanceNorm1d, torch.nn.InstanceNorm1d, (6,), (4, 6, 5), id="InstanceNorm1d"),
+    pytest.param(fastnorm.InstanceNorm2d, torch.nn.InstanceNorm2d, (6,), (4, 6, 3, 5), id="InstanceNorm2d"),
+    pytest.param(fastnorm.InstanceNorm3d, torch.nn.InstanceNorm3d, (6,), (2, 6, 3, 2, 4), id="InstanceNorm3d"),
+]
 batch_pairs = pytest.mark.parametrize(("ours", "theirs", "args", "shape"), PAIRS[2:])
 
 
 def options(cls):
     if issubclass(cls, torch.nn.LayerNorm):
         return [{}, {"elementwise_affine": False}, {"bias": False}, {"eps": 0.1}]
+    if issubclass(cls, torch.nn.RMSNorm):
+        return [{}, {"elementwise_affine": False}, {"eps": 0.1}]
+    if issubclass(cls, torch.nn.GroupNorm):
+        return [{}, {"affine": False}, {"eps": 0.1}]
     return [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}, {"momentum": 0.3, "eps": 0.1}]
 
 
@@ -45,7 +56,7 @@ def assert_same_state(ours, theirs, **tolerance):
         torch.testing.assert_close(t, state[name], **tolerance)
 
 
-@pairs
+@pytest.mark.parametrize(("ours", "theirs", "args", "shape"), PAIRS + MORE)
 def test_is_a_torch_module_with_its_signature(ours, theirs, args, shape):
     assert issubclass(ours, theirs)
     for method, extra in (("__init__", "keyword-only"), ("forward", "positional or keyword")):
