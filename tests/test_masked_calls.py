@@ -44,6 +44,17 @@ def test_calls(shape, dtype, kind, activation, backend, device):
             torch.testing.assert_close(g.double(), truth[k], rtol=tight, atol=tight * truth[k].abs().max().item())
 
 
+def test_what_does_not_count_may_be_anything(backend, device):
+    x, mask = torch.randn(3, 4, 5, device=device), torch.zeros(3, 5, dtype=torch.bool, device=device)
+    x[0, 1, 2], x[1, 2, 3], x[2, 3, :2] = torch.inf, torch.nan, torch.tensor([torch.inf, -torch.inf])
+    mask[1, :3] = True
+    results = []
+    for values in (x, x.nan_to_num(0.0, 0.0, 0.0)):
+        norm = fastnorm.BatchNorm1d(4, device=device)
+        results.append([norm(values, mask=mask)[1, :, :3], *norm.buffers()])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("layer", ["1d", "2d", "last"])
 def test_running_statistics_of_modules(layer, momentum, backend, device):
