@@ -1,5 +1,7 @@
 """The table of what PyTorch does with a norm layer: FEATURES x MODULES, each cell run on a backend by test_features.py.
 
+Layer norm and batch norm, the MODULES, have every feature. The OTHERS have those that could differ: they share the machinery.
+
 A feature is a program over a module and an input, which is run on ours and on torch.nn's twin with the same state: results,
 their strides and dtypes, and the state afterwards have to agree, or both have to raise the same exception.
 """
@@ -13,6 +15,8 @@ import torch
 
 import fastnorm
 
+from .columns import COLUMNS
+
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
@@ -21,11 +25,12 @@ class Module:
     """A column of the table. Torch's SyncBatchNorm refuses CPU tensors: its twin is the batch norm that it falls back to."""
 
     name: str
-    ours: type
-    theirs: type
+    ours: Callable
+    theirs: Callable
     args: tuple
     shape: tuple[int, ...]
     training: bool = True
+    strides: bool = True  # ours are torch.nn's; a sequence lays out its results as its last operator does
 
     def twins(self, device, dtype=F32, **kwargs):
         """Ours and torch.nn's with the same random state."""
@@ -61,6 +66,7 @@ def _modules():
 
 
 MODULES = tuple(_modules())
+OTHERS = tuple(Module(*column, strides=False) for column in COLUMNS)
 
 
 def never(m, x):
@@ -95,7 +101,8 @@ class Feature:
     dtype: torch.dtype
     refused: Callable  # of torch's module and its input: whether torch.nn itself raises, and ours has to raise the same
     beyond: bool  # torch.nn cannot: the check itself says what is right
-    columns: Callable  # of a Module: whether there is such a cell
+    columns: Callable  # of one of MODULES: whether there is such a cell
+    others: Callable  # the same of one of OTHERS
     heavy: bool  # many calls
 
 
@@ -111,21 +118,33 @@ def with_a_twin(column):
     return not column.name.startswith("SyncBatchNorm")
 
 
-def feature(dtype=F32, refused=never, name=None, columns=any_column, heavy=False):
+def no_column(column):
+    return False
+
+
+every = any_column
+
+
+def without(*names):
+    """Not where the sequence of operators, or torch itself, is another thing."""
+    return lambda column: column.name not in names
+
+
+def feature(dtype=F32, refused=never, name=None, columns=any_column, heavy=False, others=no_column):
     """Registers program(module, x) -> results, which are torch.nn's."""
 
     def register(run):
-        FEATURES.append(Feature(name or run.__name__.replace("_", " "), run, dtype, refused, False, columns, heavy))
+        FEATURES.append(Feature(name or run.__name__.replace("_", " "), run, dtype, refused, False, columns, others, heavy))
         return run
 
     return register
 
 
-def beyond(name=None, heavy=False):
+def beyond(name=None, heavy=False, others=no_column):
     """Registers check(column, device): what fastnorm does and torch.nn does not."""
 
     def register(run):
-        FEATURES.append(Feature(name or run.__name__.replace("_", " "), run, F32, never, True, any_column, heavy))
+        FEATURES.append(Feature(name or run.__name__.replace("_", " "), run, F32, never, True, any_column, others, heavy))
         return run
 
     return register
@@ -145,6 +164,9 @@ def cells(served):
             for f in FEATURES:
                 if f.columns(module) and (not emulated or module.name in (EMULATED_HEAVY if f.heavy else EMULATED)):
                     yield (backend, device), f, module
+        # What is theirs is Python's, and test_fused_calls.py has their values on every backend.
+        for module in OTHERS if (backend.name, device) == ("native", "cpu") else ():
+            yield from (((backend, device), f, module) for f in FEATURES if f.others(module))
 
 
 def cotangent(y):

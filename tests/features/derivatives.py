@@ -7,10 +7,10 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import get_gradient_edge
 
-from . import F64, always, beyond, cotangent, emulated, feature, gradients, leaves
+from . import F64, always, beyond, cotangent, emulated, every, feature, gradients, leaves, no_column, without
 
 
-@feature()
+@feature(others=every)
 def backward(m, x):
     y = m(x)
     return y, y.requires_grad, y.is_leaf, y._is_view(), gradients(m, x, y)
@@ -27,7 +27,8 @@ def _subset(subset, m, x):
 
 
 for _i in range(8):
-    feature(name="gradients of " + ("".join(n for i, n in enumerate("xwb") if _i >> i & 1) or "nothing"))(partial(_subset, _i))
+    _name = "gradients of " + ("".join(n for i, n in enumerate("xwb") if _i >> i & 1) or "nothing")
+    feature(name=_name, others=every if _i in (0, 1, 6) else no_column)(partial(_subset, _i))
 
 
 def _pure(m):
@@ -46,17 +47,17 @@ def _effort(x):
     return {"fast_mode": emulated(x) or x.numel() > 24, "check_undefined_grad": not emulated(x)}
 
 
-@feature(F64, heavy=True)
+@feature(F64, heavy=True, others=every)
 def first_derivative(m, x):
     return gradcheck(_pure(m), leaves(m, x), **_effort(x))
 
 
-@feature(F64, heavy=True)
+@feature(F64, heavy=True, others=every)
 def double_backward(m, x):
     return gradgradcheck(_pure(m), leaves(m, x), **_effort(x))
 
 
-@beyond(heavy=True)
+@beyond(heavy=True, others=every)
 def third_derivative(column, device):
     """torch.nn's is silently wrong: its second backward takes the saved statistics as constants."""
     m, _ = column.twins(device, F64)
@@ -69,7 +70,7 @@ def third_derivative(column, device):
     assert gradgradcheck(gradient, x, fast_mode=True)
 
 
-@feature()
+@feature(others=every)
 def gradient_penalty(m, x):
     """As WGAN-GP trains, in float32."""
     (dx,) = torch.autograd.grad(m(x).tanh().sum(), x, create_graph=True)
@@ -77,13 +78,13 @@ def gradient_penalty(m, x):
     return x.grad, m.weight.grad
 
 
-@feature()
+@feature(others=every)
 def expanded_gradient(m, x):
     y = m(x)
     return gradients(m, x, y, cotangent(y)[:1, :1].expand(y.shape), retain_graph=True), gradients(m, x, y.sum(), torch.ones(()))
 
 
-@feature()
+@feature(others=every)
 def strided_gradient(m, x):
     y = m(x)
     dy = cotangent(y)
@@ -92,7 +93,7 @@ def strided_gradient(m, x):
     return [gradients(m, x, y, d, retain_graph=True) for d in (transposed, second, dy.flip(0).flip(0))]
 
 
-@feature()
+@feature(others=without("GroupNorm"))
 def negated_and_zero_gradient(m, x):
     """Tensors whose memory does not hold their values: a negative view, and zeros that have no memory at all."""
     y = m(x)
@@ -112,20 +113,20 @@ def wrong_gradient_shape(m, x):
     return results, len(results) == 2
 
 
-@feature()
+@feature(others=every)
 def retained_graph(m, x):
     y = m(x)
     first, second = gradients(m, x, y, retain_graph=True), gradients(m, x, y)
     return first, [torch.equal(a, b) for a, b in zip(first, second, strict=True)]
 
 
-@feature(refused=always)
+@feature(refused=always, others=every)
 def backward_twice(m, x):
     y = m(x)
     gradients(m, x, y), gradients(m, x, y)
 
 
-@feature()
+@feature(others=every)
 def accumulated_gradients(m, x):
     for scale in (1, 2):
         y = m(x * scale)
@@ -133,14 +134,14 @@ def accumulated_gradients(m, x):
     return [t.grad for t in leaves(m, x)]
 
 
-@feature()
+@feature(others=every)
 def gradient_edge(m, x):
     y = m(x)
     dy, edge = cotangent(y), get_gradient_edge(y)
     return torch.autograd.grad(edge, leaves(m, x), dy)
 
 
-@feature(heavy=True)
+@feature(heavy=True, others=every)
 def same_bits_twice(m, x):
     m.eval()  # the second forward of a training step would see other statistics in its state, not in its result
     for _ in range(2):
@@ -199,7 +200,7 @@ def bias_changed(column, device):
     assert all(torch.equal(a, b) for a, b in zip(gradients(m, x, y), expected, strict=True))
 
 
-@beyond()
+@beyond(others=every)
 def buffers_changed_in_place(column, device):
     """DistributedDataParallel broadcasts buffers between forward and backward; torch.nn then refuses."""
     m, _ = column.twins(device)
@@ -213,7 +214,7 @@ def buffers_changed_in_place(column, device):
         assert all(torch.equal(a, b) for a, b in zip(ours, before, strict=True))
 
 
-@feature()
+@feature(others=without("BatchNorm1d-ghosts"))
 def mutation_of_saved_allowed(m, x):
     with torch.autograd.graph.allow_mutation_on_saved_tensors():
         inner = x * 1
@@ -222,7 +223,7 @@ def mutation_of_saved_allowed(m, x):
         return gradients(m, x, y)
 
 
-@feature()
+@feature(others=without("BatchNorm1d-masked", "BatchNorm1d-ghosts"))
 def saved_tensors_hooks(m, x):
     """Every saved tensor goes through the hooks: none of them keeps the input alive once it is packed away."""
     packed, unpacked = [], []
@@ -253,7 +254,7 @@ def saved_tensors_are_what_backward_reads(m, x):
     return dx.any(), dweight.any(), dbias
 
 
-@feature()
+@feature(others=every)
 def save_on_cpu(m, x):
     with torch.autograd.graph.save_on_cpu():
         y = m(x)
@@ -277,21 +278,21 @@ def inference_tensor_saved(m, x):
 # ---------------------------------------------------------------- modes of autograd
 
 
-@feature()
+@feature(others=every)
 def no_grad(m, x):
     with torch.no_grad():
         y = m(x)
     return y, y.requires_grad
 
 
-@feature()
+@feature(others=every)
 def inference_mode(m, x):
     with torch.inference_mode():
         y = m(x)
     return y.is_inference(), y.clone()
 
 
-@feature()
+@feature(others=every)
 def frozen_parameters(m, x):
     m.requires_grad_(False)
     y = m(x)
@@ -299,7 +300,7 @@ def frozen_parameters(m, x):
     return constant, constant.requires_grad, torch.autograd.grad(y, x, cotangent(y))
 
 
-@feature()
+@feature(others=every)
 def anomaly_mode(m, x):
     results = []
     with torch.autograd.detect_anomaly(check_nan=True):
@@ -312,7 +313,7 @@ def anomaly_mode(m, x):
     return results
 
 
-@feature()
+@feature(others=every)
 def not_a_number(m, x):
     with torch.no_grad():
         x.view(-1)[0] = torch.nan

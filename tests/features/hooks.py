@@ -6,10 +6,10 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from . import cotangent, emulated, feature, gradients, leaves, updates
+from . import cotangent, emulated, every, feature, gradients, leaves, updates, without
 
 
-@feature()
+@feature(others=every)
 def tensor_hooks(m, x):
     seen = []
     inner = x * 1
@@ -24,7 +24,7 @@ def tensor_hooks(m, x):
     return seen, x.grad, y.grad
 
 
-@feature()
+@feature(others=every)
 def module_hooks(m, x):
     seen = []
     m.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
@@ -47,20 +47,20 @@ def multi_grad_hook(m, x):
 # ---------------------------------------------------------------- checkpoints
 
 
-@feature()
+@feature(others=every)
 def checkpoint_reentrant(m, x):
     y = checkpoint(m, x, use_reentrant=True)
     y.backward(cotangent(y))
     return y, [t.grad for t in leaves(m, x)]
 
 
-@feature()
+@feature(others=every)
 def checkpoint_not_reentrant(m, x):
     y = checkpoint(lambda x: m(x.sigmoid()).sin(), x, use_reentrant=False)
     return y, gradients(m, x, y)
 
 
-@feature()
+@feature(others=without("BatchNorm1d-ghosts"))
 def checkpoint_twice_differentiated(m, x):
     y = checkpoint(m, x, use_reentrant=False)
     (dx,) = torch.autograd.grad(y.tanh().sum(), x, create_graph=True)
@@ -84,14 +84,14 @@ feature(name="selective checkpoint of all", refused=updates)(partial(_selective,
 # ---------------------------------------------------------------- threads and the compiled engine
 
 
-@feature()
+@feature(others=every)
 def backward_on_another_thread(m, x):
     y = m(x)
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(gradients, m, x, y).result()
 
 
-@feature()
+@feature(others=every)
 def one_graph_many_threads(m, x):
     """Two backwards of one graph at once."""
     y = m(x)

@@ -21,6 +21,7 @@ from . import (
     beyond,
     by_cudnn,
     cotangent,
+    every,
     feature,
     gradients,
     updates,
@@ -58,7 +59,7 @@ for _dtype in (F64, F32, BF16, F16):
         beyond(name=_name, heavy=(_dtype, _parameters) not in ((BF16, F32), (F32, BF16)))(partial(_dtypes, _dtype, _parameters))
 
 
-@feature(heavy=True)
+@feature(heavy=True, others=every)
 def casts(m, x):
     """half(), bfloat16(), double(), to(): the dtypes of all that a module holds and returns."""
     results = []
@@ -70,7 +71,7 @@ def casts(m, x):
     return results
 
 
-@feature()
+@feature(others=every)
 def default_dtype(m, x):
     torch.set_default_dtype(F64)
     try:
@@ -118,7 +119,7 @@ def formatted(m, t, x):
     return t
 
 
-@feature(heavy=True)
+@feature(heavy=True, others=every)
 def layouts_of_the_input(m, x):
     """Results, gradients and their strides: those of x's memory format.
 
@@ -137,7 +138,7 @@ def layouts_of_the_input(m, x):
     return results
 
 
-@feature()
+@feature(others=every)
 def expanded_input(m, x):
     """Samples or positions that share their memory."""
     results = []
@@ -173,7 +174,7 @@ def strided_parameters(column, device):
     torch.testing.assert_close(*results)
 
 
-@feature()
+@feature(others=every)
 def negated_parameters(m, x):
     """A negative view: its memory holds the negated values."""
     for name, p in list(m.named_parameters()):
@@ -198,7 +199,7 @@ def view_of_a_leaf(m, x):
 # ---------------------------------------------------------------- copies and state
 
 
-@feature(heavy=True)
+@feature(heavy=True, others=every)
 def copies_and_pickles(m, x):
     stream = io.BytesIO()
     torch.save(m, stream)
@@ -260,7 +261,7 @@ def update_bn(m, x):
 # ---------------------------------------------------------------- PyTorch's tools for modules
 
 
-@feature()
+@feature(others=every)
 def weight_norm(m, x):
     parametrizations.weight_norm(m, "weight")
     y = m(x)

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from . import BF16, always, batch_norm, cotangent, feature, gradients, with_a_twin
+from . import BF16, always, batch_norm, cotangent, every, feature, gradients, with_a_twin
 
 
 def training_step(m, x, dy=None):
@@ -17,7 +17,7 @@ def training_step(m, x, dy=None):
     return y, gradients(m, x, y, dy)
 
 
-@feature(heavy=True)
+@feature(heavy=True, others=lambda column: column.name == "BatchNorm1d-masked")
 def compiled(m, x):
     """Without graph breaks; results, gradients and statistics of what AOTAutograd makes of it."""
     torch._dynamo.reset()
@@ -113,7 +113,7 @@ def torch_dispatch_mode(m, x):
     return [name for name in seen if "norm" in name], results
 
 
-@feature()
+@feature(others=every)
 def torch_dispatch_mode_around_backward(m, x):
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -128,7 +128,7 @@ class Tagged(torch.Tensor):
     """A subclass by __torch_function__: it survives the call."""
 
 
-@feature()
+@feature(others=every)
 def function_subclass(m, x):
     y = m(x.as_subclass(Tagged))
     return type(y).__name__, y.as_subclass(torch.Tensor), gradients(m, x, y.as_subclass(torch.Tensor))
@@ -153,7 +153,7 @@ class Wrapped(torch.Tensor):
         return tree_map(wrap, function(*tree_map(unwrap, args), **tree_map(unwrap, kwargs or {})))
 
 
-@feature()
+@feature(others=every)
 def dispatch_subclass(m, x):
     wrapped = Wrapped(x.detach()).requires_grad_()
     y = m(wrapped)
@@ -161,13 +161,13 @@ def dispatch_subclass(m, x):
     return [(type(t).__name__, t.inner if isinstance(t, Wrapped) else t) for t in (y.detach(), *grads)]
 
 
-@feature()
+@feature(others=every)
 def wrapped_gradient(m, x):
     y = m(x)
     return [type(g).__name__ for g in gradients(m, x, y, Wrapped(cotangent(y)))]
 
 
-@feature()
+@feature(others=every)
 def wrapped_parameters(m, x):
     parameters = {name: Wrapped(p.detach()) for name, p in m.named_parameters()}
     y = torch.func.functional_call(m, parameters, (x,))

@@ -6,7 +6,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, stack_module_state, vjp, vmap
 
-from . import EMULATED_HEAVY, F32, F64, cotangent, feature, gradients, updates
+from . import EMULATED_HEAVY, F32, F64, cotangent, every, feature, gradients, updates, without
 
 
 def tangent(t):
@@ -34,7 +34,7 @@ def without_statistics(m):
 # ---------------------------------------------------------------- forward mode
 
 
-@feature()
+@feature(others=every)
 def dual_numbers(m, x):
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x.detach(), tangent(x))
@@ -43,7 +43,7 @@ def dual_numbers(m, x):
         return y.primal.detach(), y.tangent.detach(), y.tangent.requires_grad
 
 
-@feature()
+@feature(others=every)
 def dual_parameters(m, x):
     parameters, _ = values(m)
     with forward_ad.dual_level():
@@ -51,21 +51,21 @@ def dual_parameters(m, x):
         return forward_ad.unpack_dual(pure(m)(x.detach(), duals)).tangent
 
 
-@feature()
+@feature(others=every)
 def jvp_of_all(m, x):
     parameters, _ = values(m)
     tangents = {name: tangent(p) for name, p in parameters.items()}
     return jvp(pure(m), (x.detach(), parameters), (tangent(x), tangents))
 
 
-@feature(F64, heavy=True)
+@feature(F64, heavy=True, others=every)
 def forward_over_reverse(m, x):
     parameters, _ = values(m)
     value = lambda x: pure(m)(x, parameters).exp().sum()
     return jvp(grad(value), (x.detach(),), (tangent(x),))
 
 
-@feature(F64, heavy=True)
+@feature(F64, heavy=True, others=every)
 def reverse_over_forward(m, x):
     parameters, _ = values(m)
     return grad(lambda x: jvp(lambda x: pure(m)(x, parameters).exp().sum(), (x,), (tangent(x),))[1])(x.detach())
@@ -80,7 +80,7 @@ def linearized(m, x):
 # ---------------------------------------------------------------- reverse mode
 
 
-@feature()
+@feature(others=every)
 def functional_call_with_others(m, x):
     """Other parameters and buffers than the module's own; the buffers given are the ones updated."""
     parameters, buffers = values(m)
@@ -88,30 +88,30 @@ def functional_call_with_others(m, x):
     return y, torch.autograd.grad(y, x, cotangent(y)), buffers
 
 
-@feature()
+@feature(others=every)
 def grad_of_parameters(m, x):
     return grad(lambda parameters: pure(m)(x.detach(), parameters).square().sum())(values(m)[0])
 
 
-@feature()
+@feature(others=every)
 def vjp_of_all(m, x):
     y, pull = vjp(pure(m), x.detach(), values(m)[0])
     return y, pull(cotangent(y))
 
 
-@feature(F64, heavy=True)
+@feature(F64, heavy=True, others=every)
 def jacobians(m, x):
     parameters, _ = values(m)
     return [of(pure(m), argnums=(0, 1))(x.detach(), parameters) for of in (jacrev, jacfwd)]
 
 
-@feature(F64, heavy=True)
+@feature(F64, heavy=True, others=every)
 def hessians(m, x):
     parameters, _ = values(m)
     return hessian(lambda x, p: pure(m)(x, p).exp().sum(), argnums=(0, 1))(x.detach()[:2], parameters)
 
 
-@feature(F64)
+@feature(F64, others=every)
 def grad_beside_autograd(m, x):
     """A functorch gradient that ordinary autograd differentiates again."""
     dx = grad(lambda x: pure(m)(x, dict(m.named_parameters())).exp().sum())(x)
@@ -125,18 +125,18 @@ def batch(x, n=2):
     return torch.stack([x.detach() * (i + 1) + i for i in range(n)])
 
 
-@feature(refused=updates)
+@feature(refused=updates, others=without("InstanceNorm2d", "BatchNorm1d-masked", "BatchNorm1d-ghosts"))
 def vmap_over_inputs(m, x):
     """Training with running statistics that are not batched raises."""
     return vmap(m)(batch(x)), vmap(m, in_dims=1, out_dims=1)(batch(x).movedim(0, 1))
 
 
-@feature()
+@feature(others=without("InstanceNorm2d"))
 def vmap_without_statistics(m, x):
     return vmap(without_statistics(m))(batch(x))
 
 
-@feature()
+@feature(others=without("InstanceNorm2d"))
 def vmap_of_the_module_under_grad(m, x):
     y = vmap(without_statistics(m))(batch(x).requires_grad_())
     return torch.autograd.grad(y, list(m.parameters()), cotangent(y))
@@ -168,14 +168,14 @@ feature(name="per-sample gradients", refused=updates)(partial(_per_sample, False
 feature(name="per-sample gradients without statistics")(partial(_per_sample, True))
 
 
-@feature()
+@feature(others=every)
 def vmap_of_a_backward(m, x):
     y = m(x)
     pull = lambda dy: gradients(m, x, y, dy, retain_graph=True)
     return [g.contiguous() for g in vmap(pull)(batch(cotangent(y)))]  # how vmap lays out a batch is its own affair
 
 
-@feature()
+@feature(others=every)
 def batched_gradients(m, x):
     y = m(x)
     return gradients(m, x, y, batch(cotangent(y)), is_grads_batched=True)
