@@ -290,7 +290,8 @@ def rms_norm(input, normalized_shape, weight=None, eps=None, *, activation=None,
 
     Args:
         input, normalized_shape, weight, activation, residual: as `layer_norm`'s.
-        eps: added to the mean square; None for ``torch.finfo(input.dtype).eps``.
+        eps: added to the mean square; None for that of the dtype that torch computes in, ``torch.finfo(torch.float32).eps``
+            for half types as well.
 
     Returns:
         A contiguous tensor of input's shape and dtype; what torch's autocast makes of it under CUDA autocast.
@@ -303,7 +304,7 @@ def rms_norm(input, normalized_shape, weight=None, eps=None, *, activation=None,
 
 
 def _eps(input, eps):
-    return torch.finfo(input.dtype).eps if eps is None and input.is_floating_point() else eps
+    return torch.finfo(accumulate_dtype(input.dtype)).eps if eps is None and input.is_floating_point() else eps
 
 
 def add_layer_norm(
@@ -395,7 +396,6 @@ def add_rms_norm(
     weight, eps)); return y, h``
     """
     if dropout or residual_in_fp32 or row_scale is not None or layer_scale is not None:
-        eps = torch.finfo(torch.float32 if residual_in_fp32 else input.dtype).eps if eps is None else eps
         options = (False, dropout, row_scale, layer_scale, residual_in_fp32)
-        return branch.rows(input, residual, normalized_shape, weight, None, eps, activation, *options)
+        return branch.rows(input, residual, normalized_shape, weight, None, _eps(input, eps), activation, *options)
     return fused.rows(input, residual, normalized_shape, weight, None, _eps(input, eps), activation, None, centre=False)

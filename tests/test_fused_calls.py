@@ -379,6 +379,17 @@ def test_modules_of_sums(backend, device):
         torch.testing.assert_close(y, torchs(x + r, (6,), norm.weight, **options), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, F32, D])
+def test_the_eps_of_an_rms_norm_that_has_none(dtype, backend, device):
+    """That of the dtype in which torch computes: on small inputs an eps of bfloat16 would be most of what is divided by."""
+    x, w, r = (t.detach() / 100 for t in make([(3, 4, 6), (6,), (3, 4, 6)], device, dtype))
+    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(fastnorm.rms_norm(x, (6,), w), F.rms_norm(x, (6,), w), **tolerance)
+    torch.testing.assert_close(fastnorm.RMSNorm(6).to(x)(x), nn.RMSNorm(6).to(x)(x), **tolerance)
+    for extras in ({}, {"row_scale": x.new_ones(3)}):
+        torch.testing.assert_close(fastnorm.add_rms_norm(x, r, (6,), w, **extras)[0], F.rms_norm(x + r, (6,), w), **tolerance)
+
+
 def test_a_zero_centred_weight(backend, device):
     x = torch.randn(3, 6, device=device)
     zero, one = fastnorm.RMSNorm(6, zero_centred=True, device=device), nn.RMSNorm(6, device=device)
