@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import BF16, F16, F32, F64
+from test_fused_calls import NORMS, make
 
 import fastnorm
 from fastnorm import functional, gate
@@ -87,3 +88,38 @@ def test_cpu_autocast_changes_nothing(dtype, backend, device):
             y = norm(x)
             assert torch.equal(y, expected)
             assert y.dtype == dtype
+
+
+def _differentiated(function, inputs):
+    """Outputs, and their gradients from the same cotangents whatever is rounded."""
+    y = function(*inputs)
+    y = y if isinstance(y, tuple) else (y,)
+    generator = torch.Generator().manual_seed(1)
+    dy = [torch.randn(t.shape, generator=generator, dtype=F64).bfloat16().to(t) for t in y]
+    return [*y, *torch.autograd.grad(y, inputs, dy)]
+
+
+@pytest.fixture
+def any_size(monkeypatch):
+    """Small inputs are left to torch."""
+    for module in (fastnorm.group, fastnorm.channels_first):
+        for name in ("LEAST", "LEAST_POSITIONS", "LEAST_PLAIN_POSITIONS"):
+            monkeypatch.setattr(module, name, 1, raising=False)
+    monkeypatch.setattr(fastnorm.channels_first, "DEVICES", ("cpu", "cuda"))
+
+
+@pytest.mark.usefixtures("any_size")
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("name", list(NORMS))
+def test_cpu_autocast_of_the_others(name, dtype, backend, device):
+    """The dtypes of torch's sequence under the same autocast, and no farther from float64 than it and one rounding."""
+    fused, torchs, shapes = NORMS[name]
+    inputs = make(shapes, device, dtype)
+    with torch.autocast("cpu", BF16):
+        ours, theirs = (_differentiated(f, inputs) for f in (fused, torchs))
+    truth = _differentiated(torchs, [t.detach().double().requires_grad_() for t in inputs])
+    assert [t.dtype for t in ours] == [t.dtype for t in theirs]
+    roundings = 1 if dtype == BF16 else 16  # a gradient is a sum in float32
+    for a, b, exact in zip(ours, theirs, truth, strict=True):
+        error, allowed = ((t.double() - exact).abs().max().item() for t in (a, b))
+        assert error <= allowed + roundings * torch.finfo(dtype).eps * max(exact.abs().max().item(), 1)
