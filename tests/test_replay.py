@@ -130,6 +130,35 @@ def test_a_module_counts_its_batches_without_a_launch_for_it():
     assert ours.num_batches_tracked == 5
 
 
+# A module of two channels, and the plans of its forward and backward: the gradient of a permuted result is copied first.
+RESHAPED = {
+    "instances": (lambda: fastnorm.InstanceNorm1d(2, affine=True, track_running_stats=True), 2),
+    "ghosts": (lambda: fastnorm.BatchNorm1d(2, virtual_batch_size=2), 2),
+    "layer norm over channels": (lambda: fastnorm.LayerNorm2d(2), 1),
+}
+
+
+@pytest.mark.parametrize("name", RESHAPED)
+def test_norms_that_are_reshapes_are_replayed(name):
+    """Steps of training: the bits and the running statistics of the calls in Python."""
+    make, planned = RESHAPED[name]
+    inputs, dy = torch.randn(4, 4, 2, 8, device=DEVICE), torch.randn(4, 2, 8, device=DEVICE)
+
+    def steps():
+        norm, results = make().to(DEVICE), []
+        for x in inputs.clone().requires_grad_():
+            y = norm(x)
+            results += [y.detach(), *torch.autograd.grad(y, [x, *norm.parameters()], dy)]
+        return results + list(norm.buffers())
+
+    nothing = lambda *args: None
+    with mock.patch.multiple(dispatch.direct, layer_norm=nothing, batch_norm=nothing):
+        expected = steps()
+    assert counts() == (0, 0)
+    assert all(torch.equal(a, b) for a, b in zip(steps(), expected, strict=True))
+    assert counts() == (planned, 2 * planned)  # seen, planned, and two that are replayed
+
+
 @pytest.mark.parametrize("needs", list(itertools.product((True, False), repeat=3))[:-1], ids=str)
 @pytest.mark.parametrize("norm", ["layer_norm", "batch_norm"])
 def test_only_what_is_needed(norm, needs):
