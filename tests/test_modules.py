@@ -24,6 +24,7 @@ MORE = [
     pytest.param(fastnorm.InstanceNorm2d, torch.nn.InstanceNorm2d, (6,), (4, 6, 3, 5), id="InstanceNorm2d"),
     pytest.param(fastnorm.InstanceNorm3d, torch.nn.InstanceNorm3d, (6,), (2, 6, 3, 2, 4), id="InstanceNorm3d"),
 ]
+learning_pairs = pytest.mark.parametrize(("ours", "theirs", "args", "shape"), PAIRS + MORE[:2])
 batch_pairs = pytest.mark.parametrize(("ours", "theirs", "args", "shape"), PAIRS[2:])
 
 

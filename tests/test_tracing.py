@@ -5,7 +5,7 @@ import copy
 import libraries
 import pytest
 import torch
-from test_modules import pairs, twins
+from test_modules import learning_pairs, pairs, twins
 from torch import fx, nn
 from torch.fx.experimental import optimization
 from torch.fx.proxy import TraceError
@@ -37,7 +37,7 @@ def nodes(graph):
     return [(node.op, node.target, node.name) for node in graph.graph.nodes]
 
 
-@pairs
+@learning_pairs
 @pytest.mark.parametrize("training", [True, False])
 def test_symbolic_trace(ours, theirs, args, shape, training):
     """One call_module node; the traced module follows train() and eval(), and nothing happens while it is traced."""
@@ -144,7 +144,7 @@ def test_passes_that_know_exact_types():
     torch.testing.assert_close(fused(x), want)
 
 
-@pairs
+@learning_pairs
 def test_script(ours, theirs, args, shape):
     mine, torchs = nets(ours, theirs, args)
     original = copy.deepcopy(mine)
@@ -170,7 +170,7 @@ def test_script_of_a_converted_subclass():
     torch.testing.assert_close(torch.jit.script(net)(x), want)
 
 
-@pairs
+@learning_pairs
 def test_trace(ours, theirs, args, shape):
     mine, torchs = (net.eval() for net in nets(ours, theirs, args))
     x = torch.randn(shape).double()
