@@ -113,13 +113,14 @@ def layer_norm(
             nowhere in a row, by mean 0 and variance 1. Plain torch operators so far.
         lengths: instead of a mask, how many values of a ``(B, L, *)`` input count along L, integers ``(B,)``.
         recompute: "output": backward keeps the result and not input, which it computes anew: memory is saved where nothing else
-            keeps input, and the next layer keeps the result. It costs backward one more elementwise pass, and gradients are a
+            keeps input, and the next layer keeps the result. It costs backward some elementwise passes, and gradients are a
             little less exact: x_hat is off by up to twice ``u * (|x_hat| + |bias / weight| + 1)``, with u half a unit in the
             last place of 1. Columns whose weight is smaller than ``|bias| / 8``, or next to nothing, are kept beside it; on a
             GPU the host waits for the device to know which. It takes no residual, no mask and no lengths, and no activation but
-            ("leaky_relu", alpha) with alpha > 0. Where the result overflows (float16), gradients are NaN; it must not be
-            changed in place; there is no second derivative. Traced calls (torch.compile, torch.func, forward-mode AD,
-            subclasses) and those under CUDA autocast or inside of a CUDA graph go their usual way, and keep input.
+            ("leaky_relu", alpha) with alpha > 0. Where the result overflows (float16), gradients that need input are infinite
+            or NaN; it must not be changed in place; there is no second derivative. Traced calls (torch.compile, torch.func,
+            forward-mode AD, subclasses) and those under CUDA autocast, but for batch_norm's, or inside of a CUDA graph go their
+            usual way, and keep input.
 
     Returns:
         A contiguous tensor of input's shape and dtype; float32 under CUDA autocast, as in torch, unless

@@ -14,7 +14,7 @@ from .geometry import around
 from .reference import accumulate_dtype
 from .tracing import OPTIONS, Scriptable, extras, given, leaf
 
-KINDS = ("addend", "modulated", "channels_first")  # of norms whose forward is not their base's
+KINDS = ("addend", "modulated", "channels_first")  # what a forward of its own makes of a LayerNorm or RMSNorm
 
 
 def _with_options(*names):
@@ -32,10 +32,9 @@ def _with_options(*names):
             if given.get("virtual_batch_size") is not None:
                 ghost.check(given["virtual_batch_size"])
             if given.get("recompute") is not None:
-                if kind := [name for name in KINDS if getattr(self, name, False)]:
-                    raise ValueError(f"{type(self).__name__} keeps its input: recompute knows no {kind[0]} norms")
-                others = {"virtual_batch_size": given.get("virtual_batch_size")}
-                anew.check(given["recompute"], given.get("activation"), **others)
+                if any(getattr(self, kind, False) for kind in KINDS):
+                    raise ValueError(f"{type(self).__name__} keeps its input: it has no recompute={given['recompute']!r}")
+                anew.check(given["recompute"], given.get("activation"), virtual_batch_size=given.get("virtual_batch_size"))
             for name, value in given.items():  # before torch's constructor resets the parameters, which may depend on them
                 object.__setattr__(self, name, value)
             theirs(self, *args, **kwargs)
@@ -328,7 +327,7 @@ class _BatchNorm(_Options, Scriptable):
         if residual is not None or self.activation is not None:
             extras = {"activation": self.activation, "residual": residual}
         if self.recompute is not None:
-            others = {"residual": residual, "mask": mask, "lengths": lengths, "virtual_batch_size": self.virtual_batch_size}
+            others = {"mask": mask, "lengths": lengths, "virtual_batch_size": self.virtual_batch_size}
             anew.check(self.recompute, self.activation, **others)
             extras["recompute"] = self.recompute
         if mask is not None or lengths is not None:

@@ -1,4 +1,4 @@
-"""`recompute="output"`: backward keeps y and not x, which it computes from y anew (In-Place ABN; Rota Bulo, Porzi and
+"""`recompute="output"`: backward keeps y and not x, which it computes from y anew (In-Place ABN; Rota Bulò, Porzi and
 Kontschieder, 2018). The layer after a norm keeps y in most models, so that x can be freed once the norm is through.
 
 With z = y, or y / alpha where y <= 0, and x_hat = (z - bias) / weight, x = (x_hat / rstd + mean_low) + mean_high in the

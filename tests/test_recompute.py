@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from cases import BF16, F16, F32, F64, Case
 from compare import accumulate
-from recomputed import is_recomputed, saved
+from recomputed import LAYERS, LEAKY, is_recomputed, leaves, saved
 from sequences import Fused, cancelling, differentiated, size, torch_errors
 
 import fastnorm
@@ -134,7 +134,7 @@ def test_a_half_input_beside_float64_parameters(dtype, backend, device):
     w, b = (torch.rand(32, device=device, dtype=F64).add(0.5).requires_grad_() for _ in range(2))
     results = []
     for function in (
-        lambda: fastnorm.layer_norm(x, (32,), w, b, activation=("leaky_relu", 0.01), recompute="output"),
+        lambda: fastnorm.layer_norm(x, (32,), w, b, activation=LEAKY, recompute="output"),
         lambda: F.leaky_relu(F.layer_norm(x.double(), (32,), w, b), 0.01),
     ):
         y = function()
@@ -216,17 +216,31 @@ def test_kept_columns_have_the_usual_gradients(dtype, backend, device):
         assert torch.equal(grads[0][1], grads[1][1])
 
 
-def test_what_the_activation_takes_into_range(backend, device):
+@pytest.mark.parametrize("name", ["batch_norm", "layer_norm"])
+def test_what_the_activation_takes_into_range(name, backend, device):
     """z may be too large for y's dtype where y is not."""
     x, dy = torch.randn(2, 64, 6, device=device).half()
     weight, bias = torch.full((6,), 2e4, device=device), torch.full((6,), -1.5e5, device=device)
     grads = []
     for how in ("output", None):
         leaf = x.clone().requires_grad_()
-        y = fastnorm.batch_norm(leaf, None, None, weight, bias, True, activation=("leaky_relu", 0.01), recompute=how)
+        y = LAYERS[name](leaf, weight, bias, activation=LEAKY, recompute=how)
         assert y.isfinite().all()
         grads.append(torch.autograd.grad(y, leaf, dy)[0])
     torch.testing.assert_close(*grads, rtol=1e-2, atol=1)
+
+
+def test_a_slope_whose_reciprocal_overflows(backend, device):
+    """All columns are kept, and the gradients are the usual ones."""
+    for call in LAYERS.values():
+        grads = []
+        for how in ("output", None):
+            inputs = leaves(device)
+            y = call(*inputs, activation=("leaky_relu", 1e-300), recompute=how)
+            assert is_recomputed(y) == (how is not None)
+            grads.append(torch.autograd.grad(y.sin().sum(), inputs[:2]))
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_a_result_that_overflows(backend, device):
