@@ -1,4 +1,5 @@
-"""Memory of a training step of common blocks: with torch.nn, after `fastnorm.convert`, and of the fused modules.
+"""Memory of a training step of common blocks: with torch.nn, after `fastnorm.convert`, of the fused modules, and of those with
+`recompute="output"` where a block's activation has an inverse.
 
 `peak` is the most that is allocated at once during forward and backward beyond what was there before (input, parameters);
 `saved` is what autograd keeps between the two, each storage once. Both are in MiB. A figure is printed only beside outputs and
@@ -23,9 +24,9 @@ import fastnorm
 
 
 class Bottleneck(nn.Module):
-    """ResNet's, (B, 4 C, H, W): norms of `norm`, fused where that takes an activation."""
+    """ResNet's, (B, 4 C, H, W): norms of `norm`, fused where that takes an activation; the first two can be recomputed."""
 
-    def __init__(self, C, norm, fused):
+    def __init__(self, C, norm, fused, recompute=None, end="relu"):
         super().__init__()
         self.convs = nn.ModuleList(
             [
@@ -34,16 +35,17 @@ class Bottleneck(nn.Module):
                 nn.Conv2d(C, 4 * C, 1, bias=False),
             ]
         )
-        options = {"activation": "relu"} if fused else {}
-        self.norms = nn.ModuleList([norm(n, **options) for n in (C, C, 4 * C)])
-        self.fused = fused
+        options = {"activation": end} if fused else {}
+        more = {"recompute": recompute} if fused else {}
+        self.norms = nn.ModuleList([norm(C, **options, **more), norm(C, **options, **more), norm(4 * C, **options)])
+        self.fused, self.end = fused, getattr(F, end)
 
     def forward(self, x):
         y = x
         for conv, norm in zip(self.convs[:2], self.norms[:2], strict=True):
-            y = norm(conv(y)) if self.fused else F.relu(norm(conv(y)), inplace=True)
+            y = norm(conv(y)) if self.fused else self.end(norm(conv(y)), inplace=True)
         y = self.convs[2](y)
-        return self.norms[2](y, x) if self.fused else F.relu(self.norms[2](y) + x, inplace=True)
+        return self.norms[2](y, x) if self.fused else self.end(self.norms[2](y) + x, inplace=True)
 
 
 class PreNorm(nn.Module):
@@ -92,6 +94,7 @@ class Block:
     shape: tuple[int, ...]
     make: Callable  # (norm, fused) -> module
     norms: tuple[type, type]  # torch.nn's, and the fused one
+    invertible: bool = False  # (norm, fused, recompute) -> module, too
 
 
 NORMS = {
@@ -105,6 +108,7 @@ BLOCKS = (
     Block("pre-norm LayerNorm", (8, 256, 768), lambda *args: PreNorm(768, *args), NORMS["layer"]),
     Block("pre-norm RMSNorm", (8, 256, 768), lambda *args: PreNorm(768, *args), NORMS["rms"]),
     Block("diffusion GroupNorm", (4, 320, 32, 32), lambda *args: Diffusion(320, *args), NORMS["group"]),
+    Block("leaky bottleneck", (16, 256, 56, 56), lambda *args: Bottleneck(64, *args, end="leaky_relu"), NORMS["batch"], True),
 )
 
 
@@ -112,10 +116,13 @@ def variants(block: Block, dtype, device) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     torchs, fused = block.norms
     plain = block.make(torchs, False).to(device, dtype)
-    converted, ours = copy.deepcopy(plain), block.make(fused, True).to(device, dtype)
+    converted, ours = copy.deepcopy(plain), {"fused": block.make(fused, True)}
     fastnorm.convert(converted)
-    ours.load_state_dict(plain.state_dict())
-    return {"torch.nn": plain, "convert": converted, "fused": ours}
+    if block.invertible:
+        ours["recompute"] = block.make(fused, True, "output")
+    for module in ours.values():
+        module.to(device, dtype).load_state_dict(plain.state_dict())
+    return {"torch.nn": plain, "convert": converted, **ours}
 
 
 def step(module, x):

@@ -9,6 +9,8 @@ torch.jit.trace and tensor subclasses.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
@@ -17,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import autograd, branch, fused, masked, ops
+from . import recompute as anew
 from .autograd import PLAIN, traced
 from .composite import counted
 from .dispatch import DEVICES, DTYPES, direct, select
@@ -84,6 +87,7 @@ def layer_norm(
     residual=None,
     mask=None,
     lengths=None,
+    recompute=None,
 ):
     r"""Layer normalization (Ba, Kiros and Hinton, 2016) over the last dimensions.
 
@@ -108,15 +112,29 @@ def layer_norm(
             the values where it is True, and no gradient goes through them to the others. All are normalised; where it is True
             nowhere in a row, by mean 0 and variance 1. Plain torch operators so far.
         lengths: instead of a mask, how many values of a ``(B, L, *)`` input count along L, integers ``(B,)``.
+        recompute: "output": backward keeps the result and not input, which it computes anew: memory is saved where nothing else
+            keeps input, and the next layer keeps the result. It costs backward some elementwise passes, and gradients are a
+            little less exact: x_hat is off by up to twice ``u * (|x_hat| + |bias / weight| + 1)``, with u half a unit in the
+            last place of 1. Columns whose weight is smaller than ``|bias| / 8``, or next to nothing, are kept beside it; on a
+            GPU the host waits for the device to know which. It takes no residual, no mask and no lengths, and no activation but
+            ("leaky_relu", alpha) with alpha > 0. Where the result overflows (float16), gradients that need input are infinite
+            or NaN; it must not be changed in place; there is no second derivative. Traced calls (torch.compile, torch.func,
+            forward-mode AD, subclasses) and those under CUDA autocast, but for batch_norm's, or inside of a CUDA graph go their
+            usual way, and keep input.
 
     Returns:
         A contiguous tensor of input's shape and dtype; float32 under CUDA autocast, as in torch, unless
         ``fastnorm.config.autocast_keeps_dtype``.
 
     Raises:
-        RuntimeError, TypeError: torch's own, with torch's message, for shapes, devices and types that do not fit.
-        ValueError: there is no such activation; a mask or lengths do not fit.
+        RuntimeError, TypeError: torch's own, with torch's message, for shapes, devices and types that do not fit. RuntimeError
+            as well in backward with ``create_graph=True`` where input is recomputed.
+        ValueError: there is no such activation; a mask or lengths do not fit; recompute does not go with what is given.
     """
+    if recompute is not None:
+        anew.check(recompute, activation, residual=residual, mask=mask, lengths=lengths)
+        if (y := anew.rows(input, normalized_shape, weight, bias, eps, activation)) is not None:
+            return y
     if mask is not None or lengths is not None:
         return masked.rows(input, mask, lengths, normalized_shape, weight, bias, eps, activation, residual)
     if activation is not None or residual is not None:
@@ -166,6 +184,7 @@ def batch_norm(
     residual=None,
     mask=None,
     lengths=None,
+    recompute=None,
 ):
     r"""Batch normalization (Ioffe and Szegedy, 2015) over every dimension but dim 1.
 
@@ -191,14 +210,21 @@ def batch_norm(
             where it is True (and no gradient goes through them to the others). All are normalised. Where it is True nowhere,
             the running statistics normalise and stay. Evaluation has no use for it.
         lengths: instead of a mask, how many values of a ``(B, C, L, ...)`` input count along L, integers ``(B,)``.
+        recompute: as `layer_norm`'s, channel by channel.
 
     Returns:
         A tensor of input's shape, dtype and memory format (contiguous, channels_last or channels_last_3d).
 
     Raises:
         ValueError, RuntimeError, TypeError: torch's own, with torch's message; running statistics are then unchanged.
-            ValueError as well where there is no such activation, and for a mask or lengths that do not fit.
+            ValueError as well where there is no such activation, for a mask or lengths that do not fit, and where recompute
+            does not go with what is given; RuntimeError in backward as `layer_norm`.
     """
+    if recompute is not None:
+        anew.check(recompute, activation, residual=residual, mask=mask, lengths=lengths)
+        options = (training, momentum, eps, activation)
+        if (y := anew.batch_norm(input, running_mean, running_var, weight, bias, *options)) is not None:
+            return y
     if mask is not None or lengths is not None:
         mask = masked.mask_of(mask, lengths, input.shape[:1] + input.shape[2:], input.device)
         if training:
@@ -240,13 +266,27 @@ def batch_norm(
 
 
 def counting_batch_norm(
-    input, running_mean, running_var, weight, bias, num_batches_tracked, momentum, eps, activation=None, residual=None
+    input,
+    running_mean,
+    running_var,
+    weight,
+    bias,
+    num_batches_tracked,
+    momentum,
+    eps,
+    activation=None,
+    residual=None,
+    recompute=None,
 ):
     """Training that counts its batches. Plain calls count where they update the running statistics.
 
     Equivalent to: ``num_batches_tracked.add_(1)`` and ``batch_norm(..., training=True, momentum=momentum, eps=eps)``
     """
     tensors = (input, running_mean, running_var, weight, bias)
+    if recompute is not None:
+        anew.check(recompute, activation, residual=residual)
+        if (y := anew.batch_norm(*tensors, True, momentum, eps, activation, num_batches_tracked)) is not None:
+            return y
     if activation is not None or residual is not None:
         return fused.batch_norm(*tensors, True, momentum, eps, activation, residual, num_batches_tracked)
     if not _is_compiling():
@@ -256,21 +296,19 @@ def counting_batch_norm(
     return counted(num_batches_tracked, batch_norm, *tensors, True, momentum, eps)
 
 
-def cumulative_batch_norm(
-    input, running_mean, running_var, weight, bias, num_batches_tracked, eps, activation=None, residual=None
-):
+def cumulative_batch_norm(input, running_mean, running_var, weight, bias, num_batches_tracked, eps, **extras):
     """Training with ``momentum=None``: the running statistics become the average over all batches, of which this is one more.
 
     Equivalent to: ``batch_norm(..., training=True, momentum=1 / num_batches_tracked)``, with the counter read on its
     device: no synchronisation, no graph break, and CUDA graphs capture it.
     """
     tensors = (input, running_mean, running_var, weight, bias, num_batches_tracked)
-    return counted(num_batches_tracked, _cumulative_batch_norm, *tensors, eps, activation, residual)
+    return counted(num_batches_tracked, functools.partial(_cumulative_batch_norm, **extras), *tensors, eps)
 
 
-def _cumulative_batch_norm(input, running_mean, running_var, weight, bias, num_batches_tracked, eps, activation, residual):
+def _cumulative_batch_norm(input, running_mean, running_var, weight, bias, num_batches_tracked, eps, **extras):
     batch = [None if b is None else torch.zeros_like(b) for b in (running_mean, running_var)]
-    y = batch_norm(input, *batch, weight, bias, True, 1.0, eps, activation=activation, residual=residual)
+    y = batch_norm(input, *batch, weight, bias, True, 1.0, eps, **extras)
     if running_mean is not None and input.numel() > 0:
         acc = accumulate_dtype(running_mean.dtype)
         momentum = 1 / num_batches_tracked.to(acc)
@@ -279,7 +317,7 @@ def _cumulative_batch_norm(input, running_mean, running_var, weight, bias, num_b
     return y
 
 
-def rms_norm(input, normalized_shape, weight=None, eps=None, *, activation=None, residual=None):
+def rms_norm(input, normalized_shape, weight=None, eps=None, *, activation=None, residual=None, recompute=None):
     r"""Root mean square normalization (Zhang and Sennrich, 2019) over the last dimensions.
 
     Equivalent to: ``torch.nn.functional.rms_norm(input, normalized_shape, weight, eps)``, and with the extras to
@@ -289,7 +327,7 @@ def rms_norm(input, normalized_shape, weight=None, eps=None, *, activation=None,
               \quad \mathrm{rstd} = 1 / \sqrt{\mathrm{mean}(x^2) + \mathrm{eps}}
 
     Args:
-        input, normalized_shape, weight, activation, residual: as `layer_norm`'s.
+        input, normalized_shape, weight, activation, residual, recompute: as `layer_norm`'s.
         eps: added to the mean square; None for that of the dtype that torch computes in, ``torch.finfo(torch.float32).eps``
             for half types as well.
 
@@ -298,8 +336,12 @@ def rms_norm(input, normalized_shape, weight=None, eps=None, *, activation=None,
 
     Raises:
         RuntimeError, TypeError: torch's own, with torch's message, for shapes, devices and types that do not fit.
-        ValueError: there is no such activation.
+        ValueError: there is no such activation; recompute does not go with what is given.
     """
+    if recompute is not None:
+        anew.check(recompute, activation, residual=residual)
+        if (y := anew.rows(input, normalized_shape, weight, None, _eps(input, eps), activation, centre=False)) is not None:
+            return y
     return fused.rows(input, None, normalized_shape, weight, None, _eps(input, eps), activation, residual, centre=False)[0]
 
 

@@ -9,9 +9,12 @@ import torch
 from torch.fx import Proxy
 
 from . import activations, channels_first, functional, ghost, group, instance, masked
+from . import recompute as anew
 from .geometry import around
 from .reference import accumulate_dtype
 from .tracing import OPTIONS, Scriptable, extras, given, leaf
+
+KINDS = ("addend", "modulated", "channels_first")  # what a forward of its own makes of a LayerNorm or RMSNorm
 
 
 def _with_options(*names):
@@ -28,6 +31,10 @@ def _with_options(*names):
             activations.parse(given.get("activation"))
             if given.get("virtual_batch_size") is not None:
                 ghost.check(given["virtual_batch_size"])
+            if given.get("recompute") is not None:
+                if any(getattr(self, kind, False) for kind in KINDS):
+                    raise ValueError(f"{type(self).__name__} keeps its input: it has no recompute={given['recompute']!r}")
+                anew.check(given["recompute"], given.get("activation"), virtual_batch_size=given.get("virtual_batch_size"))
             for name, value in given.items():  # before torch's constructor resets the parameters, which may depend on them
                 object.__setattr__(self, name, value)
             theirs(self, *args, **kwargs)
@@ -47,6 +54,7 @@ class _Options:
     channel_axis = OPTIONS["channel_axis"]
     frozen = OPTIONS["frozen"]
     virtual_batch_size = OPTIONS["virtual_batch_size"]
+    recompute = OPTIONS["recompute"]
 
     def extra_repr(self):
         given = [f"{name}={getattr(self, name)!r}" for name in extras(self) if name in vars(self)]
@@ -109,7 +117,7 @@ def batch_norm_forward(self, input):
     return _batch_norm(self, input, self.training)
 
 
-@_with_options("activation")
+@_with_options("activation", "recompute")
 class LayerNorm(_Options, Scriptable, torch.nn.LayerNorm):
     """Layer normalization over the trailing ``normalized_shape`` of the input, on fused kernels.
 
@@ -117,7 +125,7 @@ class LayerNorm(_Options, Scriptable, torch.nn.LayerNorm):
     with an activation is ``activation(norm(x) + residual)``
 
     Shape: ``(*, *normalized_shape)`` to the same, in the input's dtype. See `fastnorm.functional.layer_norm` for the formula,
-    the activations, the dtypes and the errors.
+    the activations, the dtypes and the errors, and for ``recompute="output"``: backward keeps the output and not the input.
     """
 
     def forward(self, input, residual=None, mask=None, lengths=None):
@@ -126,9 +134,10 @@ class LayerNorm(_Options, Scriptable, torch.nn.LayerNorm):
                 return node
             residual, mask, lengths = (given(self, t) for t in (residual, mask, lengths))
         weight, bias = _affine(self)
-        if residual is None and self.activation is None and mask is None and lengths is None:
+        if residual is None and self.activation is None and mask is None and lengths is None and self.recompute is None:
             return functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
         extras = {"activation": self.activation, "residual": residual, "mask": mask, "lengths": lengths}
+        extras["recompute"] = self.recompute
         return functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps, **extras)
 
 
@@ -189,7 +198,7 @@ class AddLayerNorm(_Branch, LayerNorm):
         return functional.add_layer_norm(input, residual, self.normalized_shape, weight, bias, self.eps, **extras)
 
 
-@_with_options("zero_centred", "activation")
+@_with_options("zero_centred", "activation", "recompute")
 class RMSNorm(_Options, Scriptable, torch.nn.RMSNorm):
     """Root mean square normalization over the trailing ``normalized_shape`` of the input, on fused kernels.
 
@@ -198,7 +207,8 @@ class RMSNorm(_Options, Scriptable, torch.nn.RMSNorm):
     Args:
         zero_centred: the factor is ``1 + weight``, and weight starts at 0 (Gemma): weight decay pulls the factor to 1.
 
-    See `fastnorm.functional.rms_norm` for the formula, the dtypes and the errors, and `LayerNorm` for activation and residual.
+    See `fastnorm.functional.rms_norm` for the formula, the dtypes and the errors, and `LayerNorm` for activation, residual and
+    recompute.
     """
 
     def reset_parameters(self):
@@ -214,7 +224,7 @@ class RMSNorm(_Options, Scriptable, torch.nn.RMSNorm):
             if (node := leaf(self, x, residual)) is not None:
                 return node
             residual = given(self, residual)
-        extras = {"activation": self.activation, "residual": residual}
+        extras = {"activation": self.activation, "residual": residual, "recompute": self.recompute}
         return functional.rms_norm(x, self.normalized_shape, self._factor(), self.eps, **extras)
 
 
@@ -316,6 +326,10 @@ class _BatchNorm(_Options, Scriptable):
         training, extras = self.training and not self.frozen, {}
         if residual is not None or self.activation is not None:
             extras = {"activation": self.activation, "residual": residual}
+        if self.recompute is not None:
+            others = {"mask": mask, "lengths": lengths, "virtual_batch_size": self.virtual_batch_size}
+            anew.check(self.recompute, self.activation, **others)
+            extras["recompute"] = self.recompute
         if mask is not None or lengths is not None:
             if self.virtual_batch_size is not None:
                 raise ValueError("virtual_batch_size knows no masks and no lengths")
@@ -330,7 +344,7 @@ class _BatchNorm(_Options, Scriptable):
         return _batch_norm(self, input.reshape(shape), training, **extras).view(input.shape)
 
 
-@_with_options("activation", "channel_axis", "frozen", "virtual_batch_size")
+@_with_options("activation", "channel_axis", "frozen", "virtual_batch_size", "recompute")
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
     """Batch normalization of ``(B, C)`` or ``(B, C, L)`` inputs, on fused kernels.
 
@@ -341,11 +355,11 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
     ``momentum=None`` averages over all batches. ``channel_axis=-1``: the channels are the last
     dimension, and nothing is moved for it. ``frozen=True``: in training, too, the running statistics normalise and stay as
     they are, while weight and bias learn. ``virtual_batch_size=n``: in training, statistics are those of ghost batches of n
-    samples, see `fastnorm.ghost_batch_norm`.
+    samples, see `fastnorm.ghost_batch_norm`. ``recompute="output"``: backward keeps the output and not the input.
     """
 
 
-@_with_options("activation", "channel_axis", "frozen", "virtual_batch_size")
+@_with_options("activation", "channel_axis", "frozen", "virtual_batch_size", "recompute")
 class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
     """Batch normalization of ``(B, C, H, W)`` inputs, contiguous or channels_last, on fused kernels.
 
@@ -356,11 +370,11 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
     ``momentum=None`` averages over all batches. ``channel_axis=-1``: the channels are the last
     dimension, and nothing is moved for it. ``frozen=True``: in training, too, the running statistics normalise and stay as
     they are, while weight and bias learn. ``virtual_batch_size=n``: in training, statistics are those of ghost batches of n
-    samples, see `fastnorm.ghost_batch_norm`.
+    samples, see `fastnorm.ghost_batch_norm`. ``recompute="output"``: backward keeps the output and not the input.
     """
 
 
-@_with_options("activation", "channel_axis", "frozen", "virtual_batch_size")
+@_with_options("activation", "channel_axis", "frozen", "virtual_batch_size", "recompute")
 class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     """Batch normalization of ``(B, C, D, H, W)`` inputs, contiguous or channels_last_3d, on fused kernels.
 
@@ -371,5 +385,5 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     ``momentum=None`` averages over all batches. ``channel_axis=-1``: the channels are the last
     dimension, and nothing is moved for it. ``frozen=True``: in training, too, the running statistics normalise and stay as
     they are, while weight and bias learn. ``virtual_batch_size=n``: in training, statistics are those of ghost batches of n
-    samples, see `fastnorm.ghost_batch_norm`.
+    samples, see `fastnorm.ghost_batch_norm`. ``recompute="output"``: backward keeps the output and not the input.
     """

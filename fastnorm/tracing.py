@@ -29,6 +29,7 @@ OPTIONS = {
     "channel_axis": 1,
     "frozen": False,
     "virtual_batch_size": None,
+    "recompute": None,
 }
 
 

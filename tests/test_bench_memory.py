@@ -26,6 +26,16 @@ def test_figures(tmp_path, monkeypatch):
     assert all(row["peak"] > row["saved"] > 48 * one for row in rows.values())
 
 
+def test_what_recomputing_saves():
+    """The inputs of the two norms that are recomputed, 8 channels each; their outputs are kept by convolutions in any case."""
+    make = lambda *args: memory.Bottleneck(8, *args, end="leaky_relu")
+    block = memory.Block("small", (4, 32, 14, 14), make, memory.NORMS["batch"], invertible=True)
+    rows = {row["norms"]: row for row in memory.measure(block, "fp32", "cpu")}
+    one = 4 * 14 * 14 * 4
+    assert rows["fused"]["saved"] - rows["recompute"]["saved"] == 2 * 8 * one
+    assert rows["recompute"]["peak"] < rows["fused"]["peak"] < rows["torch.nn"]["peak"]
+
+
 @pytest.mark.parametrize("block", memory.BLOCKS, ids=lambda b: b.name)
 def test_every_block_is_torchs(block):
     """On smaller inputs."""
