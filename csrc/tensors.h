@@ -58,12 +58,12 @@ class On {
   c10::SmallVector<Tensor, 3> owned_;
 };
 
-// y or dx. The first write to a fresh mapping costs more than the norm itself, page by page: ask for huge pages. From 32 MB on
-// the C library maps every tensor anew; smaller ones come from memory that is used again.
+// y or dx. The first write to fresh memory costs more than the norm itself, page by page: ask for huge pages. From 32 MB on the
+// C library maps every tensor anew, and from a few MB on it gives back what two of them have left at the end of its heap.
 inline Tensor empty_result(const Tensor& x, at::ScalarType dtype, at::MemoryFormat format = at::MemoryFormat::Contiguous) {
   Tensor t = empty(x, x.sizes(), dtype, format);
 #if defined(MADV_HUGEPAGE)
-  constexpr size_t LARGE = size_t{32} << 20;
+  constexpr size_t LARGE = size_t{4} << 20;
   if (t.is_cpu() && t.nbytes() >= LARGE) {
     const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
     const auto start = reinterpret_cast<uintptr_t>(t.data_ptr()), first = (start + page - 1) / page * page;

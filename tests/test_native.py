@@ -395,7 +395,7 @@ for line in open("/proc/self/smaps"):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="only Linux tells what a mapping was advised")
-@pytest.mark.parametrize(("numel", "advised"), [(9 << 20, True), (4 << 20, False)])
+@pytest.mark.parametrize(("numel", "advised"), [(9 << 20, True), (2 << 20, True), (1 << 19, False)])
 def test_large_results_ask_for_huge_pages(numel, advised):
     if not os.path.exists("/sys/kernel/mm/transparent_hugepage"):
         pytest.skip("this kernel has no huge pages to ask for")

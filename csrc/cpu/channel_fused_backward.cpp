@@ -28,6 +28,16 @@ struct Slope {  // dz, from Standardize's constants; a residual is the last inpu
     return z;
   }
 };
+template <class T, size_t P_>
+struct ReluSlope : OneByOne<T, ReluSlope<T, P_>> {  // the same, which is too little for several rows of vectors at once
+  static constexpr size_t P = P_, K = 3;
+  using V = Vec<T>;
+  FN_INLINE static V value(const std::array<V, P>& in, const std::array<V, 3>& c) {
+    V z = Standardize<T>::value({in[1]}, c);
+    if constexpr (P == 3) z = z + in[2];
+    return relu_grad(in[0], z);
+  }
+};
 
 template <class T>
 struct ReluTerms {  // dz and dz * (x - high), from the same
@@ -112,12 +122,12 @@ struct FusedBackward {
     });
   }
 
-  template <size_t P>
-  void others(const Inputs<P>& in, Epilogue epilogue, T* dresidual) const {
+  template <class Value>
+  void others(const Inputs<Value::P>& in, const Value& slope, T* dresidual) const {
+    constexpr size_t P = Value::P;
     const Buffer<T> own(dresidual || dx ? 0 : g.C * g.count());
     T* to = dresidual ? dresidual : dx ? dx : own;
     const ChannelsInput dz = dense_channels(g, {to, dtype_of<T>});
-    const Slope<T, P> slope{epilogue};
     const Constants<A, 3> constants(g.C);
     set_constants(constants);
     if (!sums_needed()) with_sweep<T, P>(g, in, [&](const auto& sweep) { sweep.apply(slope, constants, to); });
@@ -140,12 +150,14 @@ void channel_fused_bwd(Channels g, const ChannelsInput& dy, const ChannelsInput&
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;
     const FusedBackward<T> run{g, weight, bias, as<A>(mean), as<A>(rstd), training, as<T>(dx.data), dweight, dbias};
-    if (residual.data)
-      run.template others<3>({&dy, &x, &residual}, epilogue, as<T>(dresidual.data));
+    if (residual.data && epilogue.activation == Activation::relu)
+      run.others({&dy, &x, &residual}, ReluSlope<T, 3>{}, as<T>(dresidual.data));
+    else if (residual.data)
+      run.others({&dy, &x, &residual}, Slope<T, 3>{epilogue}, as<T>(dresidual.data));
     else if (epilogue.activation == Activation::relu && !dresidual.data)
       run.relu(dy, x);
     else
-      run.template others<2>({&dy, &x}, epilogue, as<T>(dresidual.data));
+      run.others({&dy, &x}, Slope<T, 2>{epilogue}, as<T>(dresidual.data));
   });
 }
 

@@ -142,6 +142,7 @@ struct RowBackward {
     for (int64_t k = 0; k < rows; ++k) sum_gd[k] = sum_g[k] = 0;
     if (dx)
       for_sums(g.N, rows, [&](auto R, auto CHAINS, int64_t k) {
+        for (size_t r = 0; FUSED && dh.data && r < R; ++r) prefetch<false>(dh_at[k + r], g.N * sizeof(T));
         for (int64_t i = 0; i < g.N; i += PIECE) {
           std::array<Place, R> piece;
           for (size_t r = 0; r < R; ++r) piece[r] = {at[k + r][0] + i, at[k + r][1] + i};

@@ -1,5 +1,6 @@
 // Layer norm forward, and what is fused with it: the moments of a block of rows, then y.
 #include <cstring>
+#include <tuple>
 
 #include "row_fused.h"
 #include "row_moments.h"
@@ -112,13 +113,32 @@ struct RowForward {
       for (int64_t k = 0; residual.data && k < rows; ++k) residuals[k] = read.residual(m + k, k, i, n);
   }
 
+  // Makes h and its moments in one pass, where they can be had so.
+  template <class Read>
+  bool sum_block(const Read& read, int64_t m, int64_t rows, const T** x, BlockMoments& moments) const {
+    if constexpr (FUSED && std::is_same_v<T, A>) {
+      if (!h || g.N > PIECE) return false;
+      T* to[MAX_BLOCK];
+      const T *first[MAX_BLOCK], *second[MAX_BLOCK];
+      for (int64_t k = 0; k < rows; ++k) {
+        std::tie(first[k], second[k], to[k]) = read.summands(m + k, k, 0, g.N);
+        x[k] = to[k];
+      }
+      moments_of<T>(Summed<T>{to, first, second}, rows, g.N, centred, moments);
+      return true;
+    }
+    return false;
+  }
+
   template <class Read, class Parameter>
   void block(const Read& read, int64_t m, int64_t rows, const Parameter* w, const Parameter* b) const {
     const T *x[MAX_BLOCK], *residuals[MAX_BLOCK];
-    for (int64_t k = 0; k < rows; ++k) x[k] = read(m + k, k, 0, g.N);
-    find_residuals(read, m, rows, 0, g.N, residuals);
     BlockMoments moments;
-    moments_of(x, rows, std::min(PIECE, g.N), centred, moments);
+    find_residuals(read, m, rows, 0, g.N, residuals);
+    if (!sum_block(read, m, rows, x, moments)) {
+      for (int64_t k = 0; k < rows; ++k) x[k] = read(m + k, k, 0, g.N);
+      moments_of(x, rows, std::min(PIECE, g.N), centred, moments);
+    }
     for (int64_t i = PIECE; i < g.N; i += PIECE) {
       const T* piece[MAX_BLOCK];
       BlockMoments more;

@@ -2,6 +2,8 @@
 // read from then on, a few rows ahead of the norm's own loops.
 #pragma once
 
+#include <tuple>
+
 #include "epilogue.h"
 #include "row.h"
 
@@ -25,10 +27,10 @@ class FusedReader {
       : x_(x, rows, elements), addend_(addend, rows, elements), residual_(residual, rows, elements), h_(h), N_(g.N) {}
   const T* operator()(int64_t m, int64_t slot, int64_t begin, int64_t n) const {
     using V = Vec<T>;
-    const T* x = x_(m, slot, begin, n);
-    if (!h_) return x;
-    const T* addend = addend_(m, slot, begin, n);
-    T* h = h_ + m * N_ + begin;
+    if (!h_) return x_(m, slot, begin, n);
+    const T *x, *addend;
+    T* h;
+    std::tie(x, addend, h) = summands(m, slot, begin, n);
     for_groups<V, 4>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
       constexpr int64_t W = lanes<V>;
       std::array<V, J> v;
@@ -36,6 +38,10 @@ class FusedReader {
       store_all<T, J>(h + i, v, count);
     });
     return h;
+  }
+  // Of h, where there is one: x, the addend, and where their sum belongs.
+  FN_INLINE std::tuple<const T*, const T*, T*> summands(int64_t m, int64_t slot, int64_t begin, int64_t n) const {
+    return {x_(m, slot, begin, n), addend_(m, slot, begin, n), h_ + m * N_ + begin};
   }
   FN_INLINE const T* residual(int64_t m, int64_t slot, int64_t begin, int64_t n) const { return residual_(m, slot, begin, n); }
 

@@ -36,16 +36,43 @@ bool unfit(const Moments<double>& m) {
   return !(m.m2 <= std::numeric_limits<double>::max()) | too_far(0, m, DEVIATIONS);
 }
 
+// Rows as they are.
+template <class T>
+struct Given {
+  static constexpr size_t P = 1;
+  const T* const* rows;
+  FN_INLINE std::array<const T*, 1> at(int64_t k) const { return {rows[k]}; }
+  auto terms(int64_t) const { return Products<T, 1>{}; }
+};
+// Rows that are made, and stored in `rows`, of two others: their moments are then those of what is in registers.
+template <class T>
+struct Summed {
+  static_assert(std::is_same_v<T, Acc<T>>, "the moments are of what is stored");
+  static constexpr size_t P = 2;
+  using V = Vec<T>;
+  T* const* rows;
+  const T *const *first, *const *second;
+  FN_INLINE std::array<const T*, 2> at(int64_t k) const { return {first[k], second[k]}; }
+  auto terms(int64_t k) const {
+    return [to = rows + k](auto r, int64_t i, int64_t count, const std::array<V, 2>& v) FN_LAMBDA {
+      const V h = v[0] + v[1];
+      store(to[r] + i, h, count);
+      return std::array<V, 2>{h, h * h};
+    };
+  }
+};
+
 // In one pass, from plain sums of powers; in a second one, about the mean, where it is too far from zero for that. Without
 // `centre` the mean is zero.
-template <class T>
-void moments_of(const T* const* rows, int64_t count, int64_t n, bool centre, BlockMoments& out) {
+template <class T, class Source>
+void moments_of(const Source& source, int64_t count, int64_t n, bool centre, BlockMoments& out) {
+  const auto* rows = source.rows;
   double sum[MAX_BLOCK], squares[MAX_BLOCK];
   for_sums(n, count, [&](auto R, auto CHAINS, int64_t k) {
-    std::array<std::array<const T*, 1>, R> at;
+    std::array<std::array<const T*, Source::P>, R> at;
     double sums[R][2];
-    for (size_t r = 0; r < R; ++r) at[r] = {rows[k + r]};
-    sum_up<2, CHAINS>(at, n, Products<T, 1>{}, sums);
+    for (size_t r = 0; r < R; ++r) at[r] = source.at(k + static_cast<int64_t>(r));
+    sum_up<2, CHAINS>(at, n, source.terms(k), sums);
     for (size_t r = 0; r < R; ++r) sum[k + r] = sums[r][0], squares[k + r] = sums[r][1];
   });
   // Two plain loops, which become vectors. That this product is not the quotient counts where the mean is far from zero only.
@@ -65,6 +92,10 @@ void moments_of(const T* const* rows, int64_t count, int64_t n, bool centre, Blo
     else
       out.set(k, moments_about_mean(rows[k], n, m.mean));
   }
+}
+template <class T>
+void moments_of(const T* const* rows, int64_t count, int64_t n, bool centre, BlockMoments& out) {
+  moments_of<T>(Given<T>{rows}, count, n, centre, out);
 }
 
 }  // namespace fastnorm::cpu
