@@ -80,6 +80,9 @@ void branch_fwd(Rows g, ConstArray x, ConstArray addend, const void* row_scale, 
     using A = Acc<T>;
     const Factors<A> factors(g, row_scale, column_scale, dropout);
     const auto run = [&](auto* to) {
+      using H = std::remove_pointer_t<decltype(to)>;
+      using V = Vec<T>;
+      const bool stream = streams(to, g.N * sizeof(H), g.M * g.N * 3 * sizeof(H));
       parallel_for(g.M, 2 * g.N, [&](int64_t begin, int64_t end) {
         A factor[PIECE_OF_ROW];
         for_pieces(begin, end, g.N, [&](int64_t m, int64_t n, int64_t count) {
@@ -87,10 +90,16 @@ void branch_fwd(Rows g, ConstArray x, ConstArray addend, const void* row_scale, 
           const int64_t first = m * g.N + n;
           const T* from = as<T>(x.data) + first;
           const auto* onto = as<std::remove_pointer_t<decltype(a)>>(addend.data) + first;
-          for_vectors<Vec<T>>(count, [&](int64_t i, int64_t k) FN_LAMBDA {
-            store(to + first + i, affine(load(from + i, k), load(factor + i, k), load(onto + i, k)), k);
+          for_groups<V, 4>(count, [&](auto J, int64_t i, int64_t k) FN_LAMBDA {
+            std::array<V, J> v;
+            repeat<J>([&](auto j) FN_LAMBDA {
+              const int64_t at = i + static_cast<int64_t>(j) * lanes<V>;
+              v[j] = affine(load(from + at, k), load(factor + at, k), load(onto + at, k));
+            });
+            put_all<H, J>(to + first + i, v, k, stream);
           });
         });
+        if (stream) stream_end();
       });
     };
     if (h.dtype == x.dtype)
@@ -107,9 +116,11 @@ void branch_bwd(Rows g, ConstArray dh, ConstArray x, const void* row_scale, cons
     using T = std::remove_pointer_t<decltype(t)>;
     using H = std::remove_pointer_t<decltype(s)>;
     using A = Acc<T>;
+    using V = Vec<T>;
     const Factors<A> factors(g, row_scale, column_scale, dropout);
     const A* columns = as<A>(column_scale);
     const Buffer<A> sums(dcolumn_scale.data ? blocks * g.N : 0);
+    const bool stream = dx.data && streams(dx.data, g.N * sizeof(T), g.M * g.N * 3 * sizeof(T));
     parallel_for(blocks, 3 * g.N * std::min(g.M, ROWS_OF_SUMS), [&](int64_t begin, int64_t end) {
       A factor[PIECE_OF_ROW];
       if (sums) std::fill(sums + begin * g.N, sums + end * g.N, A(0));
@@ -117,16 +128,21 @@ void branch_bwd(Rows g, ConstArray dh, ConstArray x, const void* row_scale, cons
         factors.make(m, n, count, !sums, factor);
         const H* from = as<H>(dh.data) + m * g.N + n;
         A* sum = sums ? sums + m / ROWS_OF_SUMS * g.N + n : nullptr;
-        for_vectors<Vec<T>>(count, [&](int64_t i, int64_t k) FN_LAMBDA {
-          const int64_t at = m * g.N + n + i;
-          auto u = load(from + i, k) * load(factor + i, k);
-          if (sum) {
-            store(sum + i, load(sum + i, k) + u * load(as<T>(x.data) + at, k), k);
-            u = u * load(columns + n + i, k);
-          }
-          if (dx.data) store(as<T>(dx.data) + at, u, k);
+        for_groups<V, 4>(count, [&](auto J, int64_t i, int64_t k) FN_LAMBDA {
+          const int64_t first = m * g.N + n + i;
+          std::array<V, J> u;
+          repeat<J>([&](auto j) FN_LAMBDA {
+            const int64_t off = static_cast<int64_t>(j) * lanes<V>, at = i + off;
+            u[j] = load(from + at, k) * load(factor + at, k);
+            if (sum) {
+              store(sum + at, load(sum + at, k) + u[j] * load(as<T>(x.data) + first + off, k), k);
+              u[j] = u[j] * load(columns + n + at, k);
+            }
+          });
+          if (dx.data) put_all<T, J>(as<T>(dx.data) + first, u, k, stream);
         });
       });
+      if (stream) stream_end();
     });
     if (!sums) return;
     std::vector<double> total(g.N, 0.0);
