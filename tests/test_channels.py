@@ -146,6 +146,88 @@ def test_not_finite_input_spoils_its_channel_alone(bad, layout, backend, device)
     assert y.isnan().sum() == 100
 
 
+INF, NAN = float("inf"), float("nan")
+# Of the channel that is spoilt, the first and the last value; None leaves them as they are.
+FIRST_AND_LAST = [(INF, None), (None, -INF), (INF, INF), (INF, -INF), (None, NAN), (INF, NAN)]
+# One share of the positions, and several, of which the first and the last value are in different ones.
+SPOILT = [
+    *(((3, 3, 20), "dense"), ((3, 3, 20), "mT"), ((9, 4), "dense"), ((2, 4, 5, 6), "channels_last")),
+    *(((2, 3, 6144), "dense"), ((2, 3, 6145), "dense"), ((600, 3), "dense")),
+    *(((4, 4, 24, 24), "channels_last"), ((3, 3, 16, 16), "channels_last")),
+]
+spoilt = pytest.mark.parametrize(("shape", "layout"), SPOILT, ids=str)
+first_and_last = pytest.mark.parametrize("ends", FIRST_AND_LAST, ids=str)
+
+
+def spoil(x, ends):
+    """A copy of x with these as first and last value of channel 1."""
+    x = x.clone()
+    for sample, value in zip((0, -1), ends, strict=True):
+        if value is not None:
+            x[sample, 1].view(-1)[sample] = value
+    return x
+
+
+def trained(function, x, **options):
+    """y, running_mean, running_var"""
+    mean, var = torch.zeros(x.shape[1], device=x.device), torch.ones(x.shape[1], device=x.device)
+    return function(x, mean, var, training=True, **options), mean, var
+
+
+def assert_spoilt_as_torchs(ours, clean, peer):
+    """Each is (y, running_mean, running_var); the other channels are as without the spoilt values, and finite.
+
+    The peer is torch's on the CPU: what another device makes of inf - inf is up to its order of additions.
+    """
+    others = torch.arange(clean[0].shape[1], device=clean[0].device) != 1
+    assert ours[0][:, others].isfinite().all()
+    torch.testing.assert_close(ours[0][:, others], clean[0][:, others])
+    for got, expected in zip(ours[1:], peer[1:], strict=True):
+        torch.testing.assert_close(got.cpu(), expected, equal_nan=True)
+
+
+@first_and_last
+@spoilt
+def test_running_statistics_of_not_finite_input(shape, layout, ends, backend, device):
+    x = Case(shape, layout=layout).make_channels(device)[0]
+    bad = spoil(x, ends)
+    ours, clean = trained(fastnorm.batch_norm, bad), trained(fastnorm.batch_norm, x)
+    peer = trained(torch.nn.functional.batch_norm, bad.cpu())
+    assert_spoilt_as_torchs(ours, clean, peer)
+    assert torch.equal(ours[0].isnan().cpu(), peer[0].isnan())
+
+
+@first_and_last
+@spoilt
+def test_statistics_of_not_finite_input(shape, layout, ends, backend, device):
+    """Those that a collective merges, and the registered operators: high + low is infinite as well."""
+    x = spoil(Case(shape, layout=layout).make_channels(device)[0], ends)
+    channels = x.cpu().movedim(1, 0).flatten(1)
+    mean, std = channels.mean(1), channels.std(1, correction=0)
+    counts = torch.ones(x.shape[0], *x.shape[2:], dtype=torch.bool, device=device)
+    pieces = backend.channel_stats(x), backend.channel_masked_stats(x, counts)
+    for pair in (*(piece[1] for piece in pieces), backend.channel_fwd(x, None, None, None, None, True, 0.1, 1e-5)[1]):
+        # The C++ kernels for the CPU leave inf - inf in the low part.
+        on_cpu = backend.__name__ == "fastnorm.native" and device == "cpu" and not emulator.in_force
+        added = pair[0] + (pair[1].nan_to_num() if on_cpu else pair[1])
+        torch.testing.assert_close(added.cpu(), mean, equal_nan=True)
+    for piece in pieces:
+        torch.testing.assert_close(piece[2].cpu(), std, equal_nan=True)
+
+
+@first_and_last
+@spoilt
+def test_masked_running_statistics_of_not_finite_input(shape, layout, ends, backend, device):
+    x = Case(shape, layout=layout).make_channels(device)[0]
+    bad = spoil(x, ends)
+    counts = torch.rand(x.shape[0], *x.shape[2:], device=device) < 0.6
+    counts[0].view(-1)[0] = counts[-1].view(-1)[-1] = True
+    ours, clean = (trained(fastnorm.batch_norm, t, mask=counts) for t in (bad, x))
+    peer = trained(torch.nn.functional.batch_norm, bad.movedim(1, -1)[counts].cpu())
+    assert_spoilt_as_torchs(ours, clean, peer)
+    assert ours[0][:, 1].isnan().all()
+
+
 def test_constant_channels_are_zero(backend, device):
     for value in (0.0, 3.0, 1e4):
         y = fastnorm.batch_norm(torch.full((4, 3, 7), value, device=device), None, None, training=True)

@@ -33,7 +33,8 @@ __device__ __forceinline__ void statistics(const View<const T, CALLED>& x, Sweep
   block_sum<A, 1 + MASKED, V, LAST>(sum, w);
 #pragma unroll
   for (int i = 0; i < CHANNELS; ++i) {
-    shift[i] = sum[0][i] / (MASKED ? at_least_one(sum[MASKED][i]) : static_cast<A>(first * w.per_unit()));
+    const A mean = sum[0][i] / (MASKED ? at_least_one(sum[MASKED][i]) : static_cast<A>(first * w.per_unit()));
+    shift[i] = finite(mean) ? mean : 0;  // x - inf is not a number where x is infinite
     scale[i] = 1;
   }
   for (int pass = 0;; ++pass) {

@@ -75,6 +75,7 @@ template <class A>
 __device__ __forceinline__ Statistics<A> merged(const Statistics<A>& a, const Statistics<A>& b) {
   if (b.n == 0) return a;
   if (a.n == 0) return b;
+  if (!finite(a.c.high)) return {a.n + b.n, {a.c.high + b.c.high, 0, a.c.m2, 1}};  // inf - inf would be none
   for (A scale = a.c.scale < b.c.scale ? a.c.scale : b.c.scale;; scale = SCALE) {
     const auto moments = [&](const Statistics<A>& s) {
       const A d = ((s.c.high - a.c.high) + (s.c.low - a.c.low)) * scale, ratio = scale / s.c.scale;
@@ -100,7 +101,8 @@ struct Settled {
 
   // The channel's rstd; stored, with all the rest, where it is `mine`.
   __device__ __forceinline__ A settle(const Statistics<A>& s, int64_t c, bool mine) const {
-    const Centred<A>& m = s.c;
+    Centred<A> m = s.c;
+    m.m2 += m.high - m.high;  // beside an infinite mean there is no variance
     const A r = deviation ? 0 : rstd_of(m.m2, s.n, m.scale, eps);
     if (!mine) return r;
     mean[c] = m.high;
