@@ -13,8 +13,8 @@ struct Epilogue {
   double alpha = 0;
 };
 
-// at_most_zero(z, yes, no): yes where z <= 0, else (for NaN, too) no. sigmoid, tanh, exp, expm1. cdf and pdf: of the standard
-// normal distribution.
+// at_most_zero(z, yes, no): yes where z <= 0, else (for NaN, too) no. sigmoid, tanh, exp, expm1. cdf: of the standard
+// normal distribution; gelu_slope: cdf(z) + z * pdf(z).
 template <class V>
 struct Elementary;
 
@@ -73,7 +73,7 @@ FN_HD V slope(Activation activation, V z, V alpha) {
       return s * (one + z * (one - s));
     }
     case Activation::gelu:
-      return E::cdf(z) + z * E::pdf(z);
+      return E::gelu_slope(z);
     case Activation::gelu_tanh: {
       const GeluTanh<V> g(z);
       return g.sigmoid + z * g.slope;

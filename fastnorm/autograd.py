@@ -257,8 +257,7 @@ class MaskedBatchNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, mask, otherwise, eps, backend):
         count, mean, deviation = backend.channel_masked_stats(x, mask)
-        high, low = mean.double()
-        mean, var = high + low.nan_to_num(), deviation.double().square()  # beside an infinite mean there is no remainder
+        mean, var = mean.double().sum(0), deviation.double().square()
         mean, var = (torch.where(count > 0, of, other.double()) for of, other in zip((mean, var), otherwise, strict=True))
         saved = reference.split(mean, count.dtype), torch.rsqrt(var + eps).to(count.dtype)
         y = backend.channel_apply(x, *saved, weight, bias)

@@ -82,12 +82,13 @@ class Buffer {
 
 // ---------------------------------------------------------------- statistics
 
-// A mean as the pair that the contract asks for; the low part of a double mean is zero.
+// A mean as the pair that the contract asks for; the low part of a double mean is zero, and that of an infinite one.
 template <class A>
 struct Pair {
   A high, low;
   explicit Pair(double mean)
-      : high(static_cast<A>(mean)), low(static_cast<A>(mean - static_cast<double>(static_cast<A>(mean)))) {}
+      : high(static_cast<A>(mean)),
+        low(std::isinf(high) ? A(0) : static_cast<A>(mean - static_cast<double>(high))) {}
 };
 
 // From n terms d = x - shift: their sum and the sum of their squares.

@@ -15,7 +15,7 @@ struct Elementary {
   static FN_HD V tanh(V z) { return std::tanh(z); }
   static FN_HD V sigmoid(V z) { return V(1) / (V(1) + std::exp(-z)); }
   static FN_HD V cdf(V z) { return V(0.5) * (V(1) + std::erf(V(0.70710678118654752) * z)); }
-  static FN_HD V pdf(V z) { return V(0.39894228040143268) * std::exp(V(-0.5) * (z * z)); }
+  static FN_HD V gelu_slope(V z) { return cdf(z) + z * (V(0.39894228040143268) * std::exp(V(-0.5) * (z * z))); }
   static FN_HD V at_most_zero(V z, V yes, V no) { return z <= V(0) ? yes : no; }
 };
 
