@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.utils.checkpoint
+from compare import effort
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastnorm
@@ -32,9 +33,8 @@ def norms(device="cpu"):
 @pytest.mark.parametrize("name", list(norms()))
 def test_first_and_second_derivatives(name, backend, device):
     function, inputs = norms(device)[name]
-    emulated = device == "cpu" and backend.__name__ == "fastnorm.kernels"  # the interpreter: a few calls, random directions
-    assert gradcheck(function, inputs, fast_mode=emulated)
-    assert gradgradcheck(function, inputs, fast_mode=emulated)
+    assert gradcheck(function, inputs, **effort(backend, device))
+    assert gradgradcheck(function, inputs, **effort(backend, device))
 
 
 @pytest.mark.parametrize("name", list(norms()))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import BF16, F32
+from compare import effort
 from masks import written_out
 from torch import fx, nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -194,10 +195,9 @@ def test_one_of_two_outputs_is_used(name, unused, backend, device):
 @every_norm
 def test_first_and_second_derivatives(name, backend, device):
     fused, _, shapes = NORMS[name]
-    emulated = device == "cpu" and backend.__name__ == "fastnorm.kernels"  # the interpreter: a few calls, random directions
     inputs = make(shapes, device, D)
-    assert gradcheck(fused, inputs, fast_mode=emulated)
-    assert gradgradcheck(fused, inputs, fast_mode=emulated)
+    assert gradcheck(fused, inputs, **effort(backend, device))
+    assert gradgradcheck(fused, inputs, **effort(backend, device))
 
 
 @every_norm
