@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from compare import effort
+from conftest import NOT_EMULATED
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastnorm
@@ -84,6 +85,7 @@ def _with_activation(norm):
     [*PLAIN_NORMS, fastnorm.RMSNorm, *map(_with_activation, PLAIN_NORMS)],
     ids=["layer", "batch", "rms", "layer-gelu", "batch-gelu"],
 )
+@pytest.mark.parametrize("served", NOT_EMULATED, indirect=True)
 def test_dynamo_traces_the_backward(norm, backend, device):
     """Compiled autograd, with Dynamo, without graph breaks."""
     m = norm(6, device=device)

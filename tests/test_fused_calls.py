@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from cases import BF16, F32
 from compare import effort
+from conftest import NOT_EMULATED
 from masks import written_out
 from torch import fx, nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -213,6 +214,7 @@ def test_transforms(name, backend, device):
 
 
 @every_norm
+@pytest.mark.parametrize("served", NOT_EMULATED, indirect=True)
 def test_compiled(name, backend, device):
     """One graph, of operators that a compiler fuses."""
     fused, torchs, shapes = NORMS[name]

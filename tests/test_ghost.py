@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import BF16, F16, F32, F64, LAYOUTS, SHORT
 from compare import accumulate, effort
+from conftest import NOT_EMULATED
 from ghosts import assert_same, by_parts, calls_of, dealt, formatted
 from sequences import size
 from torch import fx, nn
@@ -282,6 +283,7 @@ def test_transforms(shape, layout, backend, device):
 
 
 @every_shape
+@pytest.mark.parametrize("served", NOT_EMULATED, indirect=True)
 def test_compiled(shape, layout, backend, device):
     """One graph, y in the memory format of x."""
     ours, theirs = pair()
