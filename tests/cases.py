@@ -149,6 +149,8 @@ CHANNELS = [
     *_models("channels", 8192),
 ]
 
+ROWS, CHANNELS = (list(dict.fromkeys(cases)) for cases in (ROWS, CHANNELS))  # models share shapes
+
 # Each of these takes every way that the Triton kernels have through a training step, and test_channel_ways.py says so.
 WAYS = [
     *(Case(shape, layout=layout, **_same(dtype)) for layout in ("dense", "channels_last")

@@ -61,6 +61,8 @@ def _parameters():
     yield from (pytest.param((*served, "emulated"), id="emulated") for served in EMULATED)
 
 
+# Without the emulated kernels, which are called in the graphs of native-cpu: for tests of what is traced or compiled.
+NOT_EMULATED = [p for p in _parameters() if p.id != "emulated"]
 # Without those that are interpreted or emulated.
 AT_SPEED = [p for p in _parameters() if p.id not in ("triton-cpu", "emulated")]
 

@@ -1,6 +1,8 @@
 """What every norm of (B, C, *) with parameters of channels that ends in an activation is held to, kernel by kernel: group norm
 and layer norm over channels, which the contract calls `group` and `position`."""
 
+import itertools
+
 import torch
 from cases import F32, F64
 from compare import accumulate
@@ -43,17 +45,17 @@ def check_kernels(kind, fused, backend, device, rows, axis, *more):
     check(f"{kind}s", fused, results, truth, device, cancelling(f"{kind}s", fused, x, weight, truth["dz"]))
 
 
-def check_wanted(kind, fused, backend, device, wanted, *more):
-    """What is not wanted, by the bits of `wanted`, is None, and what is wanted is as it is among all."""
+def check_wanted(kind, fused, backend, device, *more):
+    """Each alone and all combinations: what is not wanted is None, what is wanted is as it is among all."""
     x, dy, weight, bias, *_ = fused.inputs(device, 0, False)
     _, *s = forward(reference, kind)(x, weight, bias, "gelu", 0.0, 1e-5, *more)
     run = lambda need: backward(backend, kind)(dy, x, weight, bias, "gelu", 0.0, *s, need)
-    bits = [bool(wanted >> i & 1) for i in range(3)]
-    some = run((bits[0], *(F32 if bit else None for bit in bits[1:])))
-    for bit, one, full in zip(bits, some, run((True, F32, F32)), strict=True):
-        assert (one is not None) == bit
-        if bit:
-            torch.testing.assert_close(one, full, rtol=1e-6, atol=1e-6)
+    every = run((True, F32, F32))
+    for need in itertools.product((True, False), (F32, None), (F32, None)):
+        for wanted, one, full in zip(need, run(need), every, strict=True):
+            assert (one is not None) == bool(wanted), need
+            if wanted:
+                torch.testing.assert_close(one, full, rtol=1e-6, atol=1e-6, msg=lambda words: f"{need}: {words}")
 
 
 def check_batches(kind, fused, backend, device, *more):

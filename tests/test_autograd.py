@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.utils.checkpoint
+from compare import effort
+from conftest import NOT_EMULATED
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastnorm
@@ -32,9 +34,8 @@ def norms(device="cpu"):
 @pytest.mark.parametrize("name", list(norms()))
 def test_first_and_second_derivatives(name, backend, device):
     function, inputs = norms(device)[name]
-    emulated = device == "cpu" and backend.__name__ == "fastnorm.kernels"  # the interpreter: a few calls, random directions
-    assert gradcheck(function, inputs, fast_mode=emulated)
-    assert gradgradcheck(function, inputs, fast_mode=emulated)
+    assert gradcheck(function, inputs, **effort(backend, device))
+    assert gradgradcheck(function, inputs, **effort(backend, device))
 
 
 @pytest.mark.parametrize("name", list(norms()))
@@ -84,6 +85,7 @@ def _with_activation(norm):
     [*PLAIN_NORMS, fastnorm.RMSNorm, *map(_with_activation, PLAIN_NORMS)],
     ids=["layer", "batch", "rms", "layer-gelu", "batch-gelu"],
 )
+@pytest.mark.parametrize("served", NOT_EMULATED, indirect=True)
 def test_dynamo_traces_the_backward(norm, backend, device):
     """Compiled autograd, with Dynamo, without graph breaks."""
     m = norm(6, device=device)

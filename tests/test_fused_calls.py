@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import BF16, F32
+from compare import effort
+from conftest import NOT_EMULATED
 from masks import written_out
 from torch import fx, nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -194,10 +196,9 @@ def test_one_of_two_outputs_is_used(name, unused, backend, device):
 @every_norm
 def test_first_and_second_derivatives(name, backend, device):
     fused, _, shapes = NORMS[name]
-    emulated = device == "cpu" and backend.__name__ == "fastnorm.kernels"  # the interpreter: a few calls, random directions
     inputs = make(shapes, device, D)
-    assert gradcheck(fused, inputs, fast_mode=emulated)
-    assert gradgradcheck(fused, inputs, fast_mode=emulated)
+    assert gradcheck(fused, inputs, **effort(backend, device))
+    assert gradgradcheck(fused, inputs, **effort(backend, device))
 
 
 @every_norm
@@ -213,6 +214,7 @@ def test_transforms(name, backend, device):
 
 
 @every_norm
+@pytest.mark.parametrize("served", NOT_EMULATED, indirect=True)
 def test_compiled(name, backend, device):
     """One graph, of operators that a compiler fuses."""
     fused, torchs, shapes = NORMS[name]

@@ -8,7 +8,8 @@ from itertools import chain
 import pytest
 import torch
 from cases import BF16, F16, F32, F64, LAYOUTS, SHORT
-from compare import accumulate
+from compare import accumulate, effort
+from conftest import NOT_EMULATED
 from ghosts import assert_same, by_parts, calls_of, dealt, formatted
 from sequences import size
 from torch import fx, nn
@@ -263,11 +264,10 @@ every_shape = pytest.mark.parametrize(("shape", "layout"), SHAPES)
 
 @every_shape
 def test_first_and_second_derivatives(shape, layout, backend, device):
-    emulated = device == "cpu" and backend.__name__ == "fastnorm.kernels"
     inputs = leaves(shape, device, F64, layout)
     function = pair(2 if len(shape) > 2 else 3, "tanh")[0]
-    assert gradcheck(function, inputs, fast_mode=emulated)
-    assert gradgradcheck(function, inputs, fast_mode=emulated)
+    assert gradcheck(function, inputs, **effort(backend, device))
+    assert gradgradcheck(function, inputs, **effort(backend, device))
 
 
 @every_shape
@@ -283,6 +283,7 @@ def test_transforms(shape, layout, backend, device):
 
 
 @every_shape
+@pytest.mark.parametrize("served", NOT_EMULATED, indirect=True)
 def test_compiled(shape, layout, backend, device):
     """One graph, y in the memory format of x."""
     ours, theirs = pair()

@@ -39,10 +39,9 @@ def test_positions(fused, backend, device):
     check_kernels("position", fused, backend, device, lambda shape: (*shape[:2], -1), 1)
 
 
-@pytest.mark.parametrize("wanted", range(8))
 @pytest.mark.parametrize("shape", [(3, 6, 20), (2, 4, 60, 60), (2, 3000, 9)])
-def test_gradients_that_are_not_wanted(shape, wanted, backend, device):
-    check_wanted("position", Fused(Case(shape)), backend, device, wanted)
+def test_gradients_that_are_not_wanted(shape, backend, device):
+    check_wanted("position", Fused(Case(shape)), backend, device)
 
 
 @pytest.mark.parametrize("C", [2, 40, 3000])

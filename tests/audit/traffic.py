@@ -118,7 +118,7 @@ class Op:
     shape: tuple[int, ...]
     dtype: torch.dtype
     layout: str = "dense"
-    sms: int = 2
+    sms: int = 1
 
     @property
     def least(self) -> float:
@@ -133,10 +133,13 @@ ONCE = {"row_fwd": 2, "row_bwd": 3, "evaluation": 2, "channel_fwd": 2, "channel_
         "fused_evaluation": 3, "frozen_bwd": 5, "channel_fused_fwd": 3, "channel_fused_bwd": 5}  # fmt: skip
 PARTS, GROUPS = 8, 4
 BF16, F32 = torch.bfloat16, torch.float32
-_ROWS = (((4096, 64), F32), ((512, 1024), BF16), ((64, 8192), BF16))
-# A slab; and larger than the L2 of 2 SMs, in every layout.
-_SLAB = (((64, 64, 7, 7), "dense"), ((8, 64, 24, 24), "dense"))
-_LARGE = (((8, 256, 12, 12), "channels_last"), ((1152, 256), "dense"), ((8, 4, 160, 160), "dense"))
+# Larger than the L2 by as much as it takes, and with few SMs no larger: a program takes the interpreter milliseconds.
+_ROWS = (((2048, 64), F32), ((256, 1024), BF16), ((32, 8192), BF16))
+# A slab; and larger than the L2 of one SM, in every layout.
+_SLAB = (((32, 64, 7, 7), "dense"), ((4, 64, 24, 24), "dense"))
+_LARGE = (((4, 256, 12, 12), "channels_last"), ((576, 256), "dense"), ((4, 4, 160, 160), "dense"))
+# The same for the L2 of 2 SMs.
+_LARGER = (((8, 256, 12, 12), "channels_last"), ((1152, 256), "dense"), ((8, 4, 160, 160), "dense"))
 # In two passes: x once more, and backward what dz is made of, which with a residual is stored between them.
 _TWICE = (("channel_fwd", 3), ("channel_bwd", 5), ("channel_fused_fwd", 4), ("channel_fused_bwd", 7))
 OPS = (
@@ -144,30 +147,30 @@ OPS = (
     # Enough SMs that parameters are little beside the L2. Split rows are read twice where the L2 does not hold all of them.
     Op("row_fwd", 2, (100, 20000), BF16, sms=16),
     Op("row_bwd", 3, (60, 9000), BF16, sms=16),
-    Op("row_bwd", 5, (300, 9000), BF16),
+    Op("row_bwd", 5, (150, 9000), BF16),
     # Long rows are read twice, the second time from where they have just been; by one program, and by two.
-    Op("row_bwd", 3, (64, 8192), F32),
-    Op("row_bwd", 3, (64, 12288), F32),
+    Op("row_bwd", 3, (32, 8192), F32),
+    Op("row_bwd", 3, (64, 12288), F32, sms=2),
     Op("row_fused_fwd", 5, (40, 20000), BF16, sms=16),
     Op("row_fused_bwd", 6, (40, 9000), BF16, sms=16),
-    Op("row_fused_bwd", 6, (64, 4096), F32),
-    *(Op(name, ONCE[name], (512, 1024), BF16) for name in ("row_parted_fwd", "row_parted_bwd")),
+    Op("row_fused_bwd", 6, (32, 4096), F32),
+    *(Op(name, ONCE[name], (256, 1024), BF16) for name in ("row_parted_fwd", "row_parted_bwd")),
     # A group that a tile holds; several that the L2 holds, which are read twice; and larger ones.
-    *(Op(name, ONCE[name], (64, 64, 7, 7), F32) for name in ("group_fwd", "group_bwd")),
+    *(Op(name, ONCE[name], (32, 64, 7, 7), F32) for name in ("group_fwd", "group_bwd")),
     *(Op(name, ONCE[name], (8, 64, 24, 24), F32, sms=16) for name in ("group_fwd", "group_bwd")),
-    *(Op(name, ideal, (8, 8, 160, 160), F32) for name, ideal in (("group_fwd", 3), ("group_bwd", 5))),
+    *(Op(name, ideal, (4, 8, 160, 160), F32) for name, ideal in (("group_fwd", 3), ("group_bwd", 5))),
     # All channels of a position in one tile, whatever the positions of a sample are; and in several, which the L2 holds.
-    *(Op(name, ONCE[name], shape, dtype) for shape, dtype in (((16, 64, 24, 24), F32), ((64, 128, 7, 7), BF16))
+    *(Op(name, ONCE[name], shape, dtype) for shape, dtype in (((8, 64, 24, 24), F32), ((32, 128, 7, 7), BF16))
       for name in ("position_fwd", "position_bwd")),
     *(Op(name, ONCE[name], (12, 1536, 8, 8), BF16, sms=4) for name in ("position_fwd", "position_bwd")),
-    *(Op(name, ONCE[name], *row, sms=4) for row in (*_ROWS, ((300, 1001), F32))
+    *(Op(name, ONCE[name], *row, sms=2) for row in (*_ROWS, ((150, 1001), F32))
       for name in ("branch_fwd", "branch_bwd", "branch_bwd_columns")),
     *(Op(name, ONCE[name], shape, dtype, layout) for shape, layout in _LARGE for dtype in (F32, BF16)
       for name in ("masked_stats", "masked_grad")),
     *(Op(name, ONCE[name], shape, F32, layout) for shape, layout in _LARGE
       for name in ("evaluation", "fused_evaluation", "frozen_bwd")),
     *(Op(name, ONCE[name], shape, F32, layout) for shape, layout in _SLAB for name, _ in _TWICE),
-    *(Op(name, ideal, shape, F32, layout) for shape, layout in _LARGE for name, ideal in _TWICE),
+    *(Op(name, ideal, shape, F32, layout, sms=2) for shape, layout in _LARGER for name, ideal in _TWICE),
 )  # fmt: skip
 
 
