@@ -153,7 +153,7 @@ LAYERS = [
     {"autograd", "composite", "ops"},
     {"gate"},
     {"fused", "masked"},
-    {"branch"},
+    {"branch", "recompute"},
     {"functional", "collective"},
     {"instance", "group", "channels_first", "ghost"},
     {"nn", "known"},
