@@ -283,8 +283,13 @@ __device__ __forceinline__ void gradient_terms(const PositionBackward<T>& p, con
   });
 }
 
+// Blocks of an SM that registers are shared out for: doubles would spill with two, on an sm_120.
+template <class T>
+constexpr int POSITION_BLOCKS = sizeof(Acc<T>) == 8 ? 1 : 2;
+
 template <class T, int V>
-__global__ void __launch_bounds__(POSITION_THREADS, 2) position_bwd_kernel(const __grid_constant__ PositionBackward<T> p) {
+__global__ void __launch_bounds__(POSITION_THREADS, POSITION_BLOCKS<T>)
+    position_bwd_kernel(const __grid_constant__ PositionBackward<T> p) {
   using A = Acc<T>;
   const int64_t begin = blockIdx.x * p.share, end = begin + p.share < p.t.tiles ? begin + p.share : p.t.tiles;
   for (int64_t tile = begin; tile < end; ++tile) {
