@@ -29,7 +29,7 @@ def seed_on(device, value=1234567890123456789):
     return torch.tensor([value], device=device)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1])  # to a kernel the second is any number
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5])  # from a half on, the words that are dropped reach into the sign of an int32
 @pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("rows", [None, "samples", "rows"])
 @pytest.mark.parametrize(("dtype", "stream"), [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F32), (F64, F64)])

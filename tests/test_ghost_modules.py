@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from cases import F64
 from ghosts import assert_same, by_parts, calls_of
+from options import check_not_lost
 from test_ghost import leaves, pair
 from torch import nn
 
@@ -121,18 +122,7 @@ def test_copies_states_and_words():
 
 
 def test_what_torch_nn_lacks_is_not_lost():
-    """By revert, by torch.jit.script, by the conversion to a synchronised norm; and an attribute of torch.nn's is no option."""
-    norm = fastnorm.BatchNorm2d(4, virtual_batch_size=2)
-    net = nn.Sequential(norm)
-    assert "has an option that torch.nn's has not: virtual_batch_size" in str(fastnorm.revert(net))
-    assert net[0] is norm
-    with pytest.raises(RuntimeError, match="has no virtual_batch_size"):
-        torch.jit.script(net)
-    with pytest.warns(UserWarning, match="BatchNorm2d is not synchronised"):
-        assert fastnorm.SyncBatchNorm.convert_sync_batchnorm(net)[0] is norm
-    plain = nn.BatchNorm2d(4)
-    plain.virtual_batch_size = 2
-    assert "would take for an option: virtual_batch_size" in str(fastnorm.convert(plain))
+    check_not_lost(fastnorm.BatchNorm2d(4, virtual_batch_size=2), "virtual_batch_size", 2)
     sync, x = fastnorm.SyncBatchNorm(4), torch.randn(6, 4, 3)
     sync.virtual_batch_size = 2
     assert torch.equal(sync(x), fastnorm.BatchNorm1d(4)(x))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import F64
+from options import check_not_lost
 from recomputed import LEAKY, is_recomputed, saved
 from torch import nn
 
@@ -139,19 +140,8 @@ def test_copies_states_and_words(name):
 
 
 def test_what_torch_nn_lacks_is_not_lost():
-    """By revert, by torch.jit.script, by the conversion to a synchronised norm; and an attribute of torch.nn's is no option."""
     for make in NORMS.values():
-        norm = make(recompute="output")
-        net = nn.Sequential(norm)
-        assert "has an option that torch.nn's has not: recompute" in str(fastnorm.revert(net))
-        assert net[0] is norm
-        with pytest.raises(RuntimeError, match="has no recompute"):
-            torch.jit.script(net)
-    with pytest.warns(UserWarning, match="BatchNorm3d is not synchronised"):
-        assert fastnorm.SyncBatchNorm.convert_sync_batchnorm(net)[0] is norm
-    plain = nn.BatchNorm2d(4)
-    plain.recompute = "output"
-    assert "would take for an option: recompute" in str(fastnorm.convert(plain))
+        check_not_lost(make(recompute="output"), "recompute", "output")
     sync, x = fastnorm.SyncBatchNorm(4), torch.randn(6, 4, 3, requires_grad=True)
     sync.recompute = "output"
     assert not is_recomputed(sync(x))

@@ -21,8 +21,7 @@ struct Slope {  // dz, from Standardize's constants; a residual is the last inpu
     std::array<V, J> dy, z;
     repeat<J>([&](auto j) FN_LAMBDA {
       dy[j] = in[j][0];
-      z[j] = Standardize<T>::value({in[j][1]}, c[j]);
-      if constexpr (P == 3) z[j] = z[j] + in[j][2];
+      z[j] = before_end<T, 1>(in[j], c[j]);
     });
     grad_all(epilogue, dy, z);
     return z;
@@ -33,9 +32,7 @@ struct ReluSlope : OneByOne<T, ReluSlope<T, P_>> {  // the same, which is too li
   static constexpr size_t P = P_, K = 3;
   using V = Vec<T>;
   FN_INLINE static V value(const std::array<V, P>& in, const std::array<V, 3>& c) {
-    V z = Standardize<T>::value({in[1]}, c);
-    if constexpr (P == 3) z = z + in[2];
-    return relu_grad(in[0], z);
+    return relu_grad(in[0], before_end<T, 1>(in, c));
   }
 };
 

@@ -15,10 +15,7 @@ struct Activated {  // y, from Standardize's constants; a residual is the last i
   template <size_t J, class C>
   FN_INLINE std::array<V, J> operator()(const InputGroup<T, P, J>& in, const C& c) const {
     std::array<V, J> z;
-    repeat<J>([&](auto j) FN_LAMBDA {
-      z[j] = Standardize<T>::value({in[j][0]}, c[j]);
-      if constexpr (P == 2) z[j] = z[j] + in[j][1];
-    });
+    repeat<J>([&](auto j) FN_LAMBDA { z[j] = before_end<T, 0>(in[j], c[j]); });
     activate_all(epilogue, z);
     return z;
   }
@@ -28,9 +25,7 @@ struct ReluActivated : OneByOne<T, ReluActivated<T, P_>> {  // the same, which i
   static constexpr size_t P = P_, K = 3;
   using V = Vec<T>;
   FN_INLINE static V value(const std::array<V, P>& in, const std::array<V, 3>& c) {
-    V z = Standardize<T>::value({in[0]}, c);
-    if constexpr (P == 2) z = z + in[1];
-    return activate(Activation::relu, z, V(0));
+    return activate(Activation::relu, before_end<T, 0>(in, c), V(0));
   }
 };
 

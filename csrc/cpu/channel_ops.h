@@ -51,6 +51,15 @@ struct Standardize : OneByOne<T, Standardize<T>> {  // high, rstd * weight, bias
   using V = Vec<T>;
   FN_INLINE static V value(const std::array<V, 1>& x, const std::array<V, 3>& c) { return affine(x[0] - c[0], c[1], c[2]); }
 };
+// From Standardize's constants: z of the AT-th input, with the residual, which follows it where there is one.
+template <class T, size_t AT, size_t P>
+FN_INLINE Vec<T> before_end(const std::array<Vec<T>, P>& in, const std::array<Vec<T>, 3>& c) {
+  const Vec<T> z = Standardize<T>::value({in[AT]}, c);
+  if constexpr (P == AT + 2)
+    return z + in[AT + 1];
+  else
+    return z;
+}
 template <class T>
 struct Gradient : OneByOne<T, Gradient<T>> {
   // high, rstd * weight, mean(dz * x_hat) * rstd, mean(dz) - low * mean(dz * x_hat) * rstd

@@ -59,6 +59,7 @@ struct Elementary<at::vec::Vectorized<A>> {
     const V e = exp(z.abs().neg()), least = e / (V(1) + e);
     return at_most_zero(z, least, V(1) - least);
   }
+
   // float: 1/2 + z * r(z^2) with a quotient of polynomials for r, good to 1e-7. It has left the range from 0 to 1 where z^2 is
   // cut off, and ends there; `level` is r's value at that place, so that what the quotient adds to it, and its rounding, are
   // small.

@@ -113,7 +113,7 @@ struct RowForward {
       for (int64_t k = 0; residual.data && k < rows; ++k) residuals[k] = read.residual(m + k, k, i, n);
   }
 
-  // Makes h and its moments in one pass, where they can be had so.
+  // Makes h and its moments in one pass, where h is not rounded and a row is one piece; else false.
   template <class Read>
   bool sum_block(const Read& read, int64_t m, int64_t rows, const T** x, BlockMoments& moments) const {
     if constexpr (FUSED && std::is_same_v<T, A>) {
