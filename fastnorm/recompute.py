@@ -42,8 +42,8 @@ def check(recompute, activation, **others):
         raise ValueError(f"recompute is None or 'output', not {recompute!r}")
     name, alpha = activations.parse(activation)
     if name != "identity" and not (name == "leaky_relu" and 0 < alpha < inf):
-        wanted = "no activation or ('leaky_relu', alpha) with alpha > 0"
-        raise ValueError(f"recompute='output' inverts {wanted}, not activation={activation!r}")
+        wanted = "goes without an activation or with ('leaky_relu', alpha), alpha > 0"
+        raise ValueError(f"recompute='output' {wanted}, which it inverts; it was given activation={activation!r}")
     for name, value in others.items():
         if value is not None:
             raise ValueError(f"recompute='output' inverts a norm and its activation alone, and here is {name} as well")

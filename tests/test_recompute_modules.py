@@ -166,7 +166,7 @@ def test_what_is_refused_at_construction(name):
         with pytest.raises(ValueError, match="recompute is None or 'output', not"):
             make(recompute=wrong)
     for activation in ("relu", "elu", ("leaky_relu", 0.0)):
-        with pytest.raises(ValueError, match="inverts no activation or"):
+        with pytest.raises(ValueError, match="goes without an activation or with"):
             make(recompute="output", activation=activation)
     if name.startswith("Batch"):
         with pytest.raises(ValueError, match="here is virtual_batch_size as well"):
@@ -193,7 +193,7 @@ def test_what_is_refused_at_the_call(training, momentum, backend, device):
         ({}, {"mask": mask}, "here is mask as well"),
         ({}, {"lengths": lengths}, "here is lengths as well"),
         ({"virtual_batch_size": 2}, {}, "here is virtual_batch_size as well"),
-        ({"activation": "relu"}, {}, "not activation='relu'"),
+        ({"activation": "relu"}, {}, "given activation='relu'"),
         ({"recompute": "input"}, {}, "recompute is None or 'output', not 'input'"),
     ):
         norm = fastnorm.BatchNorm1d(4, momentum=momentum, recompute="output", device=device).train(training)
