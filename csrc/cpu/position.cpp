@@ -79,7 +79,7 @@ struct PositionForward : PositionNorm<T> {
         const Plane<const T> in = blocks.read(this->x, k, from);
         const Plane<T> out = blocks.place(y, k, to);
         save(k, Found(*this, in, n));
-        apply(in, n, typename Base::Standardized(*this, k, n), out);
+        apply(in, n, typename Base::Standardized(*this, k, n), out, blocks.ahead(i));
         blocks.write(out, k, y);
       }
       if (stream) stream_end();
@@ -149,13 +149,16 @@ struct PositionForward : PositionNorm<T> {
     reciprocal_roots(variance.data(), k.count, rstd + k.m);
   }
 
-  void apply(const Plane<const T>& in, int64_t n, const typename Base::Standardized& s, const Plane<T>& out) const {
+  void apply(const Plane<const T>& in, int64_t n, const typename Base::Standardized& s, const Plane<T>& out,
+             int64_t ahead) const {
     for_tiles<V>(g.C, n, [&](auto place, int64_t c, int64_t end) FN_LAMBDA {
       constexpr size_t J = decltype(place)::J;
       const auto constants = s.at(place);
       for (; c < end; ++c) {
         const V w(this->weight[c]), b(this->bias[c]);
         auto z = place.load(in[c]);
+        place.template fetch<false>(in[c], ahead);
+        if (!stream) place.template fetch<true>(out[c], ahead);
         repeat<J>([&](auto j) FN_LAMBDA { z[j] = affine(Standardize<T>::value({z[j]}, constants[j]), w, b); });
         activate_all(this->epilogue, z);
         place.put(out[c], z, stream);
@@ -203,7 +206,7 @@ struct PositionBackward : PositionNorm<T> {
         for (int64_t i = item * each; i < std::min(blocks.count, (item + 1) * each); ++i) {
           const Block k = blocks[i];
           const Plane<T> out = dx ? blocks.place(dx, k, dx_block) : Plane<T>{};
-          go(k, {blocks.read(dy, k, dy_block), blocks.read(this->x, k, x_block)}, dz, out, sums);
+          go(k, {blocks.read(dy, k, dy_block), blocks.read(this->x, k, x_block)}, dz, out, sums, blocks.ahead(i));
           if (dx) blocks.write(out, k, dx);
         }
       }
@@ -217,7 +220,7 @@ struct PositionBackward : PositionNorm<T> {
     Plane<const T> dy, x;
   };
 
-  void go(Block k, const In& in, A* dz, const Plane<T>& out, double* sums) const {
+  void go(Block k, const In& in, A* dz, const Plane<T>& out, double* sums, int64_t ahead) const {
     const int64_t n = blocks.n(k);
     const Standardized s(*this, k, n);
     const Plane<A> kept{dz, MAX_WIDTH};
@@ -237,9 +240,9 @@ struct PositionBackward : PositionNorm<T> {
       c2[i] = static_cast<A>(of[0][i] / C + c1 * static_cast<double>(s.rest[i]));
     }
     if (slopes)
-      apply(kept, in.x, n, s, c1_rstd, c2, out);
+      apply(kept, in, n, s, c1_rstd, c2, out, ahead);
     else
-      apply(in.dy, in.x, n, s, c1_rstd, c2, out);
+      apply(in.dy, in, n, s, c1_rstd, c2, out, ahead);
   }
 
   // For each position the sums of g = dz * weight and of g * x_hat, and for each channel those of dz and dz * x_hat. Keeps dz
@@ -291,8 +294,8 @@ struct PositionBackward : PositionNorm<T> {
   }
 
   template <class S>
-  void apply(const Plane<S>& dz, const Plane<const T>& x, int64_t n, const Standardized& s, const OfPositions<A>& c1_rstd,
-             const OfPositions<A>& c2, const Plane<T>& out) const {
+  void apply(const Plane<S>& dz, const In& in, int64_t n, const Standardized& s, const OfPositions<A>& c1_rstd,
+             const OfPositions<A>& c2, const Plane<T>& out, int64_t ahead) const {
     for_tiles<V>(g.C, n, [&](auto place, int64_t c, int64_t end) FN_LAMBDA {
       constexpr size_t J = decltype(place)::J;
       const auto high = place.load(s.high.data()), rstd = place.load(s.rstd.data());
@@ -300,7 +303,10 @@ struct PositionBackward : PositionNorm<T> {
       for (; c < end; ++c) {
         const V w(this->weight[c]);
         auto v = place.load(dz[c]);
-        const auto x_c = place.load(x[c]);
+        const auto x_c = place.load(in.x[c]);
+        place.template fetch<false>(in.dy[c], ahead);
+        place.template fetch<false>(in.x[c], ahead);
+        if (!stream) place.template fetch<true>(out[c], ahead);
         repeat<J>([&](auto j) FN_LAMBDA {
           v[j] = WeightedGradient<T>::value({v[j], x_c[j]}, {high[j], rstd[j], c1_p[j], c2_p[j], w});
         });

@@ -44,6 +44,11 @@ struct Place {
     if (J == 1 || own(J - 2) == W) return put_all<T, J>(row + (J == 1 ? last : i), v, W, stream);
     repeat<J>([&](auto j) FN_LAMBDA { store(row + at(j), v[j]); });
   }
+  // Asks for the same place of the block that begins `ahead` elements after this one, where that is not 0.
+  template <bool WRITE, class T>
+  FN_INLINE void fetch(const T* row, int64_t ahead) const {
+    if (ahead > 0) prefetch<WRITE>(row + i + ahead, J * lanes<V> * static_cast<int64_t>(sizeof(T)));
+  }
 };
 
 // f(place) for the vectors of n elements, at least one vector, up to four at a time and never one alone beside others.
@@ -126,7 +131,7 @@ class Blocks {
   int64_t count;
 
   // `bytes`: what is to stay in cache of each channel of a position.
-  Blocks(Positions g, int64_t bytes) : g_(g), packed_(g.S < W) {
+  Blocks(Positions g, int64_t bytes) : g_(g), packed_(g.S < W), small_(g.M() * g.C * bytes < CACHES / 5) {
     constexpr int64_t LINE = std::max<int64_t>(16, 64 / sizeof(T));
     width_ = std::clamp<int64_t>(CACHE / (g.C * bytes) / LINE * LINE, LINE, WIDEST_BLOCK);
     if (packed_) width_ = std::max<int64_t>(1, width_ / g.S) * g.S;
@@ -140,6 +145,9 @@ class Blocks {
     const int64_t b = i / in_sample_, k = i % in_sample_, s = k * width_;
     return {b * g_.S + s, k + 1 < in_sample_ ? width_ : g_.S - s};
   }
+  // From each row of block i to that of the next in the same sample, where it is worth to ask for that; else 0. Rows lie in
+  // pages of their own, so that the processor does not find out by itself what comes next; what is small is in its caches.
+  int64_t ahead(int64_t i) const { return small_ || packed_ || (i + 1) % in_sample_ == 0 ? 0 : width_; }
   // Positions that are computed.
   int64_t n(Block k) const { return packed_ ? ceil_div(k.count, W) * W : k.count; }
   // What a thread needs for one input or output.
@@ -186,7 +194,7 @@ class Blocks {
   }
 
   Positions g_;
-  bool packed_;
+  bool packed_, small_;
   int64_t width_, in_sample_;
 };
 
