@@ -32,7 +32,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("need"), py::arg("centre") = true);
   m.def("channel_fused_fwd", &channel_fused_fwd, no_gil, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("residual"),
         py::arg("activation"), py::arg("alpha"), py::arg("running_mean"), py::arg("running_var"), py::arg("training"),
-        py::arg("momentum"), py::arg("eps"), py::arg("num_batches_tracked") = py::none());
+        py::arg("momentum"), py::arg("eps"), py::arg("num_batches_tracked") = py::none(), py::arg("keep") = false);
   m.def("channel_fused_bwd", &channel_fused_bwd, no_gil);
   m.def("group_fwd", &group_fwd, no_gil);
   m.def("group_bwd", &group_bwd, no_gil);

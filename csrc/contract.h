@@ -52,11 +52,12 @@ std::tuple<Tensor, Maybe, Tensor, Tensor> row_fused_fwd(const Tensor& x, const M
 FusedGrads row_fused_bwd(const Tensor& dy, const Maybe& dh, const Tensor& x, const Maybe& residual, const Maybe& weight,
                          const Maybe& bias, const std::string& activation, double alpha, const Tensor& mean,
                          const Tensor& rstd, const FusedNeed& need, bool centre);
-std::tuple<Tensor, Tensor, Tensor> channel_fused_fwd(const Tensor& x, const Maybe& weight, const Maybe& bias,
-                                                     const Maybe& residual, const std::string& activation, double alpha,
-                                                     const Maybe& running_mean, const Maybe& running_var, bool training,
-                                                     double momentum, double eps, const Maybe& num_batches_tracked);
-FusedGrads channel_fused_bwd(const Tensor& dy, const Tensor& x, const Maybe& residual, const Maybe& weight, const Maybe& bias,
+std::tuple<Tensor, Tensor, Tensor, Maybe> channel_fused_fwd(const Tensor& x, const Maybe& weight, const Maybe& bias,
+                                                            const Maybe& residual, const std::string& activation,
+                                                            double alpha, const Maybe& running_mean, const Maybe& running_var,
+                                                            bool training, double momentum, double eps,
+                                                            const Maybe& num_batches_tracked, bool keep);
+FusedGrads channel_fused_bwd(const Tensor& dy, const Tensor& x, const Maybe& kept, const Maybe& weight, const Maybe& bias,
                              const std::string& activation, double alpha, const Tensor& mean, const Tensor& rstd,
                              bool training, const FusedNeed& need);
 

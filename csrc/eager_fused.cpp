@@ -111,9 +111,9 @@ struct FastnormFusedBatchNorm : torch::autograd::Function<FastnormFusedBatchNorm
   static constexpr bool is_traceable = true;
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Maybe& weight, const Maybe& bias, const Maybe& residual,
                         const Ending& ending, const BatchOptions& o) {
-    auto [y, mean, rstd] = channel_fused_fwd(x, weight, bias, residual, ending.activation, ending.alpha, o.running_mean,
-                                             o.running_var, o.training, o.momentum, o.eps, o.num_batches_tracked);
-    remember(ctx, x, weight, bias, residual, mean, rstd, ending, o.eps);
+    auto [y, mean, rstd, kept] = channel_fused_fwd(x, weight, bias, residual, ending.activation, ending.alpha, o.running_mean,
+                                                   o.running_var, o.training, o.momentum, o.eps, o.num_batches_tracked, true);
+    remember(ctx, x, weight, bias, kept, mean, rstd, ending, o.eps);
     ctx->saved_data["training"] = o.training;
     return y;
   }
@@ -123,12 +123,12 @@ struct FastnormFusedBatchNorm : torch::autograd::Function<FastnormFusedBatchNorm
     const Ending ending = ending_of(ctx);
     const FusedNeed need = needed(ctx, ctx->needs_input_grad(0), weight, ending, 1);
     const bool training = ctx->saved_data["training"].toBool(), to_residual = ctx->needs_input_grad(3);
-    const Maybe w = given(weight), bias = given(saved[2]), residual = given(saved[3]);
+    const Maybe w = given(weight), bias = given(saved[2]), kept = given(saved[3]);
     const auto [dx, dweight, dbias, dz] =
-        differentiable(dy) ? call_formula<FusedGrads>(batch_norm_formula, dy, x, w, bias, residual, ending.activation,
+        differentiable(dy) ? call_formula<FusedGrads>(batch_norm_formula, dy, x, w, bias, kept, ending.activation,
                                                       ending.alpha, mean, rstd, training,
                                                       ctx->saved_data["eps"].toDouble(), need)
-                           : channel_fused_bwd(dy, x, residual, w, bias, ending.activation, ending.alpha, mean, rstd, training,
+                           : channel_fused_bwd(dy, x, kept, w, bias, ending.activation, ending.alpha, mean, rstd, training,
                                                need);
     return {or_none(dx), or_none(dweight), or_none(dbias), to_residual && ending.plain() ? dy : or_none(dz)};
   }
@@ -220,7 +220,7 @@ PyObject* fused_batch_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const py::gil_scoped_release no_gil;
     y = grad ? batch_norm_with_grad(x, weight, bias, residual, ending, o)
              : std::get<0>(channel_fused_fwd(x, weight, bias, residual, ending.activation, ending.alpha, running_mean,
-                                             running_var, o.training, o.momentum, o.eps, counter));
+                                             running_var, o.training, o.momentum, o.eps, counter, false));
     if (counter) counter->unsafeGetTensorImpl()->bump_version();
   }
   return THPVariable_Wrap(std::move(y));

@@ -39,6 +39,9 @@ FusedGrads given(Maybe dx, Maybe dweight, Maybe dbias, Maybe dresidual, const Fu
           std::move(dresidual)};
 }
 
+// What channel_fused_fwd keeps for each element in the place of a residual; whole words are read of it.
+int64_t bytes_of_bits(int64_t n) { return (n + 7) / 8 + 8; }
+
 // Groups of the channels of x, M of them in all its samples.
 Groups groups_of(const Tensor& x, int64_t M) {
   const int64_t B = x.size(0), C = channels_of(x);
@@ -133,10 +136,11 @@ FusedGrads row_fused_bwd(const Tensor& dy, const Maybe& dh, const Tensor& x, con
   return given(dx, dweight, dbias, dresidual, need);
 }
 
-std::tuple<Tensor, Tensor, Tensor> channel_fused_fwd(const Tensor& x, const Maybe& weight, const Maybe& bias,
-                                                     const Maybe& residual, const std::string& activation, double alpha,
-                                                     const Maybe& running_mean, const Maybe& running_var, bool training,
-                                                     double momentum, double eps, const Maybe& num_batches_tracked) {
+std::tuple<Tensor, Tensor, Tensor, Maybe> channel_fused_fwd(const Tensor& x, const Maybe& weight, const Maybe& bias,
+                                                            const Maybe& residual, const std::string& activation,
+                                                            double alpha, const Maybe& running_mean, const Maybe& running_var,
+                                                            bool training, double momentum, double eps,
+                                                            const Maybe& num_batches_tracked, bool keep) {
   TORCH_CHECK(running_mean.has_value() == running_var.has_value() && (training || running_mean),
               "running_mean and running_var are given together, and always in evaluation");
   On on(x);
@@ -153,25 +157,38 @@ std::tuple<Tensor, Tensor, Tensor> channel_fused_fwd(const Tensor& x, const Mayb
   const ChannelsInput r = residual ? d.beside(*residual, "residual", keep_residual) : ChannelsInput{};
   SavedStatistics saved;
   const Statistics s = saved.make(x, C);
+  const Epilogue end = epilogue(activation, alpha);
+  Maybe kept = keep ? residual : std::nullopt;
+  uint8_t* bits = nullptr;
+  if (kept && end.activation == Activation::relu && !on.gpu()) {
+    kept = empty(x, {bytes_of_bits(x.numel())}, at::kByte);
+    bits = kept->mutable_data_ptr<uint8_t>();
+  }
   on(&Kernels::channel_fused_fwd, d.g, d.in, r, parameter(on, weight, "weight", C, x, w), parameter(on, bias, "bias", C, x, b),
-     epilogue(activation, alpha), m.array(), v.array(), tracked, training, momentum, eps, output(y), s.mean, s.rstd);
+     end, m.array(), v.array(), tracked, training, momentum, eps, output(y), bits, s.mean, s.rstd);
   if (training) m.write_back(), v.write_back();
-  return {y, saved.mean, saved.rstd};
+  return {y, saved.mean, saved.rstd, kept};
 }
 
-FusedGrads channel_fused_bwd(const Tensor& dy, const Tensor& x, const Maybe& residual, const Maybe& weight, const Maybe& bias,
+FusedGrads channel_fused_bwd(const Tensor& dy_, const Tensor& x, const Maybe& kept, const Maybe& weight, const Maybe& bias,
                              const std::string& activation, double alpha, const Tensor& mean, const Tensor& rstd,
                              bool training, const FusedNeed& need) {
   On on(x);
   Shaped d(x);
   const int64_t C = d.g.C;
   Tensor keep_residual, w, b;
-  const ChannelsInput dy_in = d.gradient(dy), r = residual ? d.beside(*residual, "residual", keep_residual) : ChannelsInput{};
+  const Epilogue end = epilogue(activation, alpha);
+  const bool in_bits = kept && kept->scalar_type() == at::kByte;
+  TORCH_CHECK(!in_bits || (end.activation == Activation::relu && !on.gpu() && kept->numel() == bytes_of_bits(x.numel())),
+              "bits of z are kept for relu, by the kernels that read them");
+  const Tensor dy = in_bits ? dy_.contiguous(d.format) : dy_;  // in the order of the bits
+  const ChannelsInput dy_in = d.gradient(dy),
+                      r = kept && !in_bits ? d.beside(*kept, "residual", keep_residual) : ChannelsInput{};
   const auto result = [&](bool wanted) { return wanted ? Maybe(d.empty_like()) : std::nullopt; };
   const Maybe dx = result(std::get<0>(need)), dresidual = result(std::get<3>(need));
   const Maybe dweight = empty_grad(on, x, std::get<1>(need), C), dbias = empty_grad(on, x, std::get<2>(need), C);
-  on(&Kernels::channel_fused_bwd, d.g, dy_in, d.in, r, parameter(on, weight, "weight", C, x, w),
-     parameter(on, bias, "bias", C, x, b), epilogue(activation, alpha), statistic(mean, "mean", x, 2 * C),
+  on(&Kernels::channel_fused_bwd, d.g, dy_in, d.in, r, in_bits ? kept->const_data_ptr<uint8_t>() : nullptr,
+     parameter(on, weight, "weight", C, x, w), parameter(on, bias, "bias", C, x, b), end, statistic(mean, "mean", x, 2 * C),
      statistic(rstd, "rstd", x, C), training, maybe(dx), maybe(dweight), maybe(dbias), maybe(dresidual));
   return given(dx, dweight, dbias, dresidual, need);
 }

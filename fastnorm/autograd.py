@@ -191,24 +191,24 @@ class FusedBatchNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, activation, alpha, mean, var, training, momentum, eps, tracked, backend):
         options = (residual, activation, alpha, mean, var, training, momentum, eps, tracked)
-        y, mean, rstd = backend.channel_fused_fwd(x, weight, bias, *options)
+        y, mean, rstd, kept = backend.channel_fused_fwd(x, weight, bias, *options, keep=True)
         plain = activation == "identity"
-        ctx.save_for_backward(x, weight, None if plain else bias, None if plain else residual, mean, rstd)
+        ctx.save_for_backward(x, weight, None if plain else bias, None if plain else kept, mean, rstd)
         ctx.options, ctx.plain, ctx.bias_dtype = (activation, alpha, training, eps, backend), plain, _dtype(bias)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, bias, residual, mean, rstd = ctx.saved_tensors
+        x, weight, bias, kept, mean, rstd = ctx.saved_tensors
         activation, alpha, training, eps, backend = ctx.options
         dx, *parameters, dresidual = ctx.needs_input_grad[:4]
         need = (dx, *_parameter_dtypes(ctx, weight, parameters), dresidual and not ctx.plain)
         if is_differentiable(dy):
             formula = composite.fused_batch_norm_backward
-            grads = formula(dy, x, weight, bias, residual, activation, alpha, mean, rstd, training, eps, need)
+            grads = formula(dy, x, weight, bias, kept, activation, alpha, mean, rstd, training, eps, need)
         else:
             run = backend.channel_fused_bwd
-            grads = run(dy, x, residual, weight, bias, activation, alpha, mean, rstd, training, need)
+            grads = run(dy, x, kept, weight, bias, activation, alpha, mean, rstd, training, need)
         dx, dweight, dbias, dz = grads
         return dx, dweight, dbias, dy if dresidual and ctx.plain else dz, *[None] * 9
 

@@ -154,13 +154,13 @@ def fused_rows_backward(dy, dh, x, weight, bias, residual, activation, alpha, ep
     return reference.row_fused_bwd(dy, dh, x, residual, weight, bias, activation, alpha, *saved, need, centre)
 
 
-def fused_batch_norm_backward(dy, x, weight, bias, residual, activation, alpha, mean, rstd, training, eps, need):
+def fused_batch_norm_backward(dy, x, weight, bias, kept, activation, alpha, mean, rstd, training, eps, need):
     """dx, dweight, dbias, dresidual as in channel_fused_bwd; they can be differentiated again."""
     if training:
         c, acc = Channels.of(x.shape), accumulate_dtype(x.dtype)
         n, mean, m2, scale = moments(c.view(x).to(acc), (0, 2))
         mean, rstd = mean.view(2, c.C), rstd_of(n, m2, scale, eps, acc).view(c.C)
-    return reference.channel_fused_bwd(dy, x, residual, weight, bias, activation, alpha, mean, rstd, training, need)
+    return reference.channel_fused_bwd(dy, x, kept, weight, bias, activation, alpha, mean, rstd, training, need)
 
 
 def group_norm_backward(dy, x, weight, bias, activation, alpha, eps, groups, need):

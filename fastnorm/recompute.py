@@ -212,7 +212,7 @@ class Channels(NamedTuple):
 class RecomputedBatchNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, o, backend):
-        y, mean, rstd = backend.channel_fused_fwd(x, weight, bias, None, *o)
+        y, mean, rstd, _ = backend.channel_fused_fwd(x, weight, bias, None, *o)
         ctx.slope, ctx.training, ctx.backend = _slope(o.activation, o.alpha), o.training, backend
         index = lost(x, x.shape[1], weight, bias, None if o.training else rstd, ctx.slope)
         kept = None if index is None else x.index_select(1, index)

@@ -20,6 +20,8 @@ The functions with `fused` in their names are a norm with what surrounds it, see
 * `weight` and `bias` of rows may be P * N elements, P parts of which each is for the next M / P rows (adaptive layer norm).
   The gradients have as many. Where there are both, they are alike; where P is not 1, there is a weight.
 * `centre`: False for RMSNorm, whose mean (and c2) is 0.
+* `kept` of channel_fused_bwd is the residual, or what the same backend's channel_fused_fwd gave in its place: for relu it may
+  be uint8, of which bit i % 8 of byte i / 8 is 1 where z + residual is not <= 0 for element i of y, in memory's order.
 * `need` has a fourth entry, True where dresidual is wanted: dz, rounded once to x's dtype, in the format of dx.
 
 Those with `group` in their names are a norm over `groups` of neighbouring channels of each sample (group norm), ended by an
@@ -299,23 +301,45 @@ def row_fused_bwd(dy, dh, x, residual, weight, bias, activation, alpha, mean, rs
 
 
 def channel_fused_fwd(
-    x, weight, bias, residual, activation, alpha, running_mean, running_var, training, momentum, eps, num_batches_tracked=None
+    x,
+    weight,
+    bias,
+    residual,
+    activation,
+    alpha,
+    running_mean,
+    running_var,
+    training,
+    momentum,
+    eps,
+    num_batches_tracked=None,
+    keep=False,
 ):
-    """y, mean (2, C), rstd (C,), as channel_fwd"""
+    """y, mean (2, C), rstd (C,), as channel_fwd; what backward takes in the place of the residual, where that is asked for"""
     wide, acc = x.to(accumulate_dtype(x.dtype)), accumulate_dtype(x.dtype)
     z, mean, rstd = channel_fwd(wide, weight, bias, running_mean, running_var, training, momentum, eps, num_batches_tracked)
     r = None if residual is None else residual.to(acc)
     y = _epilogue(z, r, activation, alpha)
-    return _like(y, x, suggest_memory_format(x)), mean, rstd
+    return _like(y, x, suggest_memory_format(x)), mean, rstd, residual if keep else None
 
 
-def channel_fused_bwd(dy, x, residual, weight, bias, activation, alpha, mean, rstd, training, need):
+def channel_fused_bwd(dy, x, kept, weight, bias, activation, alpha, mean, rstd, training, need):
     """dx, dweight (C,), dbias (C,), dresidual"""
     acc, like = rstd.dtype, lambda t: _like(t, x, suggest_memory_format(x))
-    z = channel_apply(x.to(acc), mean, rstd, weight, bias)
-    dz = _grad_epilogue(dy.to(acc), z, residual, activation, alpha)
+    if kept is not None and kept.dtype == torch.uint8:
+        dz = torch.where(kept_bits(kept, x), dy.to(acc), 0.0)
+    else:
+        z = channel_apply(x.to(acc), mean, rstd, weight, bias)
+        dz = _grad_epilogue(dy.to(acc), z, kept, activation, alpha)
     dx, dweight, dbias = channel_bwd(dz, x.to(acc), weight, mean, rstd, training, need[:3])
     return None if dx is None else like(dx), dweight, dbias, like(dz) if need[3] else None
+
+
+def kept_bits(kept, x):
+    """Where z is not <= 0, bool of x's shape"""
+    bits = (kept.view(-1, 1) >> torch.arange(8, device=kept.device, dtype=torch.uint8) & 1).bool().view(-1)[: x.numel()]
+    order = torch.empty_like(x, dtype=torch.bool, memory_format=suggest_memory_format(x))
+    return bits.as_strided(order.shape, order.stride())
 
 
 # ---------------------------------------------------------------- groups of channels

@@ -245,7 +245,7 @@ def channel_grad(dy, x, mean, rstd, weight, c1, c2):
 
 def channel_fwd(x, weight, bias, running_mean, running_var, training, momentum, eps, num_batches_tracked=None):
     return channel_fused_fwd(x, weight, bias, None, "identity", 0.0, running_mean, running_var, training, momentum, eps,
-                             num_batches_tracked)  # fmt: skip
+                             num_batches_tracked)[:3]  # fmt: skip
 
 
 def channel_bwd(dy, x, weight, mean, rstd, training, need):
@@ -253,13 +253,26 @@ def channel_bwd(dy, x, weight, mean, rstd, training, need):
 
 
 def channel_fused_fwd(
-    x, weight, bias, residual, activation, alpha, running_mean, running_var, training, momentum, eps, num_batches_tracked=None
+    x,
+    weight,
+    bias,
+    residual,
+    activation,
+    alpha,
+    running_mean,
+    running_var,
+    training,
+    momentum,
+    eps,
+    num_batches_tracked=None,
+    keep=False,
 ):
+    kept = residual if keep else None
     y, (mean, rstd), weight, bias = like(x), _statistics(x), dense(weight), dense(bias)
     running = [dense(running_mean), dense(running_var), num_batches_tracked if training else None]
     end = {"residual": residual, "activation": activation, "alpha": number(activation, alpha)}
     if not training:
-        return _apply(x, mean, rstd, weight, bias, y, None, running, eps, **end), mean, rstd
+        return _apply(x, mean, rstd, weight, bias, y, None, running, eps, **end), mean, rstd, kept
     if not slab_fwd(x, weight, bias, running, y, mean, rstd, momentum, eps, **end):
         partial, few = _stats(x, mean)
         if few:
@@ -270,7 +283,7 @@ def channel_fused_fwd(
     for new, old in zip(running[:2], (running_mean, running_var), strict=True):
         if new is not old:  # the buffer is strided: dense made a copy
             old.data.copy_(new)
-    return y, mean, rstd
+    return y, mean, rstd, kept
 
 
 def channel_fused_bwd(dy, x, residual, weight, bias, activation, alpha, mean, rstd, training, need):

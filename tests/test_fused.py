@@ -125,8 +125,8 @@ def test_channels(fused, backend, device):
     running, tracked = fused.case.running(device, F32), torch.zeros((), dtype=torch.int64, device=device)
     expected = [t.clone() for t in running]
     options = (fused.training, 0.1, fused.case.eps)
-    y, mean, rstd = backend.channel_fused_fwd(
-        x, weight, bias, residual, fused.activation, fused.alpha, *running, *options, tracked
+    y, mean, rstd, kept = backend.channel_fused_fwd(
+        x, weight, bias, residual, fused.activation, fused.alpha, *running, *options, tracked, keep=True
     )
     _, exact_mean, exact_rstd = reference.channel_fwd(x.double(), None, None, *expected, *options)
     assert tracked == int(fused.training)
@@ -138,7 +138,7 @@ def test_channels(fused, backend, device):
     torch.testing.assert_close(rstd, exact_rstd, rtol=2e-6, atol=0)
     need = (True, *dtypes(weight, bias), residual is not None)
     gradients = backend.channel_fused_bwd(
-        dy, x, residual, weight, bias, fused.activation, fused.alpha, exact_mean, exact_rstd, fused.training, need
+        dy, x, kept, weight, bias, fused.activation, fused.alpha, exact_mean, exact_rstd, fused.training, need
     )
     names = ("dx", "dweight", "dbias", "dresidual")
     results = {"y": y} | {name: g for name, g in zip(names, gradients, strict=True) if g is not None}
@@ -151,19 +151,21 @@ def test_channels(fused, backend, device):
     check("channels", fused, results, truth, device, cancelling("channels", fused, x, weight, truth["dz"]))
 
 
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
 @pytest.mark.parametrize(("kind", "shape"), [("rows", (6, 20)), ("rows", (2, 17000)), ("training", (6, 20)),
                                              ("evaluation", (6, 20)), ("training", (16, 3, 30, 30))])  # fmt: skip
-def test_gradients_that_are_not_wanted(kind, shape, backend, device):
+def test_gradients_that_are_not_wanted(kind, shape, activation, backend, device):
     """Each alone and all combinations: what is not wanted is None, what is wanted is as it is among all."""
-    fused = Fused(Case(shape), "gelu", residual="dense")
+    fused = Fused(Case(shape), activation, residual="dense")
     x, dy, weight, bias, _, residual, _ = fused.inputs(device, 0, kind == "rows")
     if kind == "rows":
-        _, _, *s = reference.row_fused_fwd(x, None, weight, bias, residual, "gelu", 0.0, 1e-5, shape[-1])
-        run = lambda need: backend.row_fused_bwd(dy, None, x, residual, weight, bias, "gelu", 0.0, *s, need)
+        _, _, *s = reference.row_fused_fwd(x, None, weight, bias, residual, activation, 0.0, 1e-5, shape[-1])
+        run = lambda need: backend.row_fused_bwd(dy, None, x, residual, weight, bias, activation, 0.0, *s, need)
     else:
-        _, *s = reference.channel_fused_fwd(x, weight, bias, residual, "gelu", 0.0, None, None, True, 0.1, 1e-5)
+        around = (weight, bias, residual, activation, 0.0, None, None, True, 0.1, 1e-5)
+        _, *s, kept = backend.channel_fused_fwd(x, *around, keep=True)
         trains = kind == "training"
-        run = lambda need: backend.channel_fused_bwd(dy, x, residual, weight, bias, "gelu", 0.0, *s, trains, need)
+        run = lambda need: backend.channel_fused_bwd(dy, x, kept, weight, bias, activation, 0.0, *s, trains, need)
     every = run((True, F32, F32, True))
     for need in itertools.product((True, False), (F32, None), (F32, None), (True, False)):
         for wanted, one, full in zip(need, run(need), every, strict=True):

@@ -465,7 +465,8 @@ def test_an_activation_saves_nothing(activation, backend, device):
     x, r, w, b = make([(64, 32, 8, 8), (64, 32, 8, 8), (32,), (32,)], device)
     options = {"training": True, "activation": activation, "residual": r}
     _, ours = saved_bytes(lambda x, r, w, b: fastnorm.batch_norm(x, None, None, w, b, **options), (x, r, w, b))
-    assert ours <= 32 * 4 * 3  # mean pair and rstd
+    bits = x.numel() // 8 + 8 if activation == "relu" and backend.__name__ == "fastnorm.native" else 0
+    assert ours <= 32 * 4 * 3 + bits  # mean pair and rstd, and what is kept in the place of the residual
 
 
 @pytest.mark.parametrize("cls", [fastnorm.InstanceNorm1d, fastnorm.InstanceNorm2d, fastnorm.InstanceNorm3d])

@@ -5,6 +5,7 @@
 // less time than it takes to write it.
 #include "channel.h"
 #include "epilogue.h"
+#include "kept.h"
 
 namespace fastnorm::cpu {
 namespace {
@@ -25,14 +26,6 @@ struct Slope {  // dz, from Standardize's constants; a residual is the last inpu
     });
     grad_all(epilogue, dy, z);
     return z;
-  }
-};
-template <class T, size_t P_>
-struct ReluSlope : OneByOne<T, ReluSlope<T, P_>> {  // the same, which is too little for several rows of vectors at once
-  static constexpr size_t P = P_, K = 3;
-  using V = Vec<T>;
-  FN_INLINE static V value(const std::array<V, P>& in, const std::array<V, 3>& c) {
-    return relu_grad(in[0], before_end<T, 1>(in, c));
   }
 };
 
@@ -119,6 +112,45 @@ struct FusedBackward {
     });
   }
 
+  // dz is dy where z's bit is set: dy and bits are in y's order. It is made a part at a time and read again from there, or made
+  // in both passes, where that is as fast.
+  void kept(const ChannelsInput& dy, const ChannelsInput& x, const uint8_t* bits, T* dresidual) const {
+    bool done = false;
+    if (training && dx)
+      with_sweep<T, 2>(g, {&dy, &x}, [&](const auto& sweep) {
+        if constexpr (std::decay_t<decltype(sweep)>::TAKES_MARKS) {
+          if (!sweep.takes_marks()) return;
+          done = true;
+          backward<T>(g, dy, weight, mean, rstd, training, dx, dweight, dbias, [&](const auto& passes) {
+            passes(sweep.marked({data<T>(dy), bits, dresidual}), Nothing{});
+          });
+        }
+      });
+    if (!done) kept_in_parts(data<T>(dy), x, bits, dresidual);
+  }
+
+  void kept_in_parts(const T* dy, const ChannelsInput& x, const uint8_t* bits, T* dresidual) const {
+    const Buffer<T> own(dresidual || dx ? 0 : g.C * g.count());
+    T* to = dresidual ? dresidual : dx ? dx : own;
+    const ChannelsInput dz = dense_channels(g, {to, dtype_of<T>});
+    const auto keep = [&](int64_t i, int64_t n) { keep_marked(dy, bits, i, n, to); };
+    const auto keep_all = [&] {
+      constexpr int64_t PART = 16384;
+      const int64_t n = g.C * g.count();
+      parallel_for(ceil_div(n, PART), PART, [&](int64_t begin, int64_t end) {
+        keep(begin * PART, std::min(n, end * PART) - begin * PART);
+      });
+    };
+    if (!sums_needed()) keep_all();
+    backward<T>(g, dz, weight, mean, rstd, training, dx, dweight, dbias, [&](const auto& passes) {
+      with_sweep<T, 2>(g, {&dz, &x}, [&](const auto& sweep) {
+        if (sweep.in_runs()) return passes(sweep, sweep.runs(keep));
+        keep_all();
+        passes(sweep, Nothing{});
+      });
+    });
+  }
+
   template <class Value>
   void others(const Inputs<Value::P>& in, const Value& slope, T* dresidual) const {
     constexpr size_t P = Value::P;
@@ -139,16 +171,16 @@ struct FusedBackward {
 }  // namespace
 
 void channel_fused_bwd(Channels g, const ChannelsInput& dy, const ChannelsInput& x, const ChannelsInput& residual,
-                       ConstArray weight, ConstArray bias, Epilogue epilogue, const void* mean, const void* rstd, bool training,
-                       Array dx, Array dweight, Array dbias, Array dresidual) {
+                       const uint8_t* kept, ConstArray weight, ConstArray bias, Epilogue epilogue, const void* mean,
+                       const void* rstd, bool training, Array dx, Array dweight, Array dbias, Array dresidual) {
   if (epilogue.activation == Activation::identity && !dresidual.data)
     return channel_bwd(g, dy, x, weight, mean, rstd, training, dx, dweight, dbias);
   with_type(x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;
     const FusedBackward<T> run{g, weight, bias, as<A>(mean), as<A>(rstd), training, as<T>(dx.data), dweight, dbias};
-    if (residual.data && epilogue.activation == Activation::relu)
-      run.others({&dy, &x, &residual}, ReluSlope<T, 3>{}, as<T>(dresidual.data));
+    if (kept)
+      run.kept(dy, x, kept, as<T>(dresidual.data));
     else if (residual.data)
       run.others({&dy, &x, &residual}, Slope<T, 3>{epilogue}, as<T>(dresidual.data));
     else if (epilogue.activation == Activation::relu && !dresidual.data)

@@ -1,6 +1,7 @@
 // Batch norm and what comes after it, y = act(z + residual), in the two passes of the plain norm.
 #include "channel.h"
 #include "epilogue.h"
+#include "kept.h"
 
 namespace fastnorm::cpu {
 namespace {
@@ -24,8 +25,17 @@ template <class T, size_t P_>
 struct ReluActivated : OneByOne<T, ReluActivated<T, P_>> {  // the same, which is too little for several rows of vectors at once
   static constexpr size_t P = P_, K = 3;
   using V = Vec<T>;
-  FN_INLINE static V value(const std::array<V, P>& in, const std::array<V, 3>& c) {
-    return activate(Activation::relu, before_end<T, 0>(in, c), V(0));
+  FN_INLINE static V value(const std::array<V, P>& in, const std::array<V, 3>& c) { return relu(before_end<T, 0>(in, c)); }
+};
+template <class T>
+struct ReluNoted : ReluActivated<T, 2> {  // the same, and bits for backward
+  using TakesNote = void;
+  const T* y;
+  uint8_t* kept;
+  ReluNoted(const T* y_, uint8_t* kept_) : y(y_), kept(kept_) {}
+  template <size_t J>
+  FN_INLINE void made(const T* at, const std::array<Vec<T>, J>& v, int64_t count) const {
+    put_bits<T, J>(kept + (static_cast<size_t>(at - y) >> 3), v, count);
   }
 };
 
@@ -33,24 +43,27 @@ struct ReluActivated : OneByOne<T, ReluActivated<T, P_>> {  // the same, which i
 
 void channel_fused_fwd(Channels g, const ChannelsInput& x, const ChannelsInput& residual, ConstArray weight, ConstArray bias,
                        Epilogue epilogue, Array running_mean, Array running_var, int64_t* tracked, bool training,
-                       double momentum, double eps, Array y, void* mean, void* rstd) {
+                       double momentum, double eps, Array y, uint8_t* kept, void* mean, void* rstd) {
   with_type(x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;
+    T* const out = as<T>(y.data);
     const auto run = [&](const auto& in, const auto& value) {
-      forward<T>(g, in, value, weight, bias, running_mean, running_var, tracked, training, momentum, eps, as<T>(y.data),
-                 as<A>(mean), as<A>(rstd));
+      forward<T>(g, in, value, weight, bias, running_mean, running_var, tracked, training, momentum, eps, out, as<A>(mean),
+                 as<A>(rstd));
     };
     const bool relu = epilogue.activation == Activation::relu;
-    constexpr bool BY_ROWS = sizeof(T) > 2;  // 4 % slower with a residual of 16 bits
-    if (residual.data && relu && BY_ROWS)
-      run(Inputs<2>{&x, &residual}, ReluActivated<T, 2>{});
-    else if (residual.data)
-      run(Inputs<2>{&x, &residual}, Activated<T, 2>{epilogue});
-    else if (relu)
-      run(Inputs<1>{&x}, ReluActivated<T, 1>{});
-    else
-      run(Inputs<1>{&x}, Activated<T, 1>{epilogue});
+    if (!residual.data) return relu ? run(Inputs<1>{&x}, ReluActivated<T, 1>{}) : run(Inputs<1>{&x}, Activated<T, 1>{epilogue});
+    const Inputs<2> both{&x, &residual};
+    if (!relu) return run(both, Activated<T, 2>{epilogue});
+    bool noted = false;
+    if constexpr (WHOLE_BYTES<T>) {
+      if (kept) with_sweep<T, 2>(g, both, [&](const auto& sweep) { noted = sweep.in_eights(); });
+      if (noted) run(both, ReluNoted<T>(out, kept));
+    }
+    if (noted) return;
+    run(both, ReluActivated<T, 2>{});
+    if (kept) put_bits(out, g.C * g.count(), kept);
   });
 }
 

@@ -7,7 +7,10 @@
 // that do not lie so are read and written through tiles that are turned round in cache.
 #pragma once
 
-#include "channel_ops.h"
+#include <numeric>
+
+#include "columns.h"
+#include "kept.h"
 #include "transpose.h"
 
 namespace fastnorm::cpu {
@@ -17,7 +20,8 @@ constexpr int64_t SMALL = 32768;   // elements that one thread is faster with, a
 constexpr int64_t MAX_COLUMNS = 1536;  // whose sums and constants are at hand in the first-level cache
 constexpr int64_t TURNED_ROWS = 256, TURNED_COLUMNS = 128;
 
-template <class T, size_t P>
+// MARKED: what is read of the first input is what its bits leave of it; where it is applied, that is put elsewhere as well.
+template <class T, size_t P, bool MARKED = false>
 class GridSweep {
  public:
   using A = Acc<T>;
@@ -39,8 +43,10 @@ class GridSweep {
     // Rows of neighbouring samples are far apart, so a block is as wide as lets it stay in cache.
     int64_t fitting = flat_ ? CACHE / static_cast<int64_t>(rows_ * sizeof(T) * P) : widest;
     if (flat_ && fitting * static_cast<int64_t>(sizeof(T)) < NARROWEST) fitting = widest;
-    width_ = std::max<int64_t>(1, std::min(widest, fitting) / (fold_ * positions_)) * fold_ * positions_;
-    width_ = std::min(width_, columns_);
+    const int64_t unit = fold_ * positions_, an_eight = 8 / std::gcd(unit, int64_t{8});
+    int64_t units = std::max<int64_t>(1, std::min(widest, fitting) / unit);
+    if (units > an_eight) units -= units % an_eight;
+    width_ = std::min(units * unit, columns_);
     blocks_ = ceil_div(columns_, width_);
     piece_ = std::clamp<int64_t>(65536 / width_ / TILE_ROWS * TILE_ROWS, 4 * TILE_ROWS, 1024);
     pieces_ = ceil_div(rows_, piece_);
@@ -49,7 +55,7 @@ class GridSweep {
 
   // The same parts of other inputs, which are as dense as those of `like`.
   template <size_t Q>
-  GridSweep(const GridSweep<T, Q>& like, const Inputs<P>& in)
+  GridSweep(const GridSweep<T, Q>& like, const Inputs<P>& in, const Marks<T>& marks = {})
       : g_(like.g_),
         in_(in),
         flat_(like.flat_),
@@ -62,13 +68,18 @@ class GridSweep {
         blocks_(like.blocks_),
         piece_(like.piece_),
         pieces_(like.pieces_),
-        summed_rows_(like.summed_rows_) {
+        summed_rows_(like.summed_rows_),
+        marks_(marks) {
     find_direct();
   }
   template <size_t Q>
   GridSweep<T, Q> over(const Inputs<Q>& in) const {
     return GridSweep<T, Q>(*this, in);
   }
+  // The same with bits beside the first input.
+  static constexpr bool TAKES_MARKS = MARKS_READ<T>;
+  GridSweep<T, P, true> marked(const Marks<T>& marks) const { return {*this, in_, marks}; }
+  bool takes_marks() const { return read_in_place_ && in_eights(); }
   // What makes a part of `out`.
   template <class Value>
   auto maker(const Value& value, const Constants<A, Value::K>& constants, T* out) const {
@@ -76,6 +87,18 @@ class GridSweep {
       apply_piece(Tiles(*this), piece, block(k), value, constants, out, false);
     };
   }
+
+  // Calls f(offset, n) for the runs of dense outputs that a part is made of, where it is made of runs.
+  template <class F>
+  auto runs(const F& f) const {
+    return [&f, this](int64_t k, int64_t piece) {
+      const int64_t rows = std::min(piece_, rows_ - piece * piece_);
+      for (int64_t r = piece * piece_; r < piece * piece_ + rows; ++r) f(r * columns_ + k * width_, block(k).columns);
+    };
+  }
+  bool in_runs() const { return direct_out_; }
+  // Whether all those begin and end at a multiple of eight.
+  bool in_eights() const { return direct_out_ && columns_ % 8 == 0 && width_ % 8 == 0; }
 
   // A kilobyte, so that four rows a quarter of a piece apart can lie in different sets of a cache.
   static constexpr int64_t PACKED_COLUMNS = 1024 / static_cast<int64_t>(sizeof(T));
@@ -115,7 +138,7 @@ class GridSweep {
           const Block b = block(item % blocks_);
           before(item % blocks_, item / blocks_);
           double* s = partial + item / blocks_ * 2 * width + b.column;
-          const Expanded<Terms::K> constants(*this, b, of);
+          const auto constants = columns<Terms::K>(b, of);
           piece_sums<Terms>(tiles, item / blocks_, b, constants.all(), s, s + width);
         }
       });
@@ -168,8 +191,8 @@ class GridSweep {
 
   bool streams_to(const T* out) const {
     const auto bytes = [](int64_t n) { return n * static_cast<int64_t>(sizeof(T)); };
-    return direct_out_ && out != data<T>(*in_[0]) && bytes(width_) % 64 == 0 &&
-           streams(out, bytes(columns_), bytes(rows_ * columns_ * (P + 1)));
+    const auto past = [&](const T* to) { return streams(to, bytes(columns_), bytes(rows_ * columns_ * (P + 1 + MARKED))); };
+    return direct_out_ && out != data<T>(*in_[0]) && bytes(width_) % 64 == 0 && past(out) && (!MARKED || past(marks_.dz));
   }
 
   struct Block {
@@ -178,6 +201,10 @@ class GridSweep {
   Block block(int64_t k) const {
     const int64_t column = k * width_, columns = std::min(width_, columns_ - column);
     return {column, columns, column / fold_, columns / (fold_ * positions_)};
+  }
+  template <size_t K, bool LOTS = false, class Of>
+  ColumnConstants<T, K, LOTS> columns(const Block& k, const Of& of) const {
+    return {k.channel, k.channels, fold_, positions_, of};
   }
 
   // ------------------------------------------------------------ rows and tiles
@@ -252,7 +279,8 @@ class GridSweep {
   // f(std::integral_constant<size_t, R>, i, at) for the rows [begin, begin + rows) of the order, a tile, R at a time; at[r][p]
   // is the p-th of the first Q inputs of row i + r of the tile.
   template <size_t Q, class F>
-  void for_rows(const Tiles& tiles, Order order, int64_t begin, int64_t rows, const Block& k, const F& f) const {
+  void for_rows(const Tiles& tiles, Order order, int64_t begin, int64_t rows, const Block& k, const F& f,
+                bool one_by_one = false) const {
     for (size_t p = 0; p < Q; ++p)
       if (!direct_[p]) fetch(p, order.first + begin, rows, k, tiles.tile[p]);
     const auto at = [&](size_t p, int64_t i) {
@@ -265,48 +293,24 @@ class GridSweep {
       f(R, i, places);
     };
     int64_t i = 0;
-    for (; i + 4 <= rows; i += 4) some(std::integral_constant<size_t, 4>{}, i);
+    for (; i + 4 <= rows && !one_by_one; i += 4) some(std::integral_constant<size_t, 4>{}, i);
     for (; i < rows; ++i) some(std::integral_constant<size_t, 1>{}, i);
   }
 
   // ------------------------------------------------------------ sums
 
-  // Constants of the channels as constants of the columns: themselves, or each S times, or all of them for every position.
-  template <size_t K>
-  class Expanded {
-   public:
-    template <class Of>
-    Expanded(const GridSweep& s, const Block& k, const Of& of)
-        : own_(s.fold_ * s.positions_ > 1 ? static_cast<int64_t>(K) * lined_up(k.columns) : 0) {
-      for (size_t i = 0; i < K; ++i) {
-        at_[i] = of[i] + k.channel;
-        if (s.fold_ * s.positions_ == 1) continue;
-        A* to = own_ + static_cast<int64_t>(i) * lined_up(k.columns);
-        for (int64_t c = 0; s.fold_ > 1 && c < k.channels; ++c) std::fill_n(to + c * s.fold_, s.fold_, at_[i][c]);
-        for (int64_t j = 0; s.positions_ > 1 && j < s.positions_; ++j) std::copy_n(at_[i], k.channels, to + j * k.channels);
-        at_[i] = to;
-      }
-    }
-    const std::array<const A*, K>& all() const { return at_; }
-
-   private:
-    static int64_t lined_up(int64_t n) { return ceil_div(n, 16) * 16; }  // whole cache lines
-
-    Buffer<A> own_;
-    std::array<const A*, K> at_;
-  };
-
   // Pointers by value, here and below: a vector that is written could be part of an array of them that lies elsewhere, and they
   // would be read again for each.
   template <class Terms, bool PLAIN, size_t R>
   static void add_rows(std::array<std::array<const T*, Terms::P>, R> at, int64_t n, bool first,
-                       std::array<const A*, Terms::K> constants, A* s, A* q) {
+                       std::array<const A*, Terms::K> constants, A* s, A* q, [[maybe_unused]] Marks<T> marks = {}) {
     for_vectors<V>(n, [&](int64_t i, int64_t count) FN_LAMBDA {
       std::array<V, Terms::K> c;
       if constexpr (!PLAIN) repeat<Terms::K>([&](auto k) FN_LAMBDA { c[k] = load(constants[k] + i, count); });
       std::array<V, 2> sum[R];
       repeat<R>([&](auto r) FN_LAMBDA {
-        const auto v = load_inputs<T, Terms::P>(at[r], i, count);
+        auto v = load_inputs<T, Terms::P>(at[r], i, count);
+        if constexpr (MARKED) v[0] = load_marked<T, 1>(marks, at[r][0] + i)[0];
         if constexpr (PLAIN)
           sum[r] = typename Terms::Plain{}(r, i, count, v);
         else
@@ -336,7 +340,7 @@ class GridSweep {
     for (int64_t begin = 0; begin < rows; begin += summed_rows_) {
       for_rows<Terms::P>(tiles, ordered, begin, std::min(summed_rows_, rows - begin), k,
                          [&](auto R, int64_t i, const auto& at) {
-                           add_rows<Terms, PLAIN, R>(at, n, i == 0, constants, tile[0], tile[1]);
+                           add_rows<Terms, PLAIN, R>(at, n, i == 0, constants, tile[0], tile[1], marks_);
                          });
       if (begin == 0)
         for (int64_t i = 0; i < n; ++i) s[i] = tile[0][i], q[i] = tile[1][i];
@@ -376,7 +380,7 @@ class GridSweep {
     if constexpr (Terms::GUESS) guess(k, of[0]);
     for (bool open = true; open;) {
       std::fill(sums.begin(), sums.end(), 0.0);
-      const Expanded<Terms::K> constants(*this, k, of);
+      const auto constants = columns<Terms::K>(k, of);
       for (int64_t piece = 0; piece < pieces_; ++piece) {
         before(index, piece);
         piece_sums<Terms>(tiles, piece, k, constants.all(), partial[0], partial[1]);
@@ -409,25 +413,34 @@ class GridSweep {
   };
 
   template <class Value, size_t R>
-  static void apply_rows(const Value& value, std::array<std::array<const T*, P>, R> at, int64_t n,
-                         std::array<const A*, Value::K> constants, std::array<T*, R> out, bool stream) {
+  static void apply_rows(Value value, std::array<std::array<const T*, P>, R> at, int64_t n,
+                         std::array<const A*, Value::K> constants, std::array<T*, R> out, bool stream,
+                         [[maybe_unused]] Marks<T> marks = {}) {
     constexpr size_t TOGETHER = Value::TOGETHER ? R : 1;  // rows
-    for_groups<V, LOT<T>>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
+    // A whole cache line, which can go past the caches; more constants than that do not stay in registers.
+    constexpr int64_t AT_ONCE = std::is_same_v<T, float> && lanes<V> == 8 && !Value::TOGETHER ? 2 : LOT<T>;
+    for_groups<V, AT_ONCE>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
       Same<Value::K, J> constant;
       repeat<J>([&](auto j) FN_LAMBDA {
         repeat<Value::K>([&](auto k) FN_LAMBDA { constant.constants[j][k] = load(constants[k] + i + j * lanes<V>, count); });
       });
       repeat<R / TOGETHER>([&](auto group) FN_LAMBDA {
         InputGroup<T, P, TOGETHER * J> in;
-        repeat<TOGETHER * J>([&](auto k) FN_LAMBDA {
-          const int64_t column = i + static_cast<int64_t>(k % J) * lanes<V>;
-          in[k] = load_inputs<T, P>(at[group * TOGETHER + k / J], column, count);
+        repeat<TOGETHER>([&](auto r) FN_LAMBDA {
+          const auto& from = at[group * TOGETHER + r];
+          const auto row = load_group<T, P, J>(from, i, count);
+          repeat<J>([&](auto j) FN_LAMBDA { in[r * J + j] = row[j]; });
+          if constexpr (MARKED) {
+            const auto dz = pass_marked<T, J>(marks, from[0] + i, stream);
+            repeat<J>([&](auto j) FN_LAMBDA { in[r * J + j][0] = dz[j]; });
+          }
         });
         const auto all = value(in, constant);
         repeat<TOGETHER>([&](auto r) FN_LAMBDA {
           std::array<V, J> v;
           repeat<J>([&](auto j) FN_LAMBDA { v[j] = all[r * J + j]; });
-          put_all<T, J>(out[group * TOGETHER + r] + i, v, count, stream);
+          put_group<T, J>(out[group * TOGETHER + r] + i, v, count, stream);
+          note(value, out[group * TOGETHER + r] + i, v, count);
         });
       });
     });
@@ -437,8 +450,10 @@ class GridSweep {
   void apply_piece(const Tiles& tiles, int64_t piece, const Block& k, const Value& value,
                    const Constants<A, Value::K>& constants, T* out, bool stream) const {
     const int64_t all = std::min(piece_, rows_ - piece * piece_);
-    const Order ordered = order(piece, read_in_place_ && direct_out_);
-    const Expanded<Value::K> expanded(*this, k, constants);
+    // Rows far apart that are written past the caches: 4 at once take up to 1.6 times as long as one after the other.
+    const bool one_by_one = flat_ && stream;
+    const Order ordered = order(piece, read_in_place_ && direct_out_ && !one_by_one);
+    const auto expanded = columns<Value::K, LOTS_STORED<T>>(k, constants);
     for (int64_t begin = 0; begin < all; begin += TURNED_ROWS) {
       const int64_t rows = std::min(TURNED_ROWS, all - begin);
       T* tile = tiles.tile[P];
@@ -448,13 +463,13 @@ class GridSweep {
           const int64_t index = i + static_cast<int64_t>(r);
           to[r] = direct_out_ ? out + ordered(begin + index) * columns_ + k.column : tile + index * TURNED_COLUMNS;
         }
-        apply_rows<Value, R>(value, at, k.columns, expanded.all(), to, stream);
-      });
+        apply_rows<Value, R>(value, at, k.columns, expanded.all(), to, stream, marks_);
+      }, one_by_one);
       if (!direct_out_) put(tile, ordered.first + begin, rows, k, out);
     }
   }
 
-  template <class, size_t>
+  template <class, size_t, bool>
   friend class GridSweep;
 
   Channels g_;
@@ -462,6 +477,7 @@ class GridSweep {
   bool flat_, direct_out_, read_in_place_;
   std::array<bool, P> direct_;
   int64_t fold_, positions_, rows_, columns_, width_, blocks_, piece_, pieces_, summed_rows_;
+  Marks<T> marks_{};
 };
 
 }  // namespace fastnorm::cpu

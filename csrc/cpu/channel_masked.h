@@ -335,8 +335,7 @@ class MaskedGrid : GridSweep<T, P> {
   template <class Value>
   void apply_list(const Value& value, const List& list, const Constants<A, Value::K>& constants, const Tiles& tiles,
                   int64_t row, const Block& k, T* out, bool stream) const {
-    std::array<const A*, Value::K> of;
-    for (size_t i = 0; i < Value::K; ++i) of[i] = constants[i] + k.channel;
+    const auto expanded = Base::template columns<Value::K, LOTS_STORED<T>>(k, constants);
     for_rows(list, [&](auto R, const auto& rows, int64_t) {
       std::array<std::array<const T*, P>, R> at;
       std::array<T*, R> to;
@@ -345,7 +344,7 @@ class MaskedGrid : GridSweep<T, P> {
         to[r] = this->direct_out_ ? out + (row + rows[r]) * this->columns_ + k.column
                                   : tiles.tile[P] + rows[r] * TURNED_COLUMNS;
       }
-      Base::template apply_rows<Value, R>(value, at, k.columns, of, to, stream);
+      Base::template apply_rows<Value, R>(value, at, k.columns, expanded.all(), to, stream);
     });
   }
 

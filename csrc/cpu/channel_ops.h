@@ -45,6 +45,15 @@ struct OneByOne {
     return out;
   }
 };
+// Whether a value is to be told what it has made and where that was put: it has a type of this name then.
+template <class Value, class = void>
+constexpr bool TAKES_NOTE = false;
+template <class Value>
+constexpr bool TAKES_NOTE<Value, std::void_t<typename Value::TakesNote>> = true;
+template <class Value, class T, size_t J>
+FN_INLINE void note(const Value& value, const T* at, const std::array<Vec<T>, J>& made, int64_t count) {
+  if constexpr (TAKES_NOTE<Value>) value.made(at, made, count);
+}
 template <class T>
 struct Standardize : OneByOne<T, Standardize<T>> {  // high, rstd * weight, bias - low * rstd * weight
   static constexpr size_t P = 1, K = 3;

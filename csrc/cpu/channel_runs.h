@@ -41,6 +41,19 @@ class RunSweep {
     };
   }
 
+  // Calls f(offset, n) for the runs of dense outputs that a part is made of.
+  template <class F>
+  auto runs(const F& f) const {
+    return [&f, this](int64_t channel, int64_t channels, int64_t piece) {
+      const Part w = part(piece);
+      for (int64_t b = w.b; b < w.b + w.samples; ++b)
+        for (int64_t c = channel; c < channel + channels; ++c) f((b * g_.C + c) * g_.S + w.s, w.positions);
+    };
+  }
+  static constexpr bool TAKES_MARKS = false;
+  bool in_runs() const { return true; }
+  bool in_eights() const { return g_.S % 8 == 0; }  // whether all those begin and end at a multiple of eight
+
   template <class Terms, class Settle, class Before = Nothing>
   void sum(const std::array<A*, Terms::K>& of, const Settle& settle, const Before& before = {}) const {
     std::vector<Pair2> partial(pieces_ * g_.C);
@@ -232,7 +245,7 @@ class RunSweep {
   };
 
   template <class Value>
-  void apply_piece(Group k, int64_t piece, const Value& value, const Constants<A, Value::K>& constants, T* out,
+  void apply_piece(Group k, int64_t piece, Value value, const Constants<A, Value::K>& constants, T* out,
                    bool stream) const {
     const Part w = part(piece);
     for (int64_t b = w.b; b < w.b + w.samples; ++b)
@@ -243,9 +256,9 @@ class RunSweep {
         T* to = out + (b * g_.C + c) * g_.S + w.s;
         if (k.channels > 1 && b + 1 < w.b + w.samples) prefetch<true>(to + g_.C * g_.S, run());
         for_groups<V, 4>(w.positions, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
-          InputGroup<T, P, J> in;
-          repeat<J>([&](auto j) FN_LAMBDA { in[j] = load_inputs<T, P>(at, i + static_cast<int64_t>(j) * lanes<V>, count); });
-          put_all<T, J>(to + i, value(in, constant), count, stream);
+          const auto v = value(load_group<T, P, J>(at, i, count), constant);
+          put_group<T, J>(to + i, v, count, stream);
+          note(value, to + i, v, count);
         });
       }
   }

@@ -13,6 +13,10 @@ void grad_others(const Epilogue& epilogue, const Floats* dy, Floats* z, int64_t 
 void grad_others(const Epilogue& epilogue, const Doubles* dy, Doubles* z, int64_t n);
 
 template <class V>
+FN_INLINE V relu(V z) {
+  return at::vec::clamp_min(z, V(0));  // what is not a number stays so
+}
+template <class V>
 FN_INLINE V relu_grad(V dy, V z) {
   return Elementary<V>::at_most_zero(z, V(0), dy);
 }
@@ -33,7 +37,7 @@ struct InMemory {
 template <class V, size_t J>
 FN_INLINE void activate_all(const Epilogue& epilogue, std::array<V, J>& z) {
   if (epilogue.activation == Activation::relu) {
-    repeat<J>([&](auto j) FN_LAMBDA { z[j] = activate(Activation::relu, z[j], V(0)); });
+    repeat<J>([&](auto j) FN_LAMBDA { z[j] = relu(z[j]); });
   } else if (epilogue.activation != Activation::identity) {
     InMemory<V, J> copy(z);
     activate_others(epilogue, copy.v, J);

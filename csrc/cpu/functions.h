@@ -29,10 +29,10 @@ void row_fused_bwd(Rows g, const RowsInput& dy, const RowsInput& dh, const RowsI
                    Array dx, Array dweight, Array dbias, Array dresidual);
 void channel_fused_fwd(Channels g, const ChannelsInput& x, const ChannelsInput& residual, ConstArray weight, ConstArray bias,
                        Epilogue epilogue, Array running_mean, Array running_var, int64_t* tracked, bool training,
-                       double momentum, double eps, Array y, void* mean, void* rstd);
+                       double momentum, double eps, Array y, uint8_t* kept, void* mean, void* rstd);
 void channel_fused_bwd(Channels g, const ChannelsInput& dy, const ChannelsInput& x, const ChannelsInput& residual,
-                       ConstArray weight, ConstArray bias, Epilogue epilogue, const void* mean, const void* rstd, bool training,
-                       Array dx, Array dweight, Array dbias, Array dresidual);
+                       const uint8_t* kept, ConstArray weight, ConstArray bias, Epilogue epilogue, const void* mean,
+                       const void* rstd, bool training, Array dx, Array dweight, Array dbias, Array dresidual);
 void group_fwd(Groups g, ConstArray x, ConstArray weight, ConstArray bias, Epilogue epilogue, double eps, Array y, void* mean,
                void* rstd);
 void group_bwd(Groups g, ConstArray dy, ConstArray x, ConstArray weight, ConstArray bias, Epilogue epilogue, const void* mean,

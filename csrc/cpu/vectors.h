@@ -126,10 +126,12 @@ FN_INLINE std::array<Floats, 2> load_lot(const BFloat16* p) {
 #elif defined(CPU_CAPABILITY_AVX2)
 template <>
 constexpr int64_t LOT<BFloat16> = 2;
-FN_INLINE std::array<Floats, 2> load_lot(const BFloat16* p) {
-  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+FN_INLINE std::array<Floats, 2> lot_of(const BFloat16*, __m256i pairs) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)),
           _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
+}
+FN_INLINE std::array<Floats, 2> load_lot(const BFloat16* p) {
+  return lot_of(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 #endif
 
@@ -248,6 +250,60 @@ inline void stream_end() {
 #endif
 }
 
+// The vectors of P inputs at element i.
+template <class T, size_t P>
+FN_INLINE std::array<Vec<T>, P> load_inputs(const std::array<const T*, P>& at, int64_t i, int64_t count) {
+  std::array<Vec<T>, P> v;
+  repeat<P>([&](auto p) FN_LAMBDA { v[p] = load(at[p] + i, count); });
+  return v;
+}
+
+// Whether whole lots are stored as quickly as they are loaded, so that element by element the order of lots is the better one.
+template <class T>
+constexpr bool LOTS_STORED = false;
+#if defined(CPU_CAPABILITY_AVX2)
+template <>
+constexpr bool LOTS_STORED<BFloat16> = true;
+FN_INLINE __m256i narrow_lot(Floats even, Floats odd) {
+  return _mm256_blend_epi16(_mm256_srli_epi32(rounded(even), 16), rounded(odd), 0xaa);
+}
+#endif
+template <class T, size_t J>
+constexpr bool IN_LOTS = LOTS_STORED<T> && J % LOT<T> == 0;
+
+// J vectors of each of P inputs from element i on, in lots where J is whole ones; and their like stored, as by put_all.
+template <class T, size_t P, size_t J>
+FN_INLINE std::array<std::array<Vec<T>, P>, J> load_group(const std::array<const T*, P>& at, int64_t i, int64_t count) {
+  constexpr int64_t W = lanes<Vec<T>>, L = LOT<T>;
+  std::array<std::array<Vec<T>, P>, J> in;
+  if constexpr (IN_LOTS<T, J>) {
+    repeat<J / L>([&](auto j) FN_LAMBDA {
+      repeat<P>([&](auto p) FN_LAMBDA {
+        const auto lot = load_lot(at[p] + i + static_cast<int64_t>(j) * L * W);
+        repeat<L>([&](auto l) FN_LAMBDA { in[j * L + l][p] = lot[l]; });
+      });
+    });
+  } else {
+    repeat<J>([&](auto j) FN_LAMBDA { in[j] = load_inputs<T, P>(at, i + static_cast<int64_t>(j) * W, count); });
+  }
+  return in;
+}
+template <class T, size_t J>
+FN_INLINE void put_group(T* p, const std::array<Vec<T>, J>& v, int64_t count, bool stream) {
+#if defined(CPU_CAPABILITY_AVX2)
+  if constexpr (IN_LOTS<T, J>) {
+    constexpr int64_t W = lanes<Vec<T>>;
+    const bool past = stream && J * W * sizeof(T) % 64 == 0;
+    repeat<J / 2>([&](auto j) FN_LAMBDA {
+      const __m256i bits = narrow_lot(v[2 * j], v[2 * j + 1]);
+      past ? stream_bits(p + 2 * W * j, bits) : store_bits(p + 2 * W * j, bits);
+    });
+    return;
+  }
+#endif
+  put_all<T, J>(p, v, count, stream);
+}
+
 // f(i, count) for vectors that cover [0, n); count is the number of lanes that exist.
 template <class V, class F>
 FN_INLINE void for_vectors(int64_t n, const F& f) {
@@ -285,14 +341,6 @@ FN_INLINE V only(V v, int64_t count) {
 #else
   return V::set(V(0), v, count);
 #endif
-}
-
-// The vectors of P inputs at element i.
-template <class T, size_t P>
-FN_INLINE std::array<Vec<T>, P> load_inputs(const std::array<const T*, P>& at, int64_t i, int64_t count) {
-  std::array<Vec<T>, P> v;
-  repeat<P>([&](auto p) FN_LAMBDA { v[p] = load(at[p] + i, count); });
-  return v;
 }
 
 }  // namespace fastnorm

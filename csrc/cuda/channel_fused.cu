@@ -20,7 +20,8 @@ ChannelsInput as_input(const Channels& g, Array dense) {
 
 Error channel_fused_fwd(const Place& place, Channels g, const ChannelsInput& x, const ChannelsInput& residual,
                         ConstArray weight, ConstArray bias, Epilogue epilogue, Array running_mean, Array running_var,
-                        int64_t* tracked, bool training, double momentum, double eps, Array y, void* mean, void* rstd) {
+                        int64_t* tracked, bool training, double momentum, double eps, Array y, uint8_t*, void* mean,
+                        void* rstd) {
   return dispatch(place, g, x.dtype, one_stride(x, residual), [&](auto* t, auto V, auto LAST) -> Error {
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;
@@ -44,9 +45,9 @@ Error channel_fused_fwd(const Place& place, Channels g, const ChannelsInput& x, 
 }
 
 Error channel_fused_bwd(const Place& place, Channels g, const ChannelsInput& dy, const ChannelsInput& x,
-                        const ChannelsInput& residual, ConstArray weight, ConstArray bias, Epilogue epilogue,
-                        const void* mean, const void* rstd, bool training, Array dx, Array dweight, Array dbias,
-                        Array dresidual) {
+                        const ChannelsInput& residual, const uint8_t*, ConstArray weight, ConstArray bias,
+                        Epilogue epilogue, const void* mean, const void* rstd, bool training, Array dx, Array dweight,
+                        Array dbias, Array dresidual) {
   return dispatch(place, g, x.dtype, one_stride(x, dy, residual), [&](auto* t, auto V, auto LAST) -> Error {
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;

@@ -1,0 +1,169 @@
+// What relu's backward needs of z, in a bit for each element: bit i % 8 of byte i / 8 is 1 where z is not <= 0 (a NaN is not).
+// Elements are counted in the order of y's memory. WORD more bytes than that are there to be written and read.
+#pragma once
+
+#include "loops.h"
+
+namespace fastnorm::cpu {
+
+constexpr int64_t WORD = 8;
+
+// ---------------------------------------------------------------- writing them
+
+// Whether a vector's are whole bytes.
+template <class T>
+constexpr bool WHOLE_BYTES = lanes<Vec<T>> % 8 == 0;
+
+template <class V>
+FN_INLINE uint64_t zeros(V v) {
+  return static_cast<uint64_t>(v.zero_mask()) & ((uint64_t{1} << lanes<V>)-1);
+}
+
+// The bits of y = relu(z), which is zero for all z <= 0: those of J vectors, in lots as load_group has them. Of one vector
+// alone half may not exist.
+template <class T, size_t J>
+FN_INLINE void put_bits(uint8_t* to, const std::array<Vec<T>, J>& y, int64_t count) {
+  using V = Vec<T>;
+  constexpr int64_t W = lanes<V>;
+  static_assert(WHOLE_BYTES<T> && J * W <= 8 * WORD);
+  uint64_t zero = 0;
+  if constexpr (IN_LOTS<T, J>) {
+#if defined(CPU_CAPABILITY_AVX2)
+    repeat<J / 2>([&](auto j) FN_LAMBDA {
+      const __m256i even = _mm256_castps_si256(y[2 * j] == V(0)), odd = _mm256_castps_si256(y[2 * j + 1] == V(0));
+      const __m256i words = _mm256_blend_epi16(even, odd, 0xaa);
+      const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+      zero |= static_cast<uint64_t>(_mm_movemask_epi8(bytes)) << (j * 16);
+    });
+#endif
+  } else {
+    repeat<J>([&](auto j) FN_LAMBDA { zero |= zeros(y[j]) << (j * W); });
+  }
+  const uint64_t bits = ~zero;
+  if (W > 8 && J == 1 && count < W)
+    *to = static_cast<uint8_t>(bits);
+  else
+    std::memcpy(to, &bits, J * W / 8);
+}
+
+// The same for all n elements from y on.
+template <class T>
+void put_bits(const T* y, int64_t n, uint8_t* to) {
+  using V = Vec<T>;
+  constexpr int64_t BITS = 8 * WORD;
+  parallel_for(ceil_div(n, BITS), BITS, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const T* at = y + k * BITS;
+      uint64_t zero = 0;
+      for_vectors<V>(std::min(n - k * BITS, BITS),
+                     [&](int64_t i, int64_t count) FN_LAMBDA { zero |= zeros(load(at + i, count)) << i; });
+      const uint64_t bits = ~zero;
+      std::memcpy(to + k * WORD, &bits, WORD);
+    }
+  });
+}
+
+// ---------------------------------------------------------------- reading them
+
+// dz = dy where z's bit is set, else 0, for n elements from element i on.
+template <class T>
+void keep_marked(const T* dy, const uint8_t* bits, int64_t i, int64_t n, T* dz) {
+  using Word = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+  constexpr int64_t TOGETHER = 32;  // at most 8 * WORD - 7
+  const auto some = [&](int64_t k, int64_t count) FN_LAMBDA {
+    uint64_t word;
+    std::memcpy(&word, bits + k / 8, WORD);
+    word >>= k % 8;
+    for (int64_t j = 0; j < count; ++j) {
+      Word element;
+      std::memcpy(&element, dy + k + j, sizeof element);
+      element &= static_cast<Word>(-static_cast<Word>(static_cast<uint32_t>(word) >> j & 1));
+      std::memcpy(static_cast<void*>(dz + k + j), &element, sizeof element);
+    }
+  };
+  const int64_t end = i + n;
+  for (; i + TOGETHER <= end; i += TOGETHER) some(i, TOGETHER);
+  if (i < end) some(i, end - i);
+}
+
+// Bits beside an input of a sweep, dy, and where what they leave of it goes, or null; all lie as y does.
+template <class T>
+struct Marks {
+  const T* dy;
+  const uint8_t* bits;
+  T* dz;
+};
+
+// Whether dy is read through its bits about as fast as without.
+template <class T>
+constexpr bool MARKS_READ = false;
+#if defined(CPU_CAPABILITY_AVX2)
+template <>
+inline constexpr bool MARKS_READ<float> = true;
+template <>
+inline constexpr bool MARKS_READ<BFloat16> = true;
+template <>
+inline constexpr bool MARKS_READ<Half> = true;
+
+// What bits leave of eight words, of eight elements of 16 bits, and of sixteen.
+FN_INLINE __m256i marked_words(const void* p, uint8_t bits) {
+  const __m256i own = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits), own), own);
+  return _mm256_and_si256(_mm256_loadu_si256(static_cast<const __m256i*>(p)), set);
+}
+FN_INLINE __m128i marked_eight(const void* p, uint8_t bits) {
+  const __m128i own = _mm_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm_and_si128(load_bits(p), _mm_cmpeq_epi16(_mm_and_si128(_mm_set1_epi16(bits), own), own));
+}
+FN_INLINE __m256i marked_sixteen(const void* p, const uint8_t* bits) {
+  const __m256i own = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
+  int16_t word;
+  std::memcpy(&word, bits, sizeof word);
+  const __m256i set = _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16(word), own), own);
+  return _mm256_and_si256(_mm256_loadu_si256(static_cast<const __m256i*>(p)), set);
+}
+#endif
+
+// J whole vectors of dz from `dy` on, as load_group would have them of it; where `dz` is not null they go there as well.
+template <class T, size_t J>
+FN_INLINE std::array<Vec<T>, J> load_marked(const Marks<T>& marks, const T* dy, T* dz = nullptr, bool stream = false) {
+  static_assert(MARKS_READ<T>);
+  std::array<Vec<T>, J> v;
+#if defined(CPU_CAPABILITY_AVX2)
+  constexpr int64_t W = lanes<Floats>;
+  const uint8_t* bits = marks.bits + (static_cast<size_t>(dy - marks.dy) >> 3);
+  const bool past = stream && J * W * sizeof(T) % 64 == 0;  // whole lines, as in put_all
+  const auto put = [&](int64_t i, auto left) FN_LAMBDA {
+    if (!dz) return;
+    if constexpr (sizeof(left) == sizeof(__m256i))
+      if (past) return stream_bits(dz + i, left);
+    store_bits(dz + i, left);
+  };
+  if constexpr (IN_LOTS<T, J>) {
+    static_assert(J == 2);
+    const __m256i left = marked_sixteen(dy, bits);
+    put(0, left);
+    v = lot_of(dy, left);
+  } else if constexpr (sizeof(T) == 4) {
+    repeat<J>([&](auto j) FN_LAMBDA {
+      const __m256i left = marked_words(dy + j * W, bits[j]);
+      put(j * W, left);
+      v[j] = _mm256_castsi256_ps(left);
+    });
+  } else {
+    repeat<J>([&](auto j) FN_LAMBDA {
+      const __m128i left = marked_eight(dy + j * W, bits[j]);
+      put(j * W, left);
+      v[j] = widen(dy, left);
+    });
+  }
+#endif
+  return v;
+}
+// The same, to where the marks say.
+template <class T, size_t J>
+FN_INLINE std::array<Vec<T>, J> pass_marked(const Marks<T>& marks, const T* dy, bool stream) {
+  return load_marked<T, J>(marks, dy, marks.dz ? marks.dz + (dy - marks.dy) : nullptr, stream);
+}
+
+}  // namespace fastnorm::cpu
