@@ -21,8 +21,8 @@ def test_figures(tmp_path, monkeypatch):
     assert memory.main(["--device", "cpu", "--threads", "1", "--json", str(path)]) == 0
     rows = {row["norms"]: row for row in json.loads(path.read_text())["rows"]}
     one = 4 * 14 * 14 * 4  # bytes of a channel
-    # The last relu keeps what it gives, 32 channels; what the others give the convolutions keep in any case.
-    assert rows["torch.nn"]["saved"] - rows["fused"]["saved"] == pytest.approx(32 * one, rel=0.02)
+    # The last relu keeps what it gives, 32 channels, or a bit for each; what the others give the convolutions keep in any case.
+    assert rows["torch.nn"]["saved"] - rows["fused"]["saved"] == pytest.approx(32 * one * 31 / 32, rel=0.02)
     assert all(row["peak"] > row["saved"] > 48 * one for row in rows.values())
 
 

@@ -243,7 +243,7 @@ def fused_channels(shape, layout, dtype, parameter, around, pieces=False):
     x, p = _laid_out(shape, layout, dtype), torch.empty(shape[1], dtype=parameter)
     residual = _laid_out(shape, layout, dtype) if around.residual else None
     forward = lambda training: K.channel_fused_fwd(x, p, p, residual, around.activation, 0.0, p, p, training, 0.1, 1e-5)
-    _, mean, rstd = forward(True)
+    _, mean, rstd, _ = forward(True)
     backward = lambda *how: K.channel_fused_bwd(x, x, residual, p, p, around.activation, 0.0, mean, rstd, how[0], how[1:])
     backward(True, True, parameter, parameter, around.residual)
     if pieces:
