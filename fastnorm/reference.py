@@ -300,21 +300,8 @@ def row_fused_bwd(dy, dh, x, residual, weight, bias, activation, alpha, mean, rs
     return dx, dweight, dbias, _like(dz, x, torch.contiguous_format) if need[3] else None
 
 
-def channel_fused_fwd(
-    x,
-    weight,
-    bias,
-    residual,
-    activation,
-    alpha,
-    running_mean,
-    running_var,
-    training,
-    momentum,
-    eps,
-    num_batches_tracked=None,
-    keep=False,
-):
+def channel_fused_fwd(x, weight, bias, residual, activation, alpha, running_mean, running_var, training, momentum, eps,
+                      num_batches_tracked=None, keep=False):  # fmt: skip
     """y, mean (2, C), rstd (C,), as channel_fwd; what backward takes in the place of the residual, where that is asked for"""
     wide, acc = x.to(accumulate_dtype(x.dtype)), accumulate_dtype(x.dtype)
     z, mean, rstd = channel_fwd(wide, weight, bias, running_mean, running_var, training, momentum, eps, num_batches_tracked)

@@ -252,21 +252,8 @@ def channel_bwd(dy, x, weight, mean, rstd, training, need):
     return channel_fused_bwd(dy, x, None, weight, None, "identity", 0.0, mean, rstd, training, (*need, False))[:3]
 
 
-def channel_fused_fwd(
-    x,
-    weight,
-    bias,
-    residual,
-    activation,
-    alpha,
-    running_mean,
-    running_var,
-    training,
-    momentum,
-    eps,
-    num_batches_tracked=None,
-    keep=False,
-):
+def channel_fused_fwd(x, weight, bias, residual, activation, alpha, running_mean, running_var, training, momentum, eps,
+                      num_batches_tracked=None, keep=False):  # fmt: skip
     kept = residual if keep else None
     y, (mean, rstd), weight, bias = like(x), _statistics(x), dense(weight), dense(bias)
     running = [dense(running_mean), dense(running_var), num_batches_tracked if training else None]

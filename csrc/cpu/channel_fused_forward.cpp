@@ -56,12 +56,11 @@ void channel_fused_fwd(Channels g, const ChannelsInput& x, const ChannelsInput& 
     if (!residual.data) return relu ? run(Inputs<1>{&x}, ReluActivated<T, 1>{}) : run(Inputs<1>{&x}, Activated<T, 1>{epilogue});
     const Inputs<2> both{&x, &residual};
     if (!relu) return run(both, Activated<T, 2>{epilogue});
-    bool noted = false;
     if constexpr (WHOLE_BYTES<T>) {
-      if (kept) with_sweep<T, 2>(g, both, [&](const auto& sweep) { noted = sweep.in_eights(); });
-      if (noted) run(both, ReluNoted<T>(out, kept));
+      bool notes = false;
+      if (kept) with_sweep<T, 2>(g, both, [&](const auto& sweep) { notes = sweep.in_eights(); });
+      if (notes) return run(both, ReluNoted<T>(out, kept));
     }
-    if (noted) return;
     run(both, ReluActivated<T, 2>{});
     if (kept) put_bits(out, g.C * g.count(), kept);
   });

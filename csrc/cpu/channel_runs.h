@@ -244,9 +244,9 @@ class RunSweep {
     FN_INLINE const std::array<V, K>& operator[](size_t) const { return constants; }
   };
 
+  // `value` is a copy: bytes that are written could be part of one that lies elsewhere, and it would be read again for each.
   template <class Value>
-  void apply_piece(Group k, int64_t piece, Value value, const Constants<A, Value::K>& constants, T* out,
-                   bool stream) const {
+  void apply_piece(Group k, int64_t piece, Value value, const Constants<A, Value::K>& constants, T* out, bool stream) const {
     const Part w = part(piece);
     for (int64_t b = w.b; b < w.b + w.samples; ++b)
       for (int64_t c = k.channel; c < k.channel + k.channels; ++c) {

@@ -16,7 +16,7 @@ constexpr bool WHOLE_BYTES = lanes<Vec<T>> % 8 == 0;
 
 template <class V>
 FN_INLINE uint64_t zeros(V v) {
-  return static_cast<uint64_t>(v.zero_mask()) & ((uint64_t{1} << lanes<V>)-1);
+  return static_cast<uint64_t>(v.zero_mask()) & ((uint64_t{1} << lanes<V>) - 1);
 }
 
 // The bits of y = relu(z), which is zero for all z <= 0: those of J vectors, in lots as load_group has them. Of one vector
