@@ -23,7 +23,8 @@ def mask_of(mask, lengths, shape, device):
     if mask is not None and lengths is not None:
         raise ValueError("a mask and lengths are two ways to say the same: give one of them")
     if mask is not None:
-        fits = mask.dim() == len(shape) and all(m in (1, n) for m, n in zip(mask.shape, shape, strict=True))
+        # not `m in (1, n)`, which torch.compile takes to be false of a symbolic n
+        fits = mask.dim() == len(shape) and all(m == 1 or m == n for m, n in zip(mask.shape, shape, strict=True))
         if mask.dtype != torch.bool or not fits:
             wanted = f"expected a bool mask of shape {tuple(shape)}"
             raise ValueError(f"{wanted}, got {mask.dtype} of shape {tuple(mask.shape)}")

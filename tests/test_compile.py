@@ -81,6 +81,41 @@ def test_compile_is_eager(name, shape, training, setting):
     assert_same_steps(getattr(fastnorm, name)(6).train(training), shape)
 
 
+# A call of x (4, 6, 10) and of another operand, whose sizes have to agree with x's.
+BESIDE = {
+    "weight of rows": (lambda x, w: fastnorm.layer_norm(x, (10,), w), (10,)),
+    "weight of channels": (lambda x, w: fastnorm.batch_norm(x, None, None, w, training=True), (6,)),
+    "weight of groups": (lambda x, w: fastnorm.group_norm(x, 2, w, activation="silu"), (6,)),
+    "residual of rows": (lambda x, r: fastnorm.layer_norm(x, (10,), residual=r), (4, 6, 10)),
+    "residual of channels": (lambda x, r: fastnorm.batch_norm(x, None, None, training=True, residual=r), (4, 6, 10)),
+    "residual of ghosts": (
+        lambda x, r: fastnorm.ghost_batch_norm(x, None, None, training=True, virtual_batch_size=2, residual=r),
+        (4, 6, 10),
+    ),
+    "stream": (lambda x, r: fastnorm.add_layer_norm(x, r, (10,)), (4, 6, 10)),
+    "row_scale": (lambda x, s: fastnorm.add_rms_norm(x, x, (10,), row_scale=s), (4, 6)),
+    "modulation": (lambda x, s: fastnorm.modulated_layer_norm(x, (10,), s, s), (4, 1, 10)),
+    "mask of rows": (lambda x, m: fastnorm.layer_norm(x, (10,), mask=m > 0), (4, 6)),
+    "mask of channels": (lambda x, m: fastnorm.batch_norm(x, None, None, training=True, mask=m > 0), (4, 10)),
+    "broadcast mask": (lambda x, m: fastnorm.batch_norm(x, None, None, training=True, mask=m > 0), (1, 10)),
+    "lengths": (lambda x, n: fastnorm.batch_norm(x, None, None, training=True, lengths=n.abs().long() + 1), (4,)),
+}
+
+
+@pytest.mark.parametrize("symbolic", ["x", "other"])
+@pytest.mark.parametrize("case", BESIDE)
+def test_one_operand_of_symbolic_sizes(case, symbolic):
+    """As after a batch of another shape: Dynamo knows the sizes of one operand as symbols, of the other as numbers."""
+    call, shape = BESIDE[case]
+    x, other = torch.randn(4, 6, 10), torch.randn(shape)
+    marked = x if symbolic == "x" else other
+    for dimension, size in enumerate(marked.shape):
+        if size > 1:
+            torch._dynamo.maybe_mark_dynamic(marked, dimension)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, other), call(x, other), **CLOSE)
+
+
 def test_inductor(setting):
     with torch._inductor.config.patch(INDUCTOR):
         assert_same_steps(Network(momentum=None), (4, 6), "inductor", steps=2)
