@@ -225,6 +225,25 @@ def test_what_is_not_finite_goes_on_as_in_torch(activation, rows, backend, devic
     torch.testing.assert_close(y, ACTIVATIONS[activation].value(z, alpha), equal_nan=True, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("layout", ["rows", "runs"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_nan_of_16_bits_stays_one(activation, layout, backend, device):
+    """As x, as residual and as dy, whatever its bits."""
+    nan = torch.tensor([*range(0x7F81, 0x8000), *range(0xFF81, 0x10000)], dtype=torch.int32).to(torch.int16).view(BF16)
+    nan = nan.to(device).repeat(2, 3)[:, :736].reshape((2, 736) if layout == "rows" else (2, 2, 368))
+    assert nan.isnan().all()
+    zero, alpha = torch.zeros_like(nan), ACTIVATIONS[activation].alpha
+    mean, rstd = torch.zeros(2, nan.shape[1], device=device), torch.ones(nan.shape[1], device=device)
+    running = mean[0].clone(), torch.ones_like(mean[0])
+    for x, residual in ((nan, None), (nan, zero), (zero, nan)):
+        y = backend.channel_fused_fwd(x, None, None, residual, activation, alpha, *running, False, 0.1, 1e-5)[0]
+        assert y.isnan().all()
+    need = (True, None, None, True)
+    dx, *_, dresidual = backend.channel_fused_bwd(nan, zero + 1, zero, None, None, activation, alpha, mean, rstd, False, need)
+    assert dx.isnan().all()
+    assert dresidual.isnan().all()
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_slopes_of_every_size_of_z(activation, backend, device):
     """In evaluation with mean 0 and rstd 1 z is x; beyond 12 nothing changes. As good as torch's backward, or 4 ulps of 1."""

@@ -417,8 +417,10 @@ class GridSweep {
                          std::array<const A*, Value::K> constants, std::array<T*, R> out, bool stream,
                          [[maybe_unused]] Marks<T> marks = {}) {
     constexpr size_t TOGETHER = Value::TOGETHER ? R : 1;  // rows
-    // A whole cache line, which can go past the caches; more constants than that do not stay in registers.
-    constexpr int64_t AT_ONCE = std::is_same_v<T, float> && lanes<V> == 8 && !Value::TOGETHER ? 2 : LOT<T>;
+    // A whole cache line, which can go past the caches; more constants than that do not stay in registers. Bits take less time
+    // two lots at once.
+    constexpr bool LINE = std::is_same_v<T, float> && lanes<V> == 8 && !Value::TOGETHER;
+    constexpr int64_t AT_ONCE = LINE ? 2 : LOT<T> * (TAKES_NOTE<Value> ? 2 : 1);
     for_groups<V, AT_ONCE>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
       Same<Value::K, J> constant;
       repeat<J>([&](auto j) FN_LAMBDA {

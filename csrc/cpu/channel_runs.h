@@ -6,17 +6,19 @@
 #pragma once
 
 #include "channel_ops.h"
+#include "kept.h"
 
 namespace fastnorm::cpu {
 
-template <class T, size_t P>
+// MARKED: what is read of the first input is what its bits leave of it; where it is applied, that is put elsewhere as well.
+template <class T, size_t P, bool MARKED = false>
 class RunSweep {
  public:
   using A = Acc<T>;
   using V = Vec<T>;
   using Pair2 = std::array<double, 2>;
 
-  RunSweep(Channels g, const Inputs<P>& in) : g_(g), in_(in) {
+  explicit RunSweep(Channels g, const Inputs<P>& in, const Marks<T>& marks = {}) : g_(g), in_(in), marks_(marks) {
     positions_ = std::min(g.S, PIECE);
     samples_ = std::clamp<int64_t>(PIECE / g.S, 1, g.B);
     position_pieces_ = ceil_div(g.S, positions_);
@@ -50,7 +52,10 @@ class RunSweep {
         for (int64_t c = channel; c < channel + channels; ++c) f((b * g_.C + c) * g_.S + w.s, w.positions);
     };
   }
-  static constexpr bool TAKES_MARKS = false;
+  // The same with bits beside the first input.
+  static constexpr bool TAKES_MARKS = MARKS_READ<T>;
+  RunSweep<T, P, true> marked(const Marks<T>& marks) const { return RunSweep<T, P, true>(g_, in_, marks); }
+  bool takes_marks() const { return in_eights(); }
   bool in_runs() const { return true; }
   bool in_eights() const { return g_.S % 8 == 0; }  // whether all those begin and end at a multiple of eight
 
@@ -115,7 +120,9 @@ class RunSweep {
 
   int64_t run() const { return g_.S * static_cast<int64_t>(sizeof(T)); }  // bytes
   bool streams_to(const T* out) const {
-    return out != data<T>(*in_[0]) && streams(out, run(), g_.B * g_.C * run() * static_cast<int64_t>(P + 1));
+    const int64_t bytes = g_.B * g_.C * run() * static_cast<int64_t>(P + 1 + MARKED);
+    const auto past = [&](const T* to) { return streams(to, run(), bytes); };
+    return out != data<T>(*in_[0]) && past(out) && (!MARKED || past(marks_.dz));
   }
 
   struct Group {
@@ -148,6 +155,13 @@ class RunSweep {
     return at;
   }
 
+  auto reading() const {
+    if constexpr (MARKED)
+      return Marked<T>(marks_);
+    else
+      return AsTheyAre{};
+  }
+
   static constexpr size_t CHAINS = 4;
 
   // The sums of one channel while they are taken.
@@ -158,11 +172,12 @@ class RunSweep {
 
   // Adds n elements; how many each chain has got since it was last emptied goes in and out.
   template <size_t Q, class F>
-  FN_INLINE static int64_t add_run(Open& to, const std::array<const T*, Q>& run, int64_t n, int64_t added, const F& terms) {
+  FN_INLINE int64_t add_run(Open& to, const std::array<const T*, Q>& run, int64_t n, int64_t added, const F& terms) const {
+    const auto read = reading();
     constexpr int64_t STEP = CHAINS * LOT<T> * lanes<V>;  // what brings up to LOT additions to each chain
     for (int64_t i = 0; i < n;) {
       const int64_t end = std::min(n, i + GROUP<T, CHAINS> - added);
-      add_up(to.chains, std::array<std::array<const T*, Q>, 1>{run}, i, end, terms);
+      add_up(to.chains, std::array<std::array<const T*, Q>, 1>{run}, i, end, terms, read);
       added += ceil_div(end - i, STEP) * STEP;
       i = end;
       if (added < GROUP<T, CHAINS>) continue;
@@ -248,15 +263,21 @@ class RunSweep {
   template <class Value>
   void apply_piece(Group k, int64_t piece, Value value, const Constants<A, Value::K>& constants, T* out, bool stream) const {
     const Part w = part(piece);
+    [[maybe_unused]] const Marks<T> marks = marks_;
     for (int64_t b = w.b; b < w.b + w.samples; ++b)
       for (int64_t c = k.channel; c < k.channel + k.channels; ++c) {
         Same<Value::K> constant;
-        repeat<Value::K>([&](auto i) FN_LAMBDA { constant.constants[i] = V(constants[i][c]); });
+        repeat<Value::K>([&](auto i) FN_LAMBDA { constant.constants[i] = V(own(constants[i][c])); });
         const auto at = place<P>(c, b, w.s);
         T* to = out + (b * g_.C + c) * g_.S + w.s;
         if (k.channels > 1 && b + 1 < w.b + w.samples) prefetch<true>(to + g_.C * g_.S, run());
         for_groups<V, 4>(w.positions, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
-          const auto v = value(load_group<T, P, J>(at, i, count), constant);
+          auto in = load_group<T, P, J>(at, i, count);
+          if constexpr (MARKED) {
+            const auto dz = pass_marked<T, J>(marks, at[0] + i, stream);
+            repeat<J>([&](auto j) FN_LAMBDA { in[j][0] = dz[j]; });
+          }
+          const auto v = value(in, constant);
           put_group<T, J>(to + i, v, count, stream);
           note(value, to + i, v, count);
         });
@@ -266,6 +287,7 @@ class RunSweep {
   Channels g_;
   Inputs<P> in_;
   int64_t positions_, samples_, position_pieces_, pieces_, group_;
+  Marks<T> marks_;
 };
 
 }  // namespace fastnorm::cpu

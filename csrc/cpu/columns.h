@@ -18,12 +18,13 @@ class ColumnConstants {
         own_(LOTS || fold * positions > 1 ? static_cast<int64_t>(K + 1) * line_ : 0) {
     A* const spare = own_ + static_cast<int64_t>(K) * line_;
     for (size_t i = 0; i < K; ++i) {
-      A* const own = own_ + static_cast<int64_t>(i) * line_;
+      A* const place = own_ + static_cast<int64_t>(i) * line_;
       at_[i] = of[i] + first;
-      if (fold * positions > 1) at_[i] = repeated(at_[i], channels, fold, positions, LOTS ? spare : own);
+      if (fold * positions > 1) at_[i] = repeated(at_[i], channels, fold, positions, LOTS ? spare : place);
       if (!LOTS) continue;
-      in_lots<T>(at_[i], channels * fold * positions, own);
-      at_[i] = own;
+      in_lots<T>(at_[i], channels * fold * positions, place);
+      for (int64_t c = 0; c < channels * fold * positions; ++c) place[c] = own(place[c]);
+      at_[i] = place;
     }
   }
   const std::array<const A*, K>& all() const { return at_; }

@@ -29,12 +29,22 @@ FN_INLINE void put_bits(uint8_t* to, const std::array<Vec<T>, J>& y, int64_t cou
   uint64_t zero = 0;
   if constexpr (IN_LOTS<T, J>) {
 #if defined(CPU_CAPABILITY_AVX2)
-    repeat<J / 2>([&](auto j) FN_LAMBDA {
-      const __m256i even = _mm256_castps_si256(y[2 * j] == V(0)), odd = _mm256_castps_si256(y[2 * j + 1] == V(0));
-      const __m256i words = _mm256_blend_epi16(even, odd, 0xaa);
-      const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-      zero |= static_cast<uint64_t>(_mm_movemask_epi8(bytes)) << (j * 16);
-    });
+    // As words are cut to bytes 0 stays 0 and -0 becomes -128, all others are neither.
+    const auto words = [&](auto j) FN_LAMBDA { return narrow_lot(y[2 * j], y[2 * j + 1]); };
+    if constexpr (J % 4 == 0)
+      repeat<J / 4>([&](auto j) FN_LAMBDA {
+        const __m256i halves = _mm256_packs_epi16(words(2 * j), words(2 * j + 1));
+        const __m256i bytes = _mm256_permute4x64_epi64(halves, 0xd8);
+        const __m256i none = _mm256_cmpeq_epi8(_mm256_add_epi8(bytes, bytes), _mm256_setzero_si256());
+        zero |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(none))) << (j * 32);
+      });
+    else
+      repeat<J / 2>([&](auto j) FN_LAMBDA {
+        const __m256i w = words(j);
+        const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
+        const __m128i none = _mm_cmpeq_epi8(_mm_add_epi8(bytes, bytes), _mm_setzero_si128());
+        zero |= static_cast<uint64_t>(_mm_movemask_epi8(none)) << (j * 16);
+      });
 #endif
   } else {
     repeat<J>([&](auto j) FN_LAMBDA { zero |= zeros(y[j]) << (j * W); });
@@ -140,10 +150,12 @@ FN_INLINE std::array<Vec<T>, J> load_marked(const Marks<T>& marks, const T* dy, 
     store_bits(dz + i, left);
   };
   if constexpr (IN_LOTS<T, J>) {
-    static_assert(J == 2);
-    const __m256i left = marked_sixteen(dy, bits);
-    put(0, left);
-    v = lot_of(dy, left);
+    repeat<J / 2>([&](auto j) FN_LAMBDA {
+      const __m256i left = marked_sixteen(dy + j * 2 * W, bits + j * 2);
+      put(j * 2 * W, left);
+      const auto lot = lot_of(dy, left);
+      v[2 * j] = lot[0], v[2 * j + 1] = lot[1];
+    });
   } else if constexpr (sizeof(T) == 4) {
     repeat<J>([&](auto j) FN_LAMBDA {
       const __m256i left = marked_words(dy + j * W, bits[j]);
@@ -165,5 +177,25 @@ template <class T, size_t J>
 FN_INLINE std::array<Vec<T>, J> pass_marked(const Marks<T>& marks, const T* dy, bool stream) {
   return load_marked<T, J>(marks, dy, marks.dz ? marks.dz + (dy - marks.dy) : nullptr, stream);
 }
+
+
+// How the inputs of a row are read where the first is dy beside bits; whole vectors of them.
+template <class T>
+struct Marked : AsTheyAre {
+  Marks<T> marks;
+  explicit Marked(const Marks<T>& m) : marks(m) {}
+  template <size_t P>
+  FN_INLINE std::array<Vec<T>, P> vectors(const std::array<const T*, P>& at, int64_t i, int64_t count) const {
+    auto v = AsTheyAre::vectors(at, i, count);
+    v[0] = load_marked<T, 1>(marks, at[0] + i)[0];
+    return v;
+  }
+  template <size_t P>
+  FN_INLINE std::array<std::array<Vec<T>, LOT<T>>, P> lots(const std::array<const T*, P>& at, int64_t i) const {
+    auto lots = AsTheyAre::lots(at, i);
+    lots[0] = load_marked<T, LOT<T>>(marks, at[0] + i);
+    return lots;
+  }
+};
 
 }  // namespace fastnorm::cpu

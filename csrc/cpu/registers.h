@@ -166,11 +166,15 @@ FN_INLINE Floats widen(const BFloat16*, Bits16 bits) {
   at::vec::cvtbf16_fp32(bits, v);
   return v;
 }
-// Rounded, in the upper half of each lane; what is not a number becomes all ones.
-FN_INLINE __m256i rounded(Floats v) {
+// Rounded, in the upper half of each lane. What is not a number stays so if its lower half is zero, as it is in a bfloat16 and
+// in what an operation makes of numbers.
+FN_INLINE __m256i rounded_own(Floats v) {
   const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-  return _mm256_or_si256(sum, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+  return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+}
+// The same for whatever is not a number: it becomes all ones.
+FN_INLINE __m256i rounded(Floats v) {
+  return _mm256_or_si256(rounded_own(v), _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
 }
 FN_INLINE Bits16 narrow(const BFloat16*, Floats v) { return packed(_mm256_srli_epi32(rounded(v), 16)); }
 #endif

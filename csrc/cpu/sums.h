@@ -127,11 +127,25 @@ template <size_t P>
 constexpr bool FUSED<Products<BFloat16, P>> = true;
 #endif
 
+// How the P inputs of a row are read: as they are.
+struct AsTheyAre {
+  template <class T, size_t P>
+  FN_INLINE std::array<Vec<T>, P> vectors(const std::array<const T*, P>& at, int64_t i, int64_t count) const {
+    return load_inputs<T, P>(at, i, count);
+  }
+  template <class T, size_t P>
+  FN_INLINE std::array<std::array<Vec<T>, LOT<T>>, P> lots(const std::array<const T*, P>& at, int64_t i) const {
+    std::array<std::array<Vec<T>, LOT<T>>, P> lots;
+    repeat<P>([&](auto p) FN_LAMBDA { lots[p] = load_lot(at[p] + i); });
+    return lots;
+  }
+};
+
 // Adds f(r, i, count, inputs) -> std::array<V, K> for the elements [i, n); `at[r]` points to the P inputs of row r. Element i
 // is the i-th in the order of lots; lanes that do not exist are zeros in the inputs, and f makes zeros of them.
-template <class T, size_t R, size_t K, size_t CHAINS, size_t P, class F>
+template <class T, size_t R, size_t K, size_t CHAINS, size_t P, class F, class Read = AsTheyAre>
 FN_INLINE void add_up(Chains<Vec<T>, R, K, CHAINS>& to, const std::array<std::array<const T*, P>, R>& at, int64_t i, int64_t n,
-                      const F& f) {
+                      const F& f, const Read& read = {}) {
   using V = Vec<T>;
   constexpr int64_t LOTS = LOT<T>, W = lanes<V>, STEP = static_cast<int64_t>(CHAINS) * LOTS * W;
   Chains<V, R, K, CHAINS> c = to;  // in registers
@@ -143,10 +157,9 @@ FN_INLINE void add_up(Chains<Vec<T>, R, K, CHAINS>& to, const std::array<std::ar
     if constexpr (FUSED<F>) {
       f.add_lot(at[r], j, c.s[chain][r]);
     } else if constexpr (LOTS == 1) {
-      add(chain, r, j, W, load_inputs<T, P>(at[r], j, W));
+      add(chain, r, j, W, read.vectors(at[r], j, W));
     } else {
-      std::array<std::array<V, LOTS>, P> lots;
-      repeat<P>([&](auto p) FN_LAMBDA { lots[p] = load_lot(at[r][p] + j); });
+      const auto lots = read.lots(at[r], j);
       repeat<LOTS>([&](auto l) FN_LAMBDA {
         std::array<V, P> v;
         repeat<P>([&](auto p) FN_LAMBDA { v[p] = lots[p][l]; });
@@ -159,7 +172,7 @@ FN_INLINE void add_up(Chains<Vec<T>, R, K, CHAINS>& to, const std::array<std::ar
       repeat<R>([&](auto r) FN_LAMBDA { add_lots(chain, r, i + static_cast<int64_t>(chain) * LOTS * W); });
     });
   const auto add_one = [&](auto chain, int64_t count) FN_LAMBDA {
-    repeat<R>([&](auto r) FN_LAMBDA { add(chain, r, i, count, load_inputs<T, P>(at[r], i, count)); });
+    repeat<R>([&](auto r) FN_LAMBDA { add(chain, r, i, count, read.vectors(at[r], i, count)); });
   };
   repeat<CHAINS - 1>([&](auto chain) FN_LAMBDA {
     if (i + LOTS * W > n) return;

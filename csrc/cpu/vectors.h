@@ -5,6 +5,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "functions.h"
 #include "registers.h"
@@ -264,12 +265,19 @@ constexpr bool LOTS_STORED = false;
 #if defined(CPU_CAPABILITY_AVX2)
 template <>
 constexpr bool LOTS_STORED<BFloat16> = true;
+// Of results of inputs of 16 bits and of `own` constants.
 FN_INLINE __m256i narrow_lot(Floats even, Floats odd) {
-  return _mm256_blend_epi16(_mm256_srli_epi32(rounded(even), 16), rounded(odd), 0xaa);
+  return _mm256_blend_epi16(_mm256_srli_epi32(rounded_own(even), 16), rounded_own(odd), 0xaa);
 }
 #endif
 template <class T, size_t J>
 constexpr bool IN_LOTS = LOTS_STORED<T> && J % LOT<T> == 0;
+
+// A constant whose NaN, if it is one, is the processor's own: one from a user's float could be rounded to a number.
+template <class A>
+FN_INLINE A own(A constant) {
+  return constant == constant ? constant : std::numeric_limits<A>::quiet_NaN();
+}
 
 // J vectors of each of P inputs from element i on, in lots where J is whole ones; and their like stored, as by put_all.
 template <class T, size_t P, size_t J>
