@@ -215,13 +215,13 @@ struct RowBackward {
     long_rows(dense_rows(g, {dz, dtype_of<T>}));
   }
 
-  // What the inputs of a block take: well inside a second-level cache; of short rows inside the first level; and little where
-  // those come from memory, so that reads and writes take turns.
+  // What dz and x of a block take: well inside a second-level cache, half as much beside dh; of short rows inside the first
+  // level; and little where those come from memory, so that reads and writes take turns.
   int64_t block_bytes() const {
     constexpr int64_t BYTES = 1 << 17;
     const int64_t row_bytes = g.N * static_cast<int64_t>(sizeof(T));
     if (row_bytes <= 256 && 3 * g.M * row_bytes >= CACHES) return BYTES / 32;
-    return g.N <= SHORT ? BYTES / 8 : BYTES;
+    return g.N <= SHORT ? BYTES / 8 : dh.data ? BYTES / 2 : BYTES;
   }
 
   void operator()() const {
