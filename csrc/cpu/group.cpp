@@ -86,7 +86,8 @@ struct GroupNorm {
   // Whether there are too few groups for the threads; the results are the same.
   bool few() const { return threads() > 1 && M < 4 * threads() && cuts.count > 1; }
 
-  // f(i, n, w, b) for runs of n elements from the i-th of group m on; w and b give the parameters of the run's elements.
+  // f(i, n, w, b) for runs of n elements from the i-th of group m on; w and b give the parameters of the run's elements. f
+  // takes copies of them, and makes what else is constant itself: a vector that is written could be part of one elsewhere.
   template <class F>
   void runs(int64_t m, const Part& part, const F& f) const {
     const int64_t channel = first_channel(m) + part.channel, i = part.channel * g.S + part.position;
@@ -125,8 +126,9 @@ struct GroupForward : GroupNorm<T> {
         stream(streams(y, g.S * sizeof(T), 2 * M * N * sizeof(T))) {}
 
   void apply(int64_t m, const Part& part) const {
-    const auto z_of = this->standardized(m);
-    this->runs(m, part, [&](int64_t begin, int64_t n, const auto& w, const auto& b) {
+    this->runs(m, part, [&](int64_t begin, int64_t n, auto w, auto b) {
+      const auto z_of = this->standardized(m);
+      const Epilogue epilogue = this->epilogue;
       const T* from = x + m * N + begin;
       T* to = y + m * N + begin;
       for_groups<V, 4>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
@@ -135,7 +137,7 @@ struct GroupForward : GroupNorm<T> {
           const int64_t at = i + static_cast<int64_t>(j) * lanes<V>;
           z[j] = z_of(load(from + at, count), w(at, count), b(at, count));
         });
-        activate_all(this->epilogue, z);
+        activate_all(epilogue, z);
         put_all<T, J>(to + i, z, count, stream);
       });
     });
@@ -234,9 +236,10 @@ struct GroupBackward : GroupNorm<T> {
 
   // dz of a part of group m; `to` is where the part's first element goes.
   void make_dz(int64_t m, const Part& part, T* to) const {
-    const auto z_of = this->standardized(m);
     const int64_t first = part.channel * g.S + part.position;
-    this->runs(m, part, [&](int64_t begin, int64_t n, const auto& w, const auto& b) {
+    this->runs(m, part, [&](int64_t begin, int64_t n, auto w, auto b) {
+      const auto z_of = this->standardized(m);
+      const Epilogue epilogue = this->epilogue;
       const T *dy_run = dy + m * N + begin, *x_run = x + m * N + begin;
       T* dz = to + begin - first;
       for_groups<V, 4>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
@@ -246,7 +249,7 @@ struct GroupBackward : GroupNorm<T> {
           dy_i[j] = load(dy_run + at, count);
           z[j] = z_of(load(x_run + at, count), w(at, count), b(at, count));
         });
-        grad_all(this->epilogue, dy_i, z);
+        grad_all(epilogue, dy_i, z);
         store_all<T, J>(dz + i, z, count);
       });
     });
@@ -307,18 +310,19 @@ struct GroupBackward : GroupNorm<T> {
   }
 
   void apply(int64_t m, const Part& part) const {
-    const V high(mean[m]), r(rstd[m]), c1_rstd(constants[m][0]), c2(constants[m][1]);
-    const T* dz = slopes ? dx : dy;
-    this->runs(m, part, [&](int64_t begin, int64_t n, const auto& w, const auto&) {
-      begin += m * N;
+    const T* dz_of = slopes ? dx : dy;
+    this->runs(m, part, [&](int64_t begin, int64_t n, auto w, auto) {
+      const V high(mean[m]), r(rstd[m]), c1_rstd(constants[m][0]), c2(constants[m][1]);
+      const T *dz = dz_of + m * N + begin, *x_run = x + m * N + begin;
+      T* to = dx + m * N + begin;
       for_groups<V, 4>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
         std::array<V, J> v;
         repeat<J>([&](auto j) FN_LAMBDA {
           const int64_t at = i + static_cast<int64_t>(j) * lanes<V>;
-          v[j] = WeightedGradient<T>::value({load(dz + begin + at, count), load(x + begin + at, count)},
+          v[j] = WeightedGradient<T>::value({load(dz + at, count), load(x_run + at, count)},
                                             {high, r, c1_rstd, c2, w(at, count)});
         });
-        put_all<T, J>(dx + begin + i, v, count, stream);
+        put_all<T, J>(to + i, v, count, stream);
       });
     });
   }

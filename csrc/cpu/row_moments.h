@@ -68,8 +68,7 @@ template <class T, class Source>
 void moments_of(const Source& source, int64_t count, int64_t n, bool centre, BlockMoments& out) {
   const auto* rows = source.rows;
   double sum[MAX_BLOCK], squares[MAX_BLOCK];
-  const int64_t chained = Source::P == 1 ? n : SHORT + 1;  // three streams of one row are enough
-  for_sums(chained, count, [&](auto R, auto CHAINS, int64_t k) {
+  for_sums(n, count, [&](auto R, auto CHAINS, int64_t k) {
     std::array<std::array<const T*, Source::P>, R> at;
     double sums[R][2];
     for (size_t r = 0; r < R; ++r) at[r] = source.at(k + static_cast<int64_t>(r));
