@@ -30,17 +30,17 @@ def inputs(shape, dtype, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_bits_are_where_y_is_not_zero(shape, layout, dtype):
-    agree_with_the_reference(*inputs(shape, dtype, layout))
+    assert_as_the_reference(*inputs(shape, dtype, layout))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("layout", ["dense", "channels_last"])
 def test_results_past_the_caches(layout, dtype):
     """Whole lines of dx and dresidual, 28 MB with what is read."""
-    agree_with_the_reference(*inputs((2, 16, 344, 344), dtype, layout))
+    assert_as_the_reference(*inputs((2, 16, 344, 344), dtype, layout))
 
 
-def agree_with_the_reference(x, dy, residual, weight, bias):
+def assert_as_the_reference(x, dy, residual, weight, bias):
     residual[0, 0] = float("nan")  # which is not <= 0
     forward = lambda: native.channel_fused_fwd(x, weight, bias, residual, "relu", 0.0, *OPTIONS, keep=True)
     y, mean, rstd, kept = forward()

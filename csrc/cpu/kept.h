@@ -178,7 +178,6 @@ FN_INLINE std::array<Vec<T>, J> pass_marked(const Marks<T>& marks, const T* dy, 
   return load_marked<T, J>(marks, dy, marks.dz ? marks.dz + (dy - marks.dy) : nullptr, stream);
 }
 
-
 // How the inputs of a row are read where the first is dy beside bits; whole vectors of them.
 template <class T>
 struct Marked : AsTheyAre {

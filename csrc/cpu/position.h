@@ -150,9 +150,7 @@ class Blocks {
   }
   // From each row of block i to that of the next, where it is to be asked for; else 0. Rows lie in pages of their own, so that
   // the processor does not find out by itself what comes next: it takes five times as long where that is not in its caches.
-  int64_t ahead(int64_t i) const {
-    return packed_ || i + 1 == count ? 0 : offset((*this)[i + 1]) - offset((*this)[i]);
-  }
+  int64_t ahead(int64_t i) const { return packed_ || i + 1 == count ? 0 : offset((*this)[i + 1]) - offset((*this)[i]); }
   // Positions that are computed.
   int64_t n(Block k) const { return packed_ ? ceil_div(k.count, W) * W : k.count; }
   // What a thread needs for one input or output.
