@@ -24,7 +24,7 @@ struct Slope {  // dz, from Standardize's constants; a residual is the last inpu
       dy[j] = in[j][0];
       z[j] = before_end<T, 1>(in[j], c[j]);
     });
-    grad_all(epilogue, dy, z);
+    grad_all<AMONG_ROWS>(epilogue, dy, z);
     return z;
   }
 };

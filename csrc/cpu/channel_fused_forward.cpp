@@ -17,7 +17,7 @@ struct Activated {  // y, from Standardize's constants; a residual is the last i
   FN_INLINE std::array<V, J> operator()(const InputGroup<T, P, J>& in, const C& c) const {
     std::array<V, J> z;
     repeat<J>([&](auto j) FN_LAMBDA { z[j] = before_end<T, 0>(in[j], c[j]); });
-    activate_all(epilogue, z);
+    activate_all<AMONG_ROWS>(epilogue, z);
     return z;
   }
 };

@@ -79,7 +79,7 @@ class GridSweep {
   // The same with bits beside the first input.
   static constexpr bool TAKES_MARKS = MARKS_READ<T>;
   GridSweep<T, P, true> marked(const Marks<T>& marks) const { return {*this, in_, marks}; }
-  bool takes_marks() const { return read_in_place_ && in_eights(); }
+  bool takes_marks() const { return read_in_place_ && direct_out_ && (MARKS_ANYWHERE || in_eights()); }
   // What makes a part of `out`.
   template <class Value>
   auto maker(const Value& value, const Constants<A, Value::K>& constants, T* out) const {
@@ -310,7 +310,7 @@ class GridSweep {
       std::array<V, 2> sum[R];
       repeat<R>([&](auto r) FN_LAMBDA {
         auto v = load_inputs<T, Terms::P>(at[r], i, count);
-        if constexpr (MARKED) v[0] = load_marked<T, 1>(marks, at[r][0] + i)[0];
+        if constexpr (MARKED) v[0] = load_marked<T, 1>(marks, at[r][0] + i, count)[0];
         if constexpr (PLAIN)
           sum[r] = typename Terms::Plain{}(r, i, count, v);
         else
@@ -433,7 +433,7 @@ class GridSweep {
           const auto row = load_group<T, P, J>(from, i, count);
           repeat<J>([&](auto j) FN_LAMBDA { in[r * J + j] = row[j]; });
           if constexpr (MARKED) {
-            const auto dz = pass_marked<T, J>(marks, from[0] + i, stream);
+            const auto dz = pass_marked<T, J>(marks, from[0] + i, count, stream);
             repeat<J>([&](auto j) FN_LAMBDA { in[r * J + j][0] = dz[j]; });
           }
         });

@@ -55,7 +55,7 @@ class RunSweep {
   // The same with bits beside the first input.
   static constexpr bool TAKES_MARKS = MARKS_READ<T>;
   RunSweep<T, P, true> marked(const Marks<T>& marks) const { return RunSweep<T, P, true>(g_, in_, marks); }
-  bool takes_marks() const { return in_eights(); }
+  bool takes_marks() const { return MARKS_ANYWHERE || in_eights(); }
   bool in_runs() const { return true; }
   bool in_eights() const { return g_.S % 8 == 0; }  // whether all those begin and end at a multiple of eight
 
@@ -274,7 +274,7 @@ class RunSweep {
         for_groups<V, 4>(w.positions, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
           auto in = load_group<T, P, J>(at, i, count);
           if constexpr (MARKED) {
-            const auto dz = pass_marked<T, J>(marks, at[0] + i, stream);
+            const auto dz = pass_marked<T, J>(marks, at[0] + i, count, stream);
             repeat<J>([&](auto j) FN_LAMBDA { in[j][0] = dz[j]; });
           }
           const auto v = value(in, constant);

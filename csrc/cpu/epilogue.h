@@ -34,24 +34,41 @@ struct InMemory {
   }
 };
 
-template <class V, size_t J>
+// HERE: what is worth its room in the caller's loop, for a call keeps none of that loop's vectors in registers. AMONG_ROWS:
+// where that loop has several rows of channels at once; 16 registers are too few for anything beside.
+constexpr Activation AMONG_ROWS = lanes<Floats> == 16 ? Activation::silu : Activation::identity;
+template <Activation A, class V, size_t J>
+FN_INLINE bool activated_here(const Epilogue& epilogue, std::array<V, J>& z) {
+  if (epilogue.activation != A) return false;
+  const V alpha(static_cast<typename V::value_type>(epilogue.alpha));
+  repeat<J>([&](auto j) FN_LAMBDA { z[j] = activate(A, z[j], alpha); });
+  return true;
+}
+template <Activation... HERE, class V, size_t J>
 FN_INLINE void activate_all(const Epilogue& epilogue, std::array<V, J>& z) {
   if (epilogue.activation == Activation::relu) {
     repeat<J>([&](auto j) FN_LAMBDA { z[j] = relu(z[j]); });
-  } else if (epilogue.activation != Activation::identity) {
+  } else if (epilogue.activation != Activation::identity && !(activated_here<HERE>(epilogue, z) || ...)) {
     InMemory<V, J> copy(z);
     activate_others(epilogue, copy.v, J);
     copy.read_back(z);
   }
 }
 
-template <class V, size_t J>
+template <Activation A, class V, size_t J>
+FN_INLINE bool graded_here(const Epilogue& epilogue, const std::array<V, J>& dy, std::array<V, J>& z) {
+  if (epilogue.activation != A) return false;
+  const V alpha(static_cast<typename V::value_type>(epilogue.alpha));
+  repeat<J>([&](auto j) FN_LAMBDA { z[j] = dy[j] * slope(A, z[j], alpha); });
+  return true;
+}
+template <Activation... HERE, class V, size_t J>
 FN_INLINE void grad_all(const Epilogue& epilogue, const std::array<V, J>& dy, std::array<V, J>& z) {
   if (epilogue.activation == Activation::relu) {
     repeat<J>([&](auto j) FN_LAMBDA { z[j] = relu_grad(dy[j], z[j]); });
   } else if (epilogue.activation == Activation::identity) {
     repeat<J>([&](auto j) FN_LAMBDA { z[j] = dy[j]; });
-  } else {
+  } else if (!(graded_here<HERE>(epilogue, dy, z) || ...)) {
     const InMemory<V, J> dy_copy(dy);
     InMemory<V, J> copy(z);
     grad_others(epilogue, dy_copy.v, copy.v, J);

@@ -137,7 +137,7 @@ struct GroupForward : GroupNorm<T> {
           const int64_t at = i + static_cast<int64_t>(j) * lanes<V>;
           z[j] = z_of(load(from + at, count), w(at, count), b(at, count));
         });
-        activate_all(epilogue, z);
+        activate_all<Activation::silu>(epilogue, z);
         put_all<T, J>(to + i, z, count, stream);
       });
     });
@@ -249,7 +249,7 @@ struct GroupBackward : GroupNorm<T> {
           dy_i[j] = load(dy_run + at, count);
           z[j] = z_of(load(x_run + at, count), w(at, count), b(at, count));
         });
-        grad_all(epilogue, dy_i, z);
+        grad_all<Activation::silu>(epilogue, dy_i, z);
         store_all<T, J>(dz + i, z, count);
       });
     });

@@ -104,16 +104,70 @@ struct Marks {
   T* dz;
 };
 
-// Whether dy is read through its bits about as fast as without.
+#if defined(CPU_CAPABILITY_AVX512)
+// Whether dy is read through its bits about as fast as without; and whether those of a vector may begin within a byte, and some
+// of them not exist.
 template <class T>
-constexpr bool MARKS_READ = false;
-#if defined(CPU_CAPABILITY_AVX2)
-template <>
-inline constexpr bool MARKS_READ<float> = true;
-template <>
-inline constexpr bool MARKS_READ<BFloat16> = true;
-template <>
-inline constexpr bool MARKS_READ<Half> = true;
+constexpr bool MARKS_READ = true;
+constexpr bool MARKS_ANYWHERE = true;
+
+// Those of 32 elements from `dy` on.
+template <class T>
+FN_INLINE uint32_t bits_from(const Marks<T>& marks, const T* dy) {
+  const size_t i = static_cast<size_t>(dy - marks.dy);
+  uint64_t word;
+  std::memcpy(&word, marks.bits + (i >> 3), WORD);
+  return static_cast<uint32_t>(word >> (i & 7));
+}
+// What bits leave of a vector's elements, and their like stored.
+FN_INLINE Floats left_of(const float* p, uint32_t bits) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>(bits), p); }
+FN_INLINE Doubles left_of(const double* p, uint32_t bits) { return _mm512_maskz_loadu_pd(static_cast<__mmask8>(bits), p); }
+FN_INLINE Bits16 left_of(const BFloat16* p, uint32_t bits) { return _mm256_maskz_loadu_epi16(static_cast<__mmask16>(bits), p); }
+FN_INLINE Bits16 left_of(const Half* p, uint32_t bits) { return _mm256_maskz_loadu_epi16(static_cast<__mmask16>(bits), p); }
+template <class T>
+FN_INLINE void put_left(T* p, Vec<T> v, int64_t count, bool past) {
+  past ? stream(p, v) : store(p, v, count);
+}
+template <class T>
+FN_INLINE void put_left(T* p, Bits16 bits, int64_t count, bool past) {
+  if (past) return stream_bits(p, bits);
+  count == lanes<Floats> ? store_bits(p, bits) : store_bits(p, bits, count);
+}
+FN_INLINE Floats widened(const float*, Floats v) { return v; }
+FN_INLINE Doubles widened(const double*, Doubles v) { return v; }
+template <class T>
+FN_INLINE Floats widened(const T* p, Bits16 bits) {
+  return widen(p, bits);
+}
+
+// J vectors of dz from `dy` on, the only one of `count` lanes, as load_group would have them of it; where `dz` is not null they
+// go there as well.
+template <class T, size_t J>
+FN_INLINE std::array<Vec<T>, J> load_marked(const Marks<T>& marks, const T* dy, int64_t count, T* dz = nullptr,
+                                            bool stream = false) {
+  constexpr int64_t W = lanes<Vec<T>>;
+  const bool some = J == 1 && count < W, past = stream && !some && J * W * sizeof(T) % 64 == 0;  // whole lines, as in put_all
+  std::array<Vec<T>, J> v;
+  repeat<J>([&](auto j) FN_LAMBDA {
+    const uint32_t bits = bits_from(marks, dy + j * W);
+    const auto left = left_of(dy + j * W, some ? bits & ((1u << count) - 1) : bits);
+    if (dz) put_left(dz + j * W, left, count, past);
+    v[j] = widened(dy, left);
+  });
+  return v;
+}
+template <class T>
+FN_INLINE std::array<Vec<T>, LOT<T>> load_marked_lot(const Marks<T>& marks, const T* dy) {
+  if constexpr (LOT<T> == 1)
+    return load_marked<T, 1>(marks, dy, lanes<Vec<T>>);
+  else
+    return lot_of(dy, _mm512_maskz_loadu_epi16(bits_from(marks, dy), dy));
+}
+
+#elif defined(CPU_CAPABILITY_AVX2)
+template <class T>
+constexpr bool MARKS_READ = sizeof(T) < 8;
+constexpr bool MARKS_ANYWHERE = false;
 
 // What bits leave of eight words, of eight elements of 16 bits, and of sixteen.
 FN_INLINE __m256i marked_words(const void* p, uint8_t bits) {
@@ -132,14 +186,11 @@ FN_INLINE __m256i marked_sixteen(const void* p, const uint8_t* bits) {
   const __m256i set = _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16(word), own), own);
   return _mm256_and_si256(_mm256_loadu_si256(static_cast<const __m256i*>(p)), set);
 }
-#endif
 
 // J whole vectors of dz from `dy` on, as load_group would have them of it; where `dz` is not null they go there as well.
 template <class T, size_t J>
-FN_INLINE std::array<Vec<T>, J> load_marked(const Marks<T>& marks, const T* dy, T* dz = nullptr, bool stream = false) {
-  static_assert(MARKS_READ<T>);
+FN_INLINE std::array<Vec<T>, J> load_marked(const Marks<T>& marks, const T* dy, int64_t, T* dz = nullptr, bool stream = false) {
   std::array<Vec<T>, J> v;
-#if defined(CPU_CAPABILITY_AVX2)
   constexpr int64_t W = lanes<Floats>;
   const uint8_t* bits = marks.bits + (static_cast<size_t>(dy - marks.dy) >> 3);
   const bool past = stream && J * W * sizeof(T) % 64 == 0;  // whole lines, as in put_all
@@ -169,16 +220,37 @@ FN_INLINE std::array<Vec<T>, J> load_marked(const Marks<T>& marks, const T* dy, 
       v[j] = widen(dy, left);
     });
   }
-#endif
   return v;
 }
-// The same, to where the marks say.
-template <class T, size_t J>
-FN_INLINE std::array<Vec<T>, J> pass_marked(const Marks<T>& marks, const T* dy, bool stream) {
-  return load_marked<T, J>(marks, dy, marks.dz ? marks.dz + (dy - marks.dy) : nullptr, stream);
+template <class T>
+FN_INLINE std::array<Vec<T>, LOT<T>> load_marked_lot(const Marks<T>& marks, const T* dy) {
+  return load_marked<T, LOT<T>>(marks, dy, lanes<Vec<T>>);
 }
 
-// How the inputs of a row are read where the first is dy beside bits; whole vectors of them.
+#else
+template <class T>
+constexpr bool MARKS_READ = false;
+constexpr bool MARKS_ANYWHERE = false;
+
+template <class T, size_t J>
+std::array<Vec<T>, J> load_marked(const Marks<T>&, const T*, int64_t, T* = nullptr, bool = false) {
+  static_assert(MARKS_READ<T>);
+  return {};
+}
+template <class T>
+std::array<Vec<T>, LOT<T>> load_marked_lot(const Marks<T>&, const T*) {
+  static_assert(MARKS_READ<T>);
+  return {};
+}
+#endif
+
+// The same, to where the marks say.
+template <class T, size_t J>
+FN_INLINE std::array<Vec<T>, J> pass_marked(const Marks<T>& marks, const T* dy, int64_t count, bool stream) {
+  return load_marked<T, J>(marks, dy, count, marks.dz ? marks.dz + (dy - marks.dy) : nullptr, stream);
+}
+
+// How the inputs of a row are read where the first is dy beside bits.
 template <class T>
 struct Marked : AsTheyAre {
   Marks<T> marks;
@@ -186,15 +258,21 @@ struct Marked : AsTheyAre {
   template <size_t P>
   FN_INLINE std::array<Vec<T>, P> vectors(const std::array<const T*, P>& at, int64_t i, int64_t count) const {
     auto v = AsTheyAre::vectors(at, i, count);
-    v[0] = load_marked<T, 1>(marks, at[0] + i)[0];
+    v[0] = load_marked<T, 1>(marks, at[0] + i, count)[0];
     return v;
   }
   template <size_t P>
   FN_INLINE std::array<std::array<Vec<T>, LOT<T>>, P> lots(const std::array<const T*, P>& at, int64_t i) const {
     auto lots = AsTheyAre::lots(at, i);
-    lots[0] = load_marked<T, LOT<T>>(marks, at[0] + i);
+    lots[0] = load_marked_lot<T>(marks, at[0] + i);
     return lots;
   }
+#if defined(__AVX512BF16__)
+  template <size_t P>
+  FN_INLINE __m512i pairs(const std::array<const T*, P>& at, size_t p, int64_t i) const {
+    return p == 0 ? _mm512_maskz_loadu_epi16(bits_from(marks, at[0] + i), at[0] + i) : AsTheyAre::pairs(at, p, i);
+  }
+#endif
 };
 
 }  // namespace fastnorm::cpu

@@ -99,7 +99,7 @@ struct RowForward {
         repeat<J>([&](auto j) FN_LAMBDA { v[j] = affine(x_hat(load(in + j * W, count)), wi[j], bi[j]); });
         if constexpr (FUSED) {
           if (residual.data) repeat<J>([&](auto j) FN_LAMBDA { v[j] = v[j] + load(residuals[k] + i + j * W, count); });
-          activate_all(epilogue, v);
+          activate_all<Activation::gelu>(epilogue, v);
         }
         put_all<T, J>(out, v, count, stream);
       }

@@ -78,7 +78,7 @@ struct Slopes {
                       b ? load(b + at, count) : V(0));
         if (residual_m) z[j] = z[j] + load(residual_m + at, count);
       });
-      grad_all(epilogue, dy, z);
+      grad_all<Activation::gelu>(epilogue, dy, z);
       store_all<T, J>(dz_m + i, z, count);
     });
   }

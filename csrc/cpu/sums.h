@@ -111,8 +111,9 @@ struct Products {
     return {a, a * (P == 1 ? a : v[P - 1])};
   }
 #if defined(__AVX512BF16__)
-  FN_INLINE void add_lot(const std::array<const T*, P>& at, int64_t i, V (&s)[2]) const {
-    const auto pairs = [&](size_t p) FN_LAMBDA { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(at[p] + i)); };
+  template <class Read>
+  FN_INLINE void add_lot(const Read& read, const std::array<const T*, P>& at, int64_t i, V (&s)[2]) const {
+    const auto pairs = [&](size_t p) FN_LAMBDA { return reinterpret_cast<__m512bh>(read.pairs(at, p, i)); };
     const auto ones = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
     s[0] = _mm512_dpbf16_ps(s[0], pairs(0), ones);
     s[1] = _mm512_dpbf16_ps(s[1], pairs(0), pairs(P - 1));
@@ -139,6 +140,13 @@ struct AsTheyAre {
     repeat<P>([&](auto p) FN_LAMBDA { lots[p] = load_lot(at[p] + i); });
     return lots;
   }
+#if defined(__AVX512BF16__)
+  // A lot of the p-th input, not even widened.
+  template <class T, size_t P>
+  FN_INLINE __m512i pairs(const std::array<const T*, P>& at, size_t p, int64_t i) const {
+    return _mm512_loadu_si512(at[p] + i);
+  }
+#endif
 };
 
 // Adds f(r, i, count, inputs) -> std::array<V, K> for the elements [i, n); `at[r]` points to the P inputs of row r. Element i
@@ -155,7 +163,7 @@ FN_INLINE void add_up(Chains<Vec<T>, R, K, CHAINS>& to, const std::array<std::ar
   };
   const auto add_lots = [&](auto chain, auto r, int64_t j) FN_LAMBDA {
     if constexpr (FUSED<F>) {
-      f.add_lot(at[r], j, c.s[chain][r]);
+      f.add_lot(read, at[r], j, c.s[chain][r]);
     } else if constexpr (LOTS == 1) {
       add(chain, r, j, W, read.vectors(at[r], j, W));
     } else {

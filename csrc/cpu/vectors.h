@@ -119,11 +119,11 @@ FN_INLINE std::array<Vec<T>, 1> load_lot(const T* p) {
 #if defined(CPU_CAPABILITY_AVX512)
 template <>
 constexpr int64_t LOT<BFloat16> = 2;
-FN_INLINE std::array<Floats, 2> load_lot(const BFloat16* p) {
-  const __m512i pairs = _mm512_loadu_si512(p);
+FN_INLINE std::array<Floats, 2> lot_of(const BFloat16*, __m512i pairs) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
           _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
 }
+FN_INLINE std::array<Floats, 2> load_lot(const BFloat16* p) { return lot_of(p, _mm512_loadu_si512(p)); }
 #elif defined(CPU_CAPABILITY_AVX2)
 template <>
 constexpr int64_t LOT<BFloat16> = 2;
