@@ -46,9 +46,9 @@ under := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-fil
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(PYTHON) -m pytest -n 2 --capture=sys -p no:faulthandler
 sanitize: $(ready)
 	FASTNORM_EMULATOR_SANITIZE=1 FASTNORM_EMULATOR_ORDER=forward $(under) -k emulated $(ARGS) \
-		$(patsubst %,tests/test_%.py,rows channels contract sums fused groups positions masked branch)
+		$(patsubst %,tests/test_%.py,rows channels contract sums fused groups positions masked masked_rows branch)
 	$(sanitized) $(PYTHON) -c "from fastnorm import build; build.library()"
-	$(sanitized) $(under) $(ARGS) $(patsubst %,tests/test_%.py,rows channels contract fused groups positions masked branch autograd eager modules guards)
+	$(sanitized) $(under) $(ARGS) $(patsubst %,tests/test_%.py,rows channels contract fused groups positions masked masked_rows branch autograd eager modules guards)
 
 lint: $(ready)
 	$(PYTHON) -m ruff check .

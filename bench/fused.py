@@ -171,12 +171,27 @@ def _masked_in_operators(x, w, b):
     return ((xf - mean) * torch.rsqrt(var + EPS) * w.view(-1, 1) + b.view(-1, 1)).to(x.dtype)
 
 
+def _masked_rows_in_operators(x, w, b):
+    """Each row (b, c) of a (B, C, L) by itself."""
+    counts, xf = _counting(x).unsqueeze(1), x.float() if x.element_size() == 2 else x
+    n = counts.sum(-1, keepdim=True)
+    mean = (xf * counts).sum(-1, keepdim=True) / n
+    var = ((xf - mean) * counts).square().sum(-1, keepdim=True) / n
+    return ((xf - mean) * torch.rsqrt(var + EPS) * w + b).to(x.dtype)
+
+
 def _masked(shape):
     yield Fused(
         "BN masked",
         shape,
         lambda x, w, b: fastnorm.batch_norm(x, None, None, w, b, True, 0.1, EPS, mask=_counting(x)),
         _masked_in_operators,
+    )
+    yield Fused(
+        "LN masked",
+        shape,
+        lambda x, w, b: fastnorm.layer_norm(x, x.shape[-1:], w, b, EPS, mask=_counting(x).unsqueeze(1)),
+        _masked_rows_in_operators,
     )
 
 

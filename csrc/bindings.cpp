@@ -40,6 +40,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("position_bwd", &position_bwd, no_gil);
   m.def("channel_masked_stats", &channel_masked_stats, no_gil);
   m.def("channel_masked_grad", &channel_masked_grad, no_gil);
+  m.def("row_masked_fwd", &row_masked_fwd, no_gil);
+  m.def("row_masked_bwd", &row_masked_bwd, no_gil);
   m.def("branch_fwd", &branch_fwd, no_gil);
   m.def("branch_bwd", &branch_bwd, no_gil);
   if (PyModule_AddFunctions(m.ptr(), eager_functions) != 0) throw py::error_already_set();

@@ -78,6 +78,12 @@ std::tuple<Tensor, Tensor, Tensor> channel_masked_stats(const Tensor& x, const T
 Tensor channel_masked_grad(const Tensor& dy, const Tensor& x, const Tensor& mask, const Tensor& mean, const Tensor& rstd,
                            const Maybe& weight, const Tensor& c1, const Tensor& c2);
 
+// Layer norm of which some columns do not count; `mask` is bool, (R, P), see RowMask.
+std::tuple<Tensor, Tensor, Tensor> row_masked_fwd(const Tensor& x, const Tensor& mask, const Maybe& weight, const Maybe& bias,
+                                                  double eps, int64_t N);
+Grads row_masked_bwd(const Tensor& dy, const Tensor& x, const Tensor& mask, const Maybe& weight, const Tensor& mean,
+                     const Tensor& rstd, const Need& need);
+
 // h = addend + x * row_scale * column_scale * kept / (1 - p). `seed` is one int64, of no use where p is 0.
 Tensor branch_fwd(const Tensor& x, const Tensor& addend, const Maybe& row_scale, const Maybe& column_scale, double p,
                   const Maybe& seed, at::ScalarType dtype);

@@ -73,6 +73,16 @@ Rows branch_rows(const Tensor& x, const Maybe& row_scale, const Maybe& column_sc
   return {n / N, N, R};
 }
 
+// `keep` owns the bytes of the mask.
+RowMask row_mask(const Tensor& mask, Rows g, const Tensor& x, Tensor& keep) {
+  check_beside(mask, "mask", x);
+  TORCH_CHECK(mask.scalar_type() == at::kBool && mask.dim() == 2 && mask.numel() > 0 && g.M % mask.size(0) == 0 &&
+                  g.N % mask.size(1) == 0,
+              "a mask of shape ", text(mask.sizes()), " is none for ", text(g.M), " rows of ", text(g.N));
+  keep = mask.contiguous();
+  return {keep.const_data_ptr<bool>(), mask.size(0), mask.size(1)};
+}
+
 // A scale in x's accumulate dtype, dense; `keep` owns a copy.
 const void* scale_of(const Maybe& t, const char* name, const Tensor& x, Tensor& keep) {
   if (!t) return nullptr;
@@ -240,6 +250,34 @@ std::tuple<Tensor, Tensor, Tensor> position_fwd(const Tensor& x, const Maybe& we
 Grads position_bwd(const Tensor& dy, const Tensor& x, const Maybe& weight, const Maybe& bias, const std::string& activation,
                    double alpha, const Tensor& mean, const Tensor& rstd, const Need& need) {
   return ended_bwd(&Kernels::position_bwd, positions_of(x), dy, x, weight, bias, epilogue(activation, alpha), mean, rstd, need);
+}
+
+std::tuple<Tensor, Tensor, Tensor> row_masked_fwd(const Tensor& x, const Tensor& mask, const Maybe& weight, const Maybe& bias,
+                                                  double eps, int64_t N) {
+  On on(x);
+  TORCH_CHECK(N > 0 && x.numel() > 0 && x.numel() % N == 0, "x with ", text(x.numel()), " elements is not rows of ", text(N));
+  const Rows g{x.numel() / N, N};
+  Tensor keep, keep_mask, w, b, y = empty_result(x, x.scalar_type());
+  SavedStatistics saved;
+  const Statistics s = saved.make(x, g.M);
+  on(&Kernels::row_masked_fwd, g, row_mask(mask, g, x, keep_mask), rows_input(x, "x", N, x, keep),
+     parameter(on, weight, "weight", N, x, w), parameter(on, bias, "bias", N, x, b), eps, output(y), s.mean, s.rstd);
+  return {y, saved.mean, saved.rstd};
+}
+
+Grads row_masked_bwd(const Tensor& dy, const Tensor& x, const Tensor& mask, const Maybe& weight, const Tensor& mean,
+                     const Tensor& rstd, const Need& need) {
+  On on(x);
+  const int64_t M = rstd.numel();
+  TORCH_CHECK(M > 0 && x.numel() > 0 && x.numel() % M == 0, "x with ", text(x.numel()), " elements is not ", text(M), " rows");
+  const Rows g{M, x.numel() / M};
+  Tensor keep, keep_dy, keep_mask, w;
+  const Maybe dx = std::get<0>(need) ? Maybe(empty_result(x, x.scalar_type())) : std::nullopt;
+  Maybe dweight = empty_grad(on, x, std::get<1>(need), g.N), dbias = empty_grad(on, x, std::get<2>(need), g.N);
+  on(&Kernels::row_masked_bwd, g, row_mask(mask, g, x, keep_mask), rows_beside(dy, "dy", g.N, x, keep_dy),
+     rows_input(x, "x", g.N, x, keep), parameter(on, weight, "weight", g.N, x, w), statistic(mean, "mean", x, 2 * M),
+     statistic(rstd, "rstd", x, M), maybe(dx), maybe(dweight), maybe(dbias));
+  return {dx, wanted(std::move(dweight), std::get<1>(need)), wanted(std::move(dbias), std::get<2>(need))};
 }
 
 Tensor branch_fwd(const Tensor& x, const Tensor& addend, const Maybe& row_scale, const Maybe& column_scale, double p,

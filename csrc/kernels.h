@@ -70,6 +70,12 @@ struct RowsInput : ConstArray {
   Walk rows, columns;
 };
 
+// Which columns of rows count: R rows of P bytes, 1 or 0, each byte for the next N / P columns of the next M / R rows.
+struct RowMask {
+  const bool* data = nullptr;
+  int64_t R = 1, P = 1;
+};
+
 // (B, C, S); outputs are dense, or dense (B, S, C) when `last`.
 struct Channels {
   int64_t B, C, S;
@@ -170,6 +176,12 @@ struct Kernels {
                                 void* deviation);
   Error (*channel_masked_grad)(const Place&, Channels g, const ChannelsInput& dy, const ChannelsInput& x, const bool* mask,
                                const void* mean, const void* rstd, ConstArray weight, const void* c1, const void* c2, Array dx);
+  // Layer norm of what counts; a row of which nothing does has mean 0 and variance 1. All of a row is normalised, and is in c1
+  // and c2, which are divided by the count; of what does not count dx is g * rstd.
+  Error (*row_masked_fwd)(const Place&, Rows g, RowMask mask, const RowsInput& x, ConstArray weight, ConstArray bias, double eps,
+                          Array y, void* mean, void* rstd);
+  Error (*row_masked_bwd)(const Place&, Rows g, RowMask mask, const RowsInput& dy, const RowsInput& x, ConstArray weight,
+                          const void* mean, const void* rstd, Array dx, Array dweight, Array dbias);
   // A branch onto a stream, all dense: h = addend + x * factor, where the factor of an element is row_scale (P numbers, each
   // for the next M / P rows) times column_scale (N) times dropout's; what is absent is 1. Scales are in x's accumulate dtype;
   // addend and h (and dh, the gradient of h) in that or in x's dtype, dx in x's. dcolumn_scale is the sum over rows of dh * x

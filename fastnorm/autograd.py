@@ -277,6 +277,26 @@ class MaskedBatchNormFunction(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
+class MaskedRowsFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, mask, eps, N, backend):
+        y, mean, rstd = backend.row_masked_fwd(x, mask, weight, bias, eps, N)
+        ctx.save_for_backward(x, weight, mask, mean, rstd)
+        ctx.eps, ctx.N, ctx.backend, ctx.bias_dtype = eps, N, backend, _dtype(bias)
+        ctx.parameter_shape = None if weight is None and bias is None else (bias if weight is None else weight).shape
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, mask, mean, rstd = ctx.saved_tensors
+        need = _need(ctx, weight)
+        if is_differentiable(dy):
+            dx, *grads = composite.masked_rows_backward(dy, x, mask, weight, ctx.N, ctx.eps, need)
+        else:
+            dx, *grads = ctx.backend.row_masked_bwd(dy, x, mask, weight, mean, rstd, need)
+        return dx, *(None if d is None else d.view(ctx.parameter_shape) for d in grads), None, None, None, None
+
+
 def _parameter_dtypes(ctx, weight, needed):
     return weight.dtype if needed[0] else None, ctx.bias_dtype if needed[1] else None
 
@@ -290,6 +310,7 @@ layer_norm, batch_norm = apply_of(LayerNormFunction), apply_of(BatchNormFunction
 fused_rows, fused_batch_norm = apply_of(FusedRowsFunction), apply_of(FusedBatchNormFunction)
 branch_rows = apply_of(BranchRowsFunction)
 ended_norm, masked_batch_norm = apply_of(EndedNormFunction), apply_of(MaskedBatchNormFunction)
+masked_rows = apply_of(MaskedRowsFunction)
 extension.differentiate_with(
     composite.layer_norm_backward,
     composite.batch_norm_backward,

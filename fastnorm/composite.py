@@ -179,6 +179,13 @@ def position_norm_backward(dy, x, weight, bias, activation, alpha, eps, need):
     return reference.position_bwd(dy, x, weight, bias, activation, alpha, *saved, need)
 
 
+def masked_rows_backward(dy, x, mask, weight, N, eps, need):
+    """dx, dweight, dbias as in row_masked_bwd; they can be differentiated again, through the statistics as well."""
+    rows, acc = Rows.of(x.shape, N), accumulate_dtype(x.dtype)
+    mean, rstd = reference.masked_statistics(rows.view(x).to(acc), reference.counting(mask, rows), eps)
+    return reference.row_masked_bwd(dy, x, mask, weight, mean.squeeze(2), rstd.squeeze(1), need)
+
+
 def masked_batch_norm_backward(dy, x, mask, weight, count, mean, rstd, eps, need):
     """dx, dweight, dbias as in channel_masked_bwd; they can be differentiated again. mean and rstd stay if nothing counts."""
     c, acc = Channels.of(x.shape), accumulate_dtype(x.dtype)

@@ -110,7 +110,7 @@ def layer_norm(
         residual: input's shape and dtype, added before the activation.
         mask: bool, of the shape of input's first dimensions, ``(B, L)`` beside ``(B, L, C)``: the statistics of a row are of
             the values where it is True, and no gradient goes through them to the others. All are normalised; where it is True
-            nowhere in a row, by mean 0 and variance 1. Plain torch operators so far.
+            nowhere in a row, by mean 0 and variance 1.
         lengths: instead of a mask, how many values of a ``(B, L, *)`` input count along L, integers ``(B,)``.
         recompute: "output": backward keeps the result and not input, which it computes anew: memory is saved where nothing else
             keeps input, and the next layer keeps the result. It costs backward some elementwise passes, and gradients are a

@@ -380,6 +380,24 @@ def row_fused_backward(
     return replace(config, stages=stages, registers=registers(config.warps) if config.registers else None)
 
 
+def row_masked_forward(N: int, itemsize: int) -> RowForward:
+    """As fused rows. Of several rows, or 8 bytes, the assembler aims at fewer registers than the mask takes, and spills."""
+    config = row_fused_forward(N, itemsize)
+    return replace(config, registers=registers(config.warps)) if config.rows > 1 or itemsize == 8 else config
+
+
+def row_masked_backward(M: int, N: int, itemsize: int, sm_count: int, narrow: bool = False) -> RowBackward | RowBackwardSplit:
+    """As fused rows of two tensors; the assembler is told how many registers there are, as in row_masked_forward. `narrow`:
+    loads of less than 16 bytes, or of less of the mask than goes with them. For those the longest rows have no registers, and a
+    tile of columns has no more than 16 elements a thread."""
+    config = row_fused_backward(M, N, itemsize, sm_count, tensors=2)
+    if narrow and isinstance(config, RowBackward) and config.block == FUSED_BACKWARD[itemsize]:
+        config = replace(_row_backward_split(M, N, itemsize, sm_count), sums_stages=FUSED_SUMS_STAGES)
+    if isinstance(config, RowBackwardSplit):
+        return replace(config, rows=min(config.rows, 16 * 32 * config.warps // config.block)) if narrow else config
+    return replace(config, registers=config.registers or registers(2 * config.warps))
+
+
 def group_backward(P: int, S: int, itemsize: int, width: int) -> GroupBackward:
     """P channels of S positions; `width`: bytes of a load. A function of the layer alone: no sample depends on its batch."""
     narrow = width < 8

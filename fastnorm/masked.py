@@ -1,13 +1,15 @@
-"""batch_norm in training where some positions do not count, such as padding: statistics and their gradients leave them out."""
+"""Norms of which some of the input does not count, such as padding: statistics and their gradients leave it out."""
 
 from __future__ import annotations
+
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import has_torch_function_variadic
 
 from . import activations, composite
-from .autograd import masked_batch_norm, traced
+from .autograd import masked_batch_norm, masked_rows, traced
 from .dispatch import DTYPES, select
 from .gate import channels_fit, covers, needs_grad, rows_fit
 from .geometry import around
@@ -37,14 +39,30 @@ def mask_of(mask, lengths, shape, device):
 
 
 def rows(input, mask, lengths, normalized_shape, weight, bias, eps, activation, residual):
-    """layer_norm of what counts, by torch's operators; see `functional.layer_norm`."""
+    """layer_norm of what counts; see `functional.layer_norm`."""
     activation, alpha = activations.parse(activation)
     if not rows_fit(input, normalized_shape, weight, bias, eps) or not input.is_floating_point():
         F.layer_norm(input, normalized_shape, weight, bias, eps)  # raises what torch raises
     mask = mask_of(mask, lengths, input.shape[: 2 if mask is None else mask.dim()], input.device)
-    mask = mask.view(*mask.shape, *[1] * (input.dim() - mask.dim()))
-    y = composite.masked_rows_in_sequence(input, mask, normalized_shape, weight, bias, eps)
+    backend = _backend(input, mask, weight, bias)
+    if backend is None:
+        mask = mask.view(*mask.shape, *[1] * (input.dim() - mask.dim()))
+        y = composite.masked_rows_in_sequence(input, mask, normalized_shape, weight, bias, eps)
+    else:
+        mask = _of_rows(mask, input.shape, input.dim() - len(normalized_shape))
+        y = masked_rows(input, weight, bias, mask, eps, prod(normalized_shape), backend)
     return activations.ACTIVATIONS[activation].value(y if residual is None else y + residual, alpha)
+
+
+def _of_rows(mask, shape, lead):
+    """The mask (R, P) of the backend contract, from one of the first dimensions of `shape`, of which `lead` are rows'.
+
+    Where it is the same along the last of either, it is not written out for them.
+    """
+    parts = (0, min(lead, mask.dim())), (lead, mask.dim())
+    outer, inner = (next((d for d in range(end, begin, -1) if mask.stride(d - 1) != 0), begin) for begin, end in parts)
+    at = tuple(slice(None) if d < outer or lead <= d < inner else 0 for d in range(mask.dim()))
+    return mask[at].reshape(prod(shape[:outer]), prod(shape[lead:inner])).contiguous()
 
 
 def mask_beside(input, mask, lengths, channel_axis):
@@ -56,12 +74,12 @@ def mask_beside(input, mask, lengths, channel_axis):
     return mask if channel_axis == 1 else mask.reshape(moved[:1] + moved[2:])
 
 
-def _backend(x, mask, weight, bias, eps):
-    """The backend that serves the call; None where torch's operators have to."""
+def _backend(x, mask, weight, bias):
+    """The backend that serves a call that fits; None where torch's operators have to."""
     tensors = (mask, weight, bias)
     if torch.compiler.is_compiling() or has_torch_function_variadic(x, *tensors) or traced():
         return None
-    if not covers(x, weight, bias) or mask.device != x.device or not channels_fit(x, None, None, weight, bias, True, 0.0, eps):
+    if not covers(x, weight, bias) or mask.device != x.device:
         return None
     if needs_grad(x, weight, bias) and any(t is not None and t.is_inference() for t in (x, *tensors)):
         return None  # cannot be saved for backward, as torch will say
@@ -70,8 +88,8 @@ def _backend(x, mask, weight, bias, eps):
 
 def normalize(x, mask, otherwise, weight, bias, eps):
     """y, and count (1,), mean and biased variance (C,) of what counts; the last two are `otherwise` where nothing does."""
-    backend = _backend(x, mask, weight, bias, eps)
-    if backend is None:
+    backend = _backend(x, mask, weight, bias)
+    if backend is None or not channels_fit(x, None, None, weight, bias, True, 0.0, eps):
         return composite.masked_in_sequence(x, mask, weight, bias, otherwise, eps)
     return masked_batch_norm(x, weight, bias, mask, otherwise, eps, backend)
 

@@ -31,6 +31,10 @@ Those with `position` are a layer norm over the C channels of every position (ch
 Those with `masked` are pieces of a batch norm of which some positions do not count: `mask` is bool and (B, *), x without its
 channels, True where they do. All of x is normalised, and all of dy is in the sums of channel_sums.
 
+`row_masked_fwd` and `row_masked_bwd` are a layer norm of which some columns do not count: `mask` is bool, contiguous and
+(R, P), True where column i of row m does, at [m / (M / R), i / (N / P)]. A row of which nothing counts has mean 0 and variance
+1. All of x is normalised, and all of dy is in c1 and c2.
+
 `branch_fwd` and `branch_bwd` add a branch to a stream: h = addend + x * row_scale * column_scale * kept / (1 - p). row_scale is
 R elements, each for the next numel / R elements, and column_scale N, or None. addend, h and dh are in x's dtype or in its
 accumulate dtype. Element i is kept where word i % 4 of Philox4x32-10's counter i / 4 with the key `seed`, an int64 tensor of
@@ -164,6 +168,44 @@ def row_bwd(dy, x, weight, mean, rstd, need):
         dx = _like(dx, x, torch.contiguous_format)
     dweight = None if need[1] is None else (dz * x_hat).sum(0, dtype=torch.float64).to(need[1])
     return dx, dweight, None if need[2] is None else dz.sum(0, dtype=torch.float64).to(need[2])
+
+
+def counting(mask, rows):
+    """(M, N), of a mask (R, P)"""
+    R, P = mask.shape
+    return mask.view(R, 1, P, 1).expand(R, rows.M // R, P, rows.N // P).reshape(rows.M, rows.N)
+
+
+def row_masked_fwd(x, mask, weight, bias, eps, N):
+    """y, mean (2, M), rstd (M,)"""
+    rows, acc = Rows.of(x.shape, N), accumulate_dtype(x.dtype)
+    mean, rstd = masked_statistics(rows.view(x).to(acc), counting(mask, rows), eps)
+    w, b = (None if p is None else p.reshape(N).to(acc) for p in (weight, bias))
+    y = affine(normalize(rows.view(x).to(acc), mean, rstd), w, b)
+    return _like(y, x, torch.contiguous_format), mean.squeeze(2), rstd.squeeze(1)
+
+
+def masked_statistics(xf, counts, eps):
+    """The mean pair (2, M, 1) and rstd (M, 1) of rows of which some columns count."""
+    n, mean, m2, scale = moments(xf, (1,), counts)
+    some = counts.any(1, keepdim=True)
+    return torch.where(some, mean, 0), torch.where(some, rstd_of(n, m2, scale, eps, xf.dtype), (1 + eps) ** -0.5)
+
+
+def row_masked_bwd(dy, x, mask, weight, mean, rstd, need):
+    """dx, dweight (N,), dbias (N,)"""
+    rows = Rows(rstd.numel(), x.numel() // rstd.numel())
+    acc, counts = rstd.dtype, counting(mask, rows)
+    dz, rstd = rows.view(dy).to(acc), rstd[:, None]
+    x_hat = normalize(rows.view(x).to(acc), mean[:, :, None], rstd)
+    dx = None
+    if need[0]:
+        g = dz if weight is None else dz * weight.reshape(rows.N).to(acc)
+        n = counts.sum(1, keepdim=True).double().clamp(min=1)
+        c1, c2 = ((t.sum(1, keepdim=True, dtype=torch.float64) / n).to(acc) for t in (g * x_hat, g))
+        dx = torch.where(counts, grad_input(g, x_hat, rstd, c1, c2), g * rstd)
+        dx = _like(dx, x, torch.contiguous_format)
+    return dx, needed((dz * x_hat).sum(0, dtype=torch.float64), need[1]), needed(dz.sum(0, dtype=torch.float64), need[2])
 
 
 # ---------------------------------------------------------------- channels: pieces, cut where a collective can go between

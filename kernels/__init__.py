@@ -25,6 +25,7 @@ from .masked import channel_masked_grad, channel_masked_stats
 from .position import position_bwd, position_fwd
 from .row import row_bwd, row_fwd
 from .row_fused import row_fused_bwd, row_fused_fwd
+from .row_masked import row_masked_bwd, row_masked_fwd
 
 __all__ = [
     "branch_bwd",
@@ -48,6 +49,8 @@ __all__ = [
     "row_fused_bwd",
     "row_fused_fwd",
     "row_fwd",
+    "row_masked_bwd",
+    "row_masked_fwd",
     "unavailable",
     "whole_calls",
 ]

@@ -1,4 +1,4 @@
-"""Batch norm of which some positions do not count, in plain torch: the truth in float64, and what a user would write."""
+"""Norms of which some of the input does not count, in plain torch: the truth in float64, and what a user would write."""
 
 import torch
 from compare import accumulate
@@ -41,7 +41,31 @@ def written_out(x, mask, weight, bias, eps, dtype):
     return (z if bias is None else z + column(bias)).to(dtype)
 
 
-def differentiated(x, dy, mask, weight, bias, eps, dtype):
+def rows_for(case, kind, R, P, draw=0):
+    """bool, (R, P): True where columns of rows count."""
+    generator = torch.Generator().manual_seed(draw)
+    if kind == "padding":
+        mask = torch.arange(P) < torch.randint(0, P + 1, (R, 1), generator=generator)
+    else:
+        mask = torch.rand(R, P, generator=generator) < {"random": 0.6, "all": 2.0, "none": -1.0}[kind]
+    if kind in ("padding", "random"):
+        mask[0], mask[-1] = R == 1, True
+    return mask
+
+
+def rows_written_out(x, mask, weight, bias, eps, dtype):
+    """z of rows (M, N) in the accumulate dtype, rounded to `dtype`; differentiable. `mask` is (R, P)."""
+    acc, (R, P), (M, N) = accumulate(dtype), mask.shape, x.shape
+    counts, xf = mask.view(R, 1, P, 1).expand(R, M // R, P, N // P).reshape(M, N), x.to(acc)
+    n, kept = counts.sum(1, keepdim=True), lambda t: torch.where(counts, t, 0).sum(1, keepdim=True)
+    mean = kept(xf) / n.clamp(min=1)
+    var = torch.where(n > 0, kept((xf - mean).square()) / n.clamp(min=1), 1)
+    z = (xf - mean) * torch.rsqrt(var + eps)
+    z = z if weight is None else z * weight.to(dtype).to(acc)
+    return (z if bias is None else z + bias.to(dtype).to(acc)).to(dtype)
+
+
+def differentiated(x, dy, mask, weight, bias, eps, dtype, written_out=written_out):
     """y, dx, dweight, dbias by autograd, as far as they exist."""
     leaf = lambda t: None if t is None else t.detach().to(dtype).requires_grad_()
     leaves = {"dx": leaf(x), "dweight": leaf(weight), "dbias": leaf(bias)}
@@ -50,24 +74,30 @@ def differentiated(x, dy, mask, weight, bias, eps, dtype):
     return {"y": y.detach(), **dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy.to(dtype)), strict=True))}
 
 
-def plain_errors(case, kind, device):
+def drawn(case, kind, device, draw):
+    """x, dy, weight, bias and the mask"""
+    inputs = case.make_channels(device, draw)
+    return *inputs, mask_for(inputs[0], kind, draw)
+
+
+def plain_errors(case, kind, device, drawn, written_out):
     """The largest error of what a user would write, of several draws, relative to the size of each result."""
     wide, worst = case.dtype == torch.float64, {}
     taken = lambda t: t.float() if wide and t is not None else t
     scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if wide else 1.0
     for draw in range(DRAWS):
-        x, dy, weight, bias = map(taken, case.make_channels(device, draw))
-        mask = mask_for(x, kind, draw)
-        truth = differentiated(x, dy, mask, weight, bias, case.eps, torch.float64)
-        theirs = differentiated(x, dy, mask, weight, bias, case.eps, torch.float32 if wide else case.dtype)
+        *inputs, mask = drawn(case, kind, device, draw)
+        x, dy, weight, bias = map(taken, inputs)
+        run = lambda dtype, a=(x, dy, mask, weight, bias, case.eps): differentiated(*a, dtype, written_out)
+        truth, theirs = run(torch.float64), run(torch.float32 if wide else case.dtype)
         for name, t in theirs.items():
             worst[name] = max(worst.get(name, 0), scale * size(t.double() - truth[name]) / size(truth[name]))
     return worst
 
 
-def check(case, kind, results, truth, device, terms):
+def check(case, kind, results, truth, device, terms, drawn=drawn, written_out=written_out):
     """Each result is off by at most what is plain, and one unit in the last place; `terms` are those that cancel in dx."""
-    errors, acc = plain_errors(case, kind, device), torch.finfo(accumulate(case.dtype)).eps
+    errors, acc = plain_errors(case, kind, device, drawn, written_out), torch.finfo(accumulate(case.dtype)).eps
     for name, got in results.items():
         expected = truth[name]
         assert got.shape == expected.shape, name

@@ -167,6 +167,22 @@ def test_every_fused_row_has_its_kernels(itemsize):
 
 
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
+def test_masked_rows_are_fused_ones_with_more_registers(itemsize):
+    """And shorter ones, in smaller tiles, where loads are narrow; the same in every batch."""
+    for N in (10, 64, 768, 1024, 2048, 4096, 5120, 8192, 10**5):
+        plain = lambda c: dataclasses.replace(c, registers=None)
+        assert plain(H.row_masked_forward(N, itemsize)) == plain(H.row_fused_forward(N, itemsize))
+        c, fused = H.row_masked_backward(100, N, itemsize, 132), H.row_fused_backward(100, N, itemsize, 132, 2)
+        assert plain(c) == plain(fused)
+        assert c.registers == fused.registers or (fused.registers is None and c.registers == H.registers(2 * c.warps))
+        kinds = {H.row_masked_backward(M, N, itemsize, sms, narrow=True) for M in (1, 33, 10**6) for sms in (8, 132)}
+        (c,) = {dataclasses.replace(c, partial_rows=0) for c in kinds}
+        longest = H.FUSED_BACKWARD[itemsize] // 2
+        assert isinstance(c, H.RowBackward if longest >= N else H.RowBackwardSplit)
+        assert longest >= N or 1 <= c.rows * c.block <= 16 * 32 * c.warps
+
+
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
 def test_long_fused_rows_fit_shared_memory(itemsize):
     """x, dy, residual and two parameters; x, addend; those with a residual and two parameters, a stage less; x, dz and dh."""
     parameter = max(4, itemsize)

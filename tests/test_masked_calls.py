@@ -1,4 +1,4 @@
-"""batch_norm(mask=...), batch_norm(lengths=...) and the modules: statistics of what counts, gradients, running statistics."""
+"""Norms with mask=... or lengths=... and their modules: statistics of what counts, gradients, running statistics."""
 
 import copy
 
@@ -273,3 +273,46 @@ def test_lengths_of_rows(backend, device):
             norm(**wrong)
     with pytest.raises(RuntimeError, match="normalized_shape"):
         fastnorm.layer_norm(x, (5, 5), lengths=lengths)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dims", "mask", "R", "P"),
+    [
+        ((4, 6, 5), 1, (4, 6), 24, 1),
+        ((4, 6, 5), 1, (4, 1), 4, 1),
+        ((4, 6, 5), 2, (4, 6), 4, 6),
+        ((4, 6, 5), 1, (4, 1, 5), 4, 5),
+        ((4, 6, 5), 1, (1, 1, 5), 1, 5),
+        ((4, 6, 5), 1, (1, 6), 24, 1),
+        ((4, 6, 5, 3), 2, (4, 6, 5, 1), 24, 5),
+        ((4, 6, 5, 3), 2, (4, 1, 1, 3), 4, 15),
+        ((4, 6, 5, 3), 3, (4,), 4, 1),
+    ],
+)
+def test_masks_of_rows_are_not_written_out(shape, dims, mask, R, P, backend, device, monkeypatch):
+    """The kernels get a byte for as many rows and columns as have the same one."""
+    given, run = [], backend.row_masked_fwd
+    monkeypatch.setattr(
+        backend, "row_masked_fwd", lambda x, mask, *rest: given.append(mask) or run(x, mask, *rest), raising=False
+    )
+    x, m = torch.randn(shape, device=device), torch.rand(mask, device=device) < 0.6
+    n = shape[len(shape) - dims :]
+    y = fastnorm.layer_norm(x, n, mask=m)
+    assert [tuple(t.shape) for t in given] == [(R, P)]
+    whole = m.view(*mask, *[1] * (x.dim() - m.dim())).expand(shape)
+    torch.testing.assert_close(y, fastnorm.layer_norm(x, n, mask=whole), rtol=1e-5, atol=1e-6)
+
+
+def test_derivatives_of_rows(backend, device):
+    """Of every order, through the statistics; those of forward mode and of functorch by torch's operators."""
+    x, w, b = torch.randn(3, 4, 5, device=device, dtype=F64), *torch.randn(2, 4, 5, device=device, dtype=F64)
+    lengths = torch.tensor([2, 0, 4], device=device)
+    call = lambda x, w, b: fastnorm.layer_norm(x, (4, 5), w, b, lengths=lengths)
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+    first = torch.autograd.grad(call(*leaves).square().sum(), leaves)
+    for one, other in zip(first, torch.func.grad(lambda *a: call(*a).square().sum(), (0, 1, 2))(x, w, b), strict=True):
+        torch.testing.assert_close(one, other)
+    _, tangent = torch.func.jvp(lambda x: call(x, w, b), (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent[1], w * (1 + 1e-5) ** -0.5)  # nothing counts: the statistics stay

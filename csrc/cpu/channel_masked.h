@@ -351,17 +351,6 @@ class MaskedGrid : GridSweep<T, P> {
   const bool* mask_;
 };
 
-// How many of n bytes, each 0 or 1, are 1: eight at a time, which a multiplication adds up.
-inline int64_t count_ones(const bool* mask, int64_t n) {
-  int64_t count = 0, i = 0;
-  for (uint64_t eight; i + 8 <= n; i += 8) {
-    std::memcpy(&eight, mask + i, 8);
-    count += static_cast<int64_t>(eight * 0x0101010101010101 >> 56);
-  }
-  for (; i < n; ++i) count += mask[i];
-  return count;
-}
-
 // f(sweep) with the way to go through these inputs.
 template <class T, size_t P, class F>
 void with_masked_sweep(Channels g, const Inputs<P>& in, const bool* mask, const F& f) {

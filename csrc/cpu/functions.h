@@ -44,6 +44,10 @@ void position_bwd(Positions g, ConstArray dy, ConstArray x, ConstArray weight, C
 void channel_masked_stats(Channels g, const ChannelsInput& x, const bool* mask, void* count, void* mean, void* deviation);
 void channel_masked_grad(Channels g, const ChannelsInput& dy, const ChannelsInput& x, const bool* mask, const void* mean,
                          const void* rstd, ConstArray weight, const void* c1, const void* c2, Array dx);
+void row_masked_fwd(Rows g, RowMask mask, const RowsInput& x, ConstArray weight, ConstArray bias, double eps, Array y,
+                    void* mean, void* rstd);
+void row_masked_bwd(Rows g, RowMask mask, const RowsInput& dy, const RowsInput& x, ConstArray weight, const void* mean,
+                    const void* rstd, Array dx, Array dweight, Array dbias);
 void branch_fwd(Rows g, ConstArray x, ConstArray addend, const void* row_scale, const void* column_scale, Dropout dropout,
                 Array h);
 void branch_bwd(Rows g, ConstArray dh, ConstArray x, const void* row_scale, const void* column_scale, Dropout dropout, Array dx,

@@ -36,6 +36,8 @@ const Kernels KERNELS = {
     Anywhere<position_bwd>::call,
     Anywhere<channel_masked_stats>::call,
     Anywhere<channel_masked_grad>::call,
+    Anywhere<row_masked_fwd>::call,
+    Anywhere<row_masked_bwd>::call,
     Anywhere<branch_fwd>::call,
     Anywhere<branch_bwd>::call,
     false,

@@ -2,11 +2,13 @@
 #include <numeric>
 
 #include "row_fused.h"
+#include "row_masked.h"
 
 namespace fastnorm::cpu {
 
-// Only where FUSED is dz another than dy, made by `slopes`, is dh added to dx, or is a row not `centred` and its c2 zero.
-template <class T, bool FUSED>
+// Only where FUSED is dz another than dy, made by `slopes`, is dh added to dx, or is a row not `centred` and its c2 zero; only
+// where MASKED do some columns not count.
+template <class T, bool FUSED, bool MASKED = false>
 struct RowBackward {
   using A = Acc<T>;
   using V = Vec<T>;
@@ -19,6 +21,7 @@ struct RowBackward {
   const A *mean, *rstd;
   T* dx;
   Array dweight, dbias;
+  RowMask mask{};
   bool stream = streams(dx, g.N * sizeof(T), 3 * g.M * g.N * sizeof(T));
 
   // Adds the sums of g * (x - high) and of g over one piece of R rows; w, in lots, starts with the piece.
@@ -47,14 +50,15 @@ struct RowBackward {
     bool extreme;
   };
 
-  // Of rows [m, m + rows), from their sums.
-  void set_constants(int64_t m, int64_t rows, const double* sum_gd, const double* sum_g, Constants& c) const {
+  // Of rows [m, m + rows), from their sums, which are divided by `n`, where that is not N; by nothing where n is 0.
+  void set_constants(int64_t m, int64_t rows, const double* sum_gd, const double* sum_g, Constants& c,
+                     const double* n = nullptr) const {
     constexpr double LEAST = 1e-12, MOST = 1e12;
     const double one_by_N = 1.0 / static_cast<double>(g.N);
     const A *low = mean + g.M + m, *r = rstd + m;
     bool any = false;
     for (int64_t k = 0; k < rows; ++k) {
-      const double rstd_k = static_cast<double>(r[k]), by_N = rstd_k * one_by_N;
+      const double rstd_k = static_cast<double>(r[k]), by_N = rstd_k * (!n ? one_by_N : n[k] > 0 ? 1 / n[k] : 0);
       const bool extreme = (rstd_k < LEAST) | (rstd_k > MOST);
       c.c1[k] = static_cast<A>((sum_gd[k] - static_cast<double>(low[k]) * sum_g[k]) * by_N * rstd_k * (extreme ? 1.0 : rstd_k));
       c.c2[k] = centred ? static_cast<A>(sum_g[k] * by_N) : A(0);
@@ -64,10 +68,11 @@ struct RowBackward {
     c.extreme = any;
   }
 
-  // dx of elements [i0, i0 + n) of rows [m, m + rows), and their part of dw and db; w, dw and db start at i0.
+  // dx of elements [i0, i0 + n) of rows [m, m + rows), and their part of dw and db; w, dw, db and `on`, which columns count or
+  // null, start at i0.
   template <class Parameter>
   void grad_block(const Place* at, const T* const* dh_at, int64_t m, int64_t rows, int64_t i0, int64_t n, const Constants& c,
-                  const Parameter* w, A* dw, A* db) const {
+                  const Parameter* w, A* dw, A* db, [[maybe_unused]] const A* on = nullptr) const {
     const A *high = mean + m, *low = high + g.M;
     const int64_t N = g.N;
     for_groups<V, 8>(n, [&](auto J, int64_t i, int64_t count) FN_LAMBDA {
@@ -83,6 +88,8 @@ struct RowBackward {
           const V dz = load(dy_k + j * W, count), x = load(x_k + j * W, count);
           const V d = sizeof(T) == 2 ? x - h : centre(x, h, l), dz_rstd = dz * rk;
           v[j] = grad_input_scaled(dz_rstd, wi[j], d, c1k, c2k);
+          if constexpr (MASKED)
+            if (on) v[j] = V::blendv(dz_rstd * wi[j], v[j], load(on + i + j * W, count) != V(0));
           dwi[j] = dwi[j] + dz_rstd * d;
           dbi[j] = dbi[j] + dz;
         });
@@ -100,17 +107,17 @@ struct RowBackward {
     });
     for (int64_t k = 0; c.extreme && k < rows; ++k)
       if (c.rstd[k] != rstd[m + k])
-        grad_extreme(at[k], FUSED && dh.data ? dh_at[k] : nullptr, m + k, i0, n, c.c1[k], c.c2[k], w, dw);
+        grad_extreme(at[k], FUSED && dh.data ? dh_at[k] : nullptr, m + k, i0, n, c.c1[k], c.c2[k], w, dw, on);
   }
 
   // dx and dw of a row that the constants leave out, in steps that stay inside the range of A. Of db nothing is left out.
   template <class Parameter>
-  void grad_extreme(const Place& at, const T* dh_m, int64_t m, int64_t i0, int64_t n, A c1, A c2, const Parameter* w,
-                    A* dw) const {
+  void grad_extreme(const Place& at, const T* dh_m, int64_t m, int64_t i0, int64_t n, A c1, A c2, const Parameter* w, A* dw,
+                    const A* on) const {
     for (int64_t i = 0; i < n; ++i) {
       const A dz = static_cast<A>(at[0][i]), weight_i = w ? static_cast<A>(w[i]) : A(1);
       const A x_hat = normalize(static_cast<A>(at[1][i]), mean[m], mean[g.M + m], rstd[m]);
-      const A dx_i = dz * weight_i * rstd[m] - (c2 + x_hat * c1);
+      const A dx_i = dz * weight_i * rstd[m] - (on && on[i] == A(0) ? A(0) : c2 + x_hat * c1);
       if (dx) dx[m * g.N + i0 + i] = static_cast<T>(dh_m ? dx_i + static_cast<A>(dh_m[i]) : dx_i);
       if (dw) dw[i] += dz * x_hat;
     }
@@ -131,8 +138,8 @@ struct RowBackward {
 
   // w, and once more in lots.
   template <class Read, class Parameter>
-  void block(const Read& read, const Reader<T>& read_dh, int64_t m, int64_t rows, const Parameter* w, const A* lots, A* dw,
-             A* db) const {
+  void block(const Read& read, const Reader<T>& read_dh, Counting<T>& counting, int64_t m, int64_t rows, const Parameter* w,
+             const A* lots, A* dw, A* db) const {
     Place at[MAX_BLOCK];
     const T* dh_at[MAX_BLOCK];
     double sum_gd[MAX_BLOCK], sum_g[MAX_BLOCK];
@@ -150,8 +157,10 @@ struct RowBackward {
                                              sum_g + k);
         }
       });
-    set_constants(m, rows, sum_gd, sum_g, c);
-    grad_block(at, dh_at, m, rows, 0, g.N, c, w, dw, db);
+    double n[MAX_BLOCK];
+    for (int64_t k = 0; MASKED && k < rows; ++k) n[k] = static_cast<double>(counting.find(m + k));
+    set_constants(m, rows, sum_gd, sum_g, c, MASKED ? n : nullptr);
+    grad_block(at, dh_at, m, rows, 0, g.N, c, w, dw, db, MASKED ? counting.on() : nullptr);
   }
 
   // Few long rows: the sums of all of them piece by piece, then each piece of all rows, so that dweight is whole at once.
@@ -225,7 +234,7 @@ struct RowBackward {
   }
 
   void operator()() const {
-    if (split_rows(g)) {
+    if (split_rows(g) && !MASKED) {
       if constexpr (FUSED)
         if (slopes) return long_rows_of_slopes();
       return long_rows(dy);
@@ -235,7 +244,7 @@ struct RowBackward {
     // has its own.
     const int64_t rows = g.M / g.P, rows_each = std::clamp<int64_t>(std::max(ceil_div(rows, 32), g.N / 64), 32, 128);
     const int64_t segments = ceil_div(rows, rows_each), width = ceil_div(g.N, 64) * 64;
-    const int64_t block_each = block_rows(block_bytes(), 2 * g.N * sizeof(T));
+    const int64_t block_each = mask.P > 1 ? 1 : block_rows(block_bytes(), 2 * g.N * sizeof(T));
     const bool sums = dweight.data || dbias.data, at_once = segments == 1;
     const Buffer<A> partial(sums && !at_once ? g.P * segments * 2 * width : 0);
     std::vector<InLots<T>> lots(g.P);
@@ -246,6 +255,7 @@ struct RowBackward {
       parallel_for(g.P * segments, 2 * std::min(rows, rows_each) * g.N, [&](int64_t begin, int64_t end) {
         const auto read = reader(block_each);
         const Reader<T> read_dh(dh, block_each, g.N);
+        Counting<T> counting(mask, g);
         const Buffer<A> own(sums && at_once ? 2 * width : 0);
         for (int64_t item = begin; item < end; ++item) {
           const int64_t p = item / segments, first = p * rows + item % segments * rows_each;
@@ -253,7 +263,7 @@ struct RowBackward {
           A* dw = !sums ? nullptr : at_once ? own : partial + 2 * width * item;
           if (sums) std::fill_n(dw, 2 * width, A(0));
           for (int64_t m = first; m < last; m += block_each)
-            block(read, read_dh, m, std::min(block_each, last - m), w ? w + p * g.N : w, lots[p], dweight.data ? dw : nullptr,
+            block(read, read_dh, counting, m, std::min(block_each, last - m), w ? w + p * g.N : w, lots[p], dweight.data ? dw : nullptr,
                   dbias.data ? dw + width : nullptr);
           if (at_once && dweight.data) set_elements(dweight, p * g.N, g.N, dw);
           if (at_once && dbias.data) set_elements(dbias, p * g.N, g.N, dw + width);
@@ -291,6 +301,16 @@ void row_bwd(Rows g, const RowsInput& dy, const RowsInput& x, ConstArray weight,
     using A = Acc<T>;
     RowBackward<T, false>{g,       dy,          x,           ABSENT,        weight,  true,
                           nullptr, as<A>(mean), as<A>(rstd), as<T>(dx.data), dweight, dbias}();
+  });
+}
+
+void row_masked_bwd(Rows g, RowMask mask, const RowsInput& dy, const RowsInput& x, ConstArray weight, const void* mean,
+                    const void* rstd, Array dx, Array dweight, Array dbias) {
+  with_type(x.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using A = Acc<T>;
+    RowBackward<T, false, true>{g,       dy,          x,           ABSENT,        weight,  true, nullptr,
+                                as<A>(mean), as<A>(rstd), as<T>(dx.data), dweight, dbias, mask}();
   });
 }
 

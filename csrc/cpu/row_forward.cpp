@@ -3,7 +3,7 @@
 #include <tuple>
 
 #include "row_fused.h"
-#include "row_moments.h"
+#include "row_masked.h"
 
 namespace fastnorm::cpu {
 
@@ -56,16 +56,18 @@ struct RowForward {
   double eps;
   T *h, *y;
   A *mean, *rstd;
+  RowMask mask{};
   bool stream = streams(y, g.N * sizeof(T), 2 * g.M * g.N * sizeof(T));
 
-  void save(int64_t m, int64_t rows, const BlockMoments& moments) const {
+  // `n`: what the moments of each row are of, where it is not all of it.
+  void save(int64_t m, int64_t rows, const BlockMoments& moments, const double* n = nullptr) const {
     const double share = 1 / static_cast<double>(g.N);
     double variance[MAX_BLOCK];
     for (int64_t k = 0; k < rows; ++k) {
       const Pair<A> centre(moments.mean[k]);
       mean[m + k] = centre.high;
       mean[g.M + m + k] = centre.low;
-      variance[k] = moments.m2[k] * share + eps;
+      variance[k] = (n ? moments.m2[k] / n[k] : moments.m2[k] * share) + eps;
     }
     reciprocal_roots(variance, rows, rstd + m);
   }
@@ -131,7 +133,7 @@ struct RowForward {
   }
 
   template <class Read, class Parameter>
-  void block(const Read& read, int64_t m, int64_t rows, const Parameter* w, const Parameter* b) const {
+  void block(const Read& read, Counting<T>& counting, int64_t m, int64_t rows, const Parameter* w, const Parameter* b) const {
     const T *x[MAX_BLOCK], *residuals[MAX_BLOCK];
     BlockMoments moments;
     find_residuals(read, m, rows, 0, g.N, residuals);
@@ -147,7 +149,9 @@ struct RowForward {
       moments_of(piece, rows, n, centred, more);
       for (int64_t k = 0; k < rows; ++k) moments.set(k, merge(moments.get(k, i), more.get(k, n)));
     }
-    save(m, rows, moments);
+    double n[MAX_BLOCK];
+    if (counting) counting.moments(x, m, rows, moments, n);
+    save(m, rows, moments, counting ? n : nullptr);
     normalize_block(x, residuals, moments.m2, m, rows, 0, g.N, w, b);
   }
 
@@ -191,15 +195,17 @@ struct RowForward {
   }
 
   void operator()() const {
-    if (split_rows(g)) return long_rows();
+    if (split_rows(g) && !mask.data) return long_rows();
     constexpr int64_t BYTES = 3 << 13;  // three quarters of a first-level cache
-    const int64_t rows = g.M / g.P, each = std::min(rows, block_rows(BYTES, g.N * sizeof(T))), blocks = ceil_div(rows, each);
+    const int64_t fitting = mask.P > 1 ? 1 : block_rows(BYTES, g.N * sizeof(T));
+    const int64_t rows = g.M / g.P, each = std::min(rows, fitting), blocks = ceil_div(rows, each);
     with_parameters<T>(weight, bias, 0, g.P * g.N, [&](const auto* w, const auto* b) {
       parallel_for(g.P * blocks, each * g.N, [&](int64_t begin, int64_t end) {
         const auto read = reader(x, h, each, g.N);
+        Counting<T> counting(mask, g);
         for (int64_t item = begin; item < end; ++item) {
           const int64_t p = item / blocks, k = item % blocks * each, at = p * g.N;  // in the p-th part of the rows
-          block(read, p * rows + k, std::min(each, rows - k), w ? w + at : w, b ? b + at : b);
+          block(read, counting, p * rows + k, std::min(each, rows - k), w ? w + at : w, b ? b + at : b);
         }
         if (stream) stream_end();
       });
@@ -213,6 +219,16 @@ void row_fwd(Rows g, const RowsInput& x, ConstArray weight, ConstArray bias, dou
     using A = Acc<T>;
     RowForward<T, false>{g,    x,   ABSENT,  ABSENT,        weight,      bias,       {},
                          true, eps, nullptr, as<T>(y.data), as<A>(mean), as<A>(rstd)}();
+  });
+}
+
+void row_masked_fwd(Rows g, RowMask mask, const RowsInput& x, ConstArray weight, ConstArray bias, double eps, Array y,
+                    void* mean, void* rstd) {
+  with_type(x.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using A = Acc<T>;
+    RowForward<T, false>{g,    x,   ABSENT,  ABSENT,        weight,      bias,        {},
+                         true, eps, nullptr, as<T>(y.data), as<A>(mean), as<A>(rstd), mask}();
   });
 }
 

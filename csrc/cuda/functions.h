@@ -28,6 +28,8 @@ Function<decltype(Kernels::position_fwd)> position_fwd;
 Function<decltype(Kernels::position_bwd)> position_bwd;
 Function<decltype(Kernels::channel_masked_stats)> channel_masked_stats;
 Function<decltype(Kernels::channel_masked_grad)> channel_masked_grad;
+Function<decltype(Kernels::row_masked_fwd)> row_masked_fwd;
+Function<decltype(Kernels::row_masked_bwd)> row_masked_bwd;
 Function<decltype(Kernels::branch_fwd)> branch_fwd;
 Function<decltype(Kernels::branch_bwd)> branch_bwd;
 

@@ -9,7 +9,8 @@ namespace fastnorm::cuda {
 const Kernels KERNELS = {
     row_fwd,     row_bwd,     channel_stats, channel_apply, channel_sums,      channel_grad,      channel_fwd,
     channel_bwd, row_fused_fwd, row_fused_bwd, channel_fused_fwd, channel_fused_bwd, group_fwd, group_bwd,
-    position_fwd, position_bwd, channel_masked_stats, channel_masked_grad, branch_fwd, branch_bwd, true,
+    position_fwd, position_bwd, channel_masked_stats, channel_masked_grad, row_masked_fwd, row_masked_bwd, branch_fwd,
+    branch_bwd, true,
 };
 
 }  // namespace fastnorm::cuda

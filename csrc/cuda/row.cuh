@@ -26,7 +26,7 @@ struct RowReader {
 
 template <class T, int V>
 struct RowForward {
-  static constexpr bool FUSED = false, centre = true;
+  static constexpr bool FUSED = false, MASKED = false, centre = true;
   using Begin = int64_t;
   struct Fetched {};
   struct Residual {};
@@ -50,9 +50,6 @@ struct RowForward {
   }
 };
 
-template <class T, int V, bool FUSED>
-using RowForwardOf = std::conditional_t<FUSED, FusedRowForward<T, V>, RowForward<T, V>>;
-
 // f(k, i) for the windows i of a thread: K of them, which the row is not longer than, or, where K is 0, any number.
 template <int K, class F>
 __device__ __forceinline__ void each_window(int64_t windows, const Team& team, const F& f) {
@@ -67,40 +64,85 @@ __device__ __forceinline__ void each_window(int64_t windows, const Team& team, c
   }
 }
 
+// Which elements of K of a thread's windows count, a bit each. Without a mask all do.
+template <class P, int V, int K>
+struct Counting {
+  static constexpr int EACH = 32 / V;  // windows to a register
+  const P& p;
+  const bool* ones = nullptr;
+  unsigned on[K > 0 ? (K + EACH - 1) / EACH : 1] = {};
+
+  __device__ __forceinline__ void begin(int64_t m, bool inside) {
+    if constexpr (P::MASKED) ones = inside ? p.mask.row(m) : nullptr;
+  }
+  __device__ __forceinline__ void look(int k, int64_t i) {
+    if constexpr (P::MASKED) {
+      const unsigned all = (1u << V) - 1, bits = p.mask.template window<V>(ones, i);
+      on[k / EACH] = (on[k / EACH] & ~(all << k % EACH * V)) | bits << k % EACH * V;
+    }
+  }
+  __device__ __forceinline__ bool counts(int k, int j) const { return !P::MASKED || (on[k / EACH] >> (k % EACH * V + j) & 1); }
+  // Chosen: what does not count may be no number.
+  template <class A>
+  __device__ __forceinline__ A only(int k, int j, A value) const {
+    return counts(k, j) ? value : 0;
+  }
+  template <class A>
+  __device__ __forceinline__ A count(int k) const {
+    A total = 0;
+#pragma unroll
+    for (int j = 0; j < V; ++j) total += only<A>(k, j, 1);
+    return total;
+  }
+};
+
+// The first sums of a forward's row, and those of a backward's: with a mask, how many columns count is one of them.
+template <class P>
+constexpr int FORWARD_SUMS = P::MASKED ? 2 : 1;
+template <class P>
+constexpr int BACKWARD_SUMS = P::MASKED ? 3 : 2;
+
 // K windows of a row are held in registers; K = 0: read again for every pass. What is fused with few of them has blocks in pairs,
 // so that one loads while another computes.
-template <class T, int V, int K, bool FUSED>
-__global__ void __launch_bounds__(MOST_THREADS, FUSED && K == 1 ? 2 : 1)
-    row_fwd_kernel(const __grid_constant__ RowForwardOf<T, V, FUSED> p) {
+template <class T, int V, int K, class P>
+__global__ void __launch_bounds__(MOST_THREADS, P::FUSED && K == 1 ? 2 : 1)
+    row_fwd_kernel(const __grid_constant__ P p) {
   using A = Acc<T>;
+  constexpr int SUMS = FORWARD_SUMS<P>;
   const Team team(p.team);
   A held[K > 0 ? K : 1][V];
+  Counting<P, V, K> counting{p};
   A* const place = shared<A>();
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * team.rows; first < p.g.M; first += gridDim.x * int64_t{team.rows}) {
     const int64_t m = first + team.row, windows = m < p.g.M ? p.g.N / V : 0;
     const auto row = p.begin(m, windows);
-    const A n = static_cast<A>(p.g.N);
-    A sum[1] = {0};  // of squares, without a centre
+    counting.begin(m, windows);
+    A n = static_cast<A>(p.g.N);
+    A sum[SUMS] = {};  // of squares, without a centre
     // With a value from the start: without, the last row's stay in registers for this one.
-    typename RowForwardOf<T, V, FUSED>::Fetched fetched[K > 0 ? K : 1] = {};
-    typename RowForwardOf<T, V, FUSED>::Residual residual[K > 0 ? K : 1] = {};
+    typename P::Fetched fetched[K > 0 ? K : 1] = {};
+    typename P::Residual residual[K > 0 ? K : 1] = {};
     if (K > 0) each_window<K>(windows, team, [&](int k, int64_t i) { fetched[k] = p.fetch(row, i); });
     each_window<K>(windows, team, [&](int k, int64_t i) {
       if (K == 0) fetched[k] = p.fetch(row, i);
+      counting.look(k, i);
       p.read(held[k], fetched[k], row, i);
 #pragma unroll
-      for (int j = 0; j < V; ++j) sum[0] += p.centre ? held[k][j] : held[k][j] * held[k][j];
+      for (int j = 0; j < V; ++j) sum[0] += counting.only(k, j, p.centre ? held[k][j] : held[k][j] * held[k][j]);
+      if constexpr (P::MASKED) sum[1] += counting.template count<A>(k);
     });
     if (K > 0) each_window<K>(windows, team, [&](int k, int64_t i) { residual[k] = p.fetch_residual(row, i); });
     team_sum(sum, team.size, place);
+    if constexpr (P::MASKED) n = at_least_one(sum[1]);
     const A shift = p.centre ? sum[0] / n : 0;
     const auto squares = [&](A scale, A* at) {
       A s[2] = {0, 0};
       each_window<K>(windows, team, [&](int k, int64_t i) {
+        if (K == 0) counting.look(k, i);
         if (K == 0) p.read_again(held[k], row, i);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-          const A d = (held[k][j] - shift) * scale;
+          const A d = counting.only(k, j, (held[k][j] - shift) * scale);
           s[0] += d;
           s[1] += d * d;
         }
@@ -108,13 +150,15 @@ __global__ void __launch_bounds__(MOST_THREADS, FUSED && K == 1 ? 2 : 1)
       team_sum(s, team.size, at);
       return p.centre ? about(shift, s[0], s[1], n, scale) : Centred<A>{0, 0, s[1], scale};
     };
-    Centred<A> c = p.centre ? squares(1, place + TEAM_SHARED<1>) : Centred<A>{0, 0, sum[0], 1};
+    Centred<A> c = p.centre ? squares(1, place + TEAM_SHARED<SUMS>) : Centred<A>{0, 0, sum[0], 1};
     // Rows of a warp decide together, for all of its lanes add up.
     if (__any_sync(ALL_LANES, infinite(c.m2))) {
-      const Centred<A> scaled = squares(SCALE, place + TEAM_SHARED<3>);
+      const Centred<A> scaled = squares(SCALE, place + TEAM_SHARED<SUMS + 2>);
       if (infinite(c.m2)) c = scaled;
     }
     if (!p.centre) __syncthreads();  // the next row's first sum has the same place
+    if constexpr (P::MASKED)
+      if (sum[1] == 0) c.m2 = 1;  // and n is 1
     const A rstd = rstd_of(c.m2, n, c.scale, p.eps);
     if (windows && team.lane == 0) {
       p.mean[m] = c.high;
@@ -129,9 +173,9 @@ __global__ void __launch_bounds__(MOST_THREADS, FUSED && K == 1 ? 2 : 1)
       load_or<T, V>(bias, p.bias, p.part(row) + i * V, 0);
 #pragma unroll
       for (int j = 0; j < V; ++j) z[j] = affine(normalize(held[k][j], c.high, c.low, rstd), weight[j], bias[j]);
-      if constexpr (FUSED) p.add_residual(z, residual[k]);
+      if constexpr (P::FUSED) p.add_residual(z, residual[k]);
     };
-    if constexpr (FUSED && K > 0) {
+    if constexpr (P::FUSED && K > 0) {
       each_window<K>(windows, team, [&](int k, int64_t i) { affine_window(k, i, held[k]); });
       with_activation(p.activation, [&](auto activation) {
         each_window<K>(windows, team, [&](int k, int64_t) { activate_all(activation, held[k], p.alpha); });
@@ -141,7 +185,7 @@ __global__ void __launch_bounds__(MOST_THREADS, FUSED && K == 1 ? 2 : 1)
       each_window<K>(windows, team, [&](int k, int64_t i) {
         A z[V];
         affine_window(k, i, z);
-        if constexpr (FUSED) with_activation(p.activation, [&](auto activation) { activate_all(activation, z, p.alpha); });
+        if constexpr (P::FUSED) with_activation(p.activation, [&](auto activation) { activate_all(activation, z, p.alpha); });
         p.write(m, i, z);
       });
     }
@@ -150,7 +194,7 @@ __global__ void __launch_bounds__(MOST_THREADS, FUSED && K == 1 ? 2 : 1)
 
 template <class T, int V>
 struct RowBackward {
-  static constexpr bool FUSED = false, centre = true;
+  static constexpr bool FUSED = false, MASKED = false, centre = true;
   struct Begin {
     int64_t dy, x;
   };
@@ -169,9 +213,6 @@ struct RowBackward {
   }
   __device__ __forceinline__ BlockRows block_rows(bool) const { return {0, g.M, blockIdx.x, 0, blockIdx.y * g.N}; }
 };
-
-template <class T, int V, bool FUSED>
-using RowBackwardOf = std::conditional_t<FUSED, FusedRowBackward<T, V>, RowBackward<T, V>>;
 
 // A row's window in a backward.
 template <class A, int V>
@@ -195,13 +236,16 @@ struct Terms {
 };
 
 // c1 and c2 of every row, where a row is too long for the kernel below.
-template <class T, int V, bool FUSED>
-__global__ void __launch_bounds__(MOST_THREADS, 1) row_means_kernel(const __grid_constant__ RowBackwardOf<T, V, FUSED> p) {
+template <class T, int V, class P>
+__global__ void __launch_bounds__(MOST_THREADS, 1) row_means_kernel(const __grid_constant__ P p) {
   using A = Acc<T>;
+  constexpr int SUMS = BACKWARD_SUMS<P>;
   const Team team(p.team);
   for (int64_t m = blockIdx.x; m < p.g.M; m += gridDim.x) {
     const auto row = p.begin(m, true, part_of(p.g, m));
-    A c[2] = {0, 0};
+    Counting<P, V, 1> counting{p};
+    counting.begin(m, true);
+    A c[SUMS] = {};
     each_window<0>(p.g.N / V, team, [&](int, int64_t i) {
       Terms<A, V> t;
       t.template load<T>(p, row, i, p.mean[m], p.mean[p.g.M + m], p.rstd[m]);
@@ -210,11 +254,16 @@ __global__ void __launch_bounds__(MOST_THREADS, 1) row_means_kernel(const __grid
         c[0] += t.g[j] * t.x_hat[j];
         c[1] += t.g[j];
       }
+      if constexpr (P::MASKED) {
+        counting.look(0, i);
+        c[2] += counting.template count<A>(0);
+      }
     });
-    team_sum(c, team.size, shared<A>() + (m / gridDim.x % 2) * TEAM_SHARED<2>);
+    team_sum(c, team.size, shared<A>() + (m / gridDim.x % 2) * TEAM_SHARED<SUMS>);
     if (team.lane == 0) {
-      p.means[m] = c[0] / static_cast<A>(p.g.N);
-      p.means[p.g.M + m] = p.centre ? c[1] / static_cast<A>(p.g.N) : 0;
+      const auto mean = [&](A total) { return total / (P::MASKED ? at_least_one(c[SUMS - 1]) : static_cast<A>(p.g.N)); };
+      p.means[m] = mean(c[0]);
+      p.means[p.g.M + m] = p.centre ? mean(c[1]) : 0;
     }
   }
 }
@@ -225,22 +274,25 @@ enum class Way { held, again, given };
 
 // Rows of the block's place along the grid's y, one after another; dweight and dbias stay in registers until the last one. The
 // grid's x goes through the chunks of columns of each part of the weight.
-template <class T, int V, int K, Way WAY, bool FUSED>
-__global__ void __launch_bounds__(MOST_THREADS, 1) row_bwd_kernel(const __grid_constant__ RowBackwardOf<T, V, FUSED> p) {
+template <class T, int V, int K, Way WAY, class P>
+__global__ void __launch_bounds__(MOST_THREADS, 1) row_bwd_kernel(const __grid_constant__ P p) {
   using A = Acc<T>;
+  constexpr int SUMS = BACKWARD_SUMS<P>;
   const Team team(p.team);
   const BlockRows mine = p.block_rows(WAY == Way::given);
   const int64_t begin = WAY == Way::given ? static_cast<int64_t>(mine.chunk) * team.size * K : 0;
   const int64_t all = p.g.N / V - begin;
   A dweight[K][V] = {}, dbias[K][V] = {};
   Terms<A, V> held[WAY == Way::held ? K : 1];
+  Counting<P, V, WAY == Way::held ? K : 1> counting{p};
   int parity = 0;
   for (int64_t first = mine.begin + static_cast<int64_t>(blockIdx.y) * team.rows; first < mine.end;
        first += gridDim.y * int64_t{team.rows}) {
     const int64_t m = first + team.row, windows = m < mine.end ? all : 0;
     const auto row = p.begin(m, windows > 0, mine.part);
-    A high = 0, low = 0, rstd = 0, c[2] = {0, 0};
+    A high = 0, low = 0, rstd = 0, c[SUMS] = {};
     if (windows > 0) high = p.mean[m], low = p.mean[p.g.M + m], rstd = p.rstd[m];
+    counting.begin(m, windows > 0);
     const auto window = [&](int k) -> Terms<A, V>& { return held[WAY == Way::held ? k : 0]; };
     const auto read = [&](int k, int64_t i) { window(k).template load<T>(p, row, begin + i, high, low, rstd); };
     // Of every window, once.
@@ -251,12 +303,18 @@ __global__ void __launch_bounds__(MOST_THREADS, 1) row_bwd_kernel(const __grid_c
         dweight[k][j] += t.dz[j] * t.x_hat[j];
         dbias[k][j] += t.dz[j];
       }
-      if constexpr (FUSED)
+      if constexpr (P::FUSED)
         if (p.dresidual) store<T, V>(p.dresidual + m * p.g.N + (begin + i) * V, t.dz);
     };
     if (WAY == Way::given) {
       if (windows > 0 && p.dx) c[0] = p.means[m], c[1] = p.means[p.g.M + m];
     } else {
+      const auto count = [&](int k, int64_t i) {
+        counting.look(k, i);
+        if constexpr (P::MASKED) c[2] += counting.template count<A>(k);
+      };
+      // By itself where reading has few registers to spare.
+      if constexpr (P::MASKED && WAY == Way::again) each_window<0>(windows, team, count);
       each_window<K>(windows, team, [&](int k, int64_t i) {
         read(k, i);
         add_up(k, i);
@@ -265,14 +323,16 @@ __global__ void __launch_bounds__(MOST_THREADS, 1) row_bwd_kernel(const __grid_c
           c[0] += window(k).g[j] * window(k).x_hat[j];
           c[1] += window(k).g[j];
         }
+        if (WAY == Way::held) count(k, i);
       });
-      team_sum(c, team.size, shared<A>() + parity * TEAM_SHARED<2>);
+      team_sum(c, team.size, shared<A>() + parity * TEAM_SHARED<SUMS>);
       parity ^= 1;
-      c[0] /= static_cast<A>(p.g.N);
-      c[1] = p.centre ? c[1] / static_cast<A>(p.g.N) : 0;
+      const A n = P::MASKED ? at_least_one(c[SUMS - 1]) : static_cast<A>(p.g.N);
+      c[0] /= n;
+      c[1] = p.centre ? c[1] / n : 0;
     }
-    // Where no window has registers of its own, a slope is long enough to be in a loop.
-    each_window<WAY == Way::again && FUSED ? 0 : K>(windows, team, [&](int k, int64_t i) {
+    // Where no window has registers of its own, a slope or a mask is long enough to be in a loop.
+    each_window<WAY == Way::again && (P::FUSED || P::MASKED) ? 0 : K>(windows, team, [&](int k, int64_t i) {
       if (WAY != Way::held) read(k, i);
       if (WAY == Way::given) add_up(k, i);
       if (!p.dx) return;
@@ -280,14 +340,18 @@ __global__ void __launch_bounds__(MOST_THREADS, 1) row_bwd_kernel(const __grid_c
       A dx[V];
 #pragma unroll
       for (int j = 0; j < V; ++j) dx[j] = grad_input(t.g[j], t.x_hat[j], rstd, c[0], c[1]);
-      if constexpr (FUSED) p.add_dh(dx, row, begin + i);
+      if (WAY != Way::held) counting.look(0, begin + i);
+#pragma unroll
+      for (int j = 0; j < V; ++j)
+        if (!counting.counts(WAY == Way::held ? k : 0, j)) dx[j] = t.g[j] * rstd;
+      if constexpr (P::FUSED) p.add_dh(dx, row, begin + i);
       store<T, V>(p.dx + m * p.g.N + (begin + i) * V, dx);
     });
   }
   const auto partial = [&](A (&sum)[K][V], A* to) {
     if (!to) return;
     to += mine.sums + begin * V;
-    A* const sums = shared<A>() + 2 * TEAM_SHARED<2>;  // (rows of the block, N)
+    A* const sums = shared<A>() + 2 * TEAM_SHARED<SUMS>;  // (rows of the block, N)
     if (team.rows > 1) {
       each_window<K>(all, team, [&](int k, int64_t i) {
 #pragma unroll

@@ -12,11 +12,12 @@ constexpr int SHORT_THREADS = 128;
 // Windows that a thread of a forward holds.
 constexpr int FEW = 1, SOME = 4, MANY = 8;
 // Windows that a thread of a backward has: 8 elements, or 4 of eight bytes. The registers have room for twice as many; of
-// halves, for four times as many where they hold sums alone, of float for three times. What is fused takes some of them.
+// halves, for four times as many where they hold sums alone, of float for three times. What is fused takes some of them, and so
+// does a mask.
 template <class T, int V>
 constexpr int HELD = (sizeof(T) == 8 ? 4 : 8) / V;
-template <class T, int V, bool FUSED>
-constexpr int SUMMED = (sizeof(T) == 2 && !FUSED ? 4 : 3) * HELD<T, V>;
+template <class T, int V, class P>
+constexpr int SUMMED = (sizeof(T) == 2 && !P::FUSED && !P::MASKED ? 4 : 3) * HELD<T, V>;
 // Threads that a backward has on a multiprocessor, and those of a block that has some columns of a long row.
 constexpr int BACKWARD_THREADS = 512, COLUMN_THREADS = 256;
 
@@ -55,7 +56,8 @@ Error forward(const Place& place, P p) {
   const Shape s = shape(p.g.N / V, K);
   p.team = s.team;
   const int64_t blocks = std::min(ceil_div(p.g.M, s.rows()), MOST_BLOCKS);
-  return launch(place, &row_fwd_kernel<T, V, K, P::FUSED>, static_cast<unsigned>(blocks), s.threads, TEAM_SHARED<5> * sizeof(Acc<T>), p);
+  return launch(place, &row_fwd_kernel<T, V, K, P>, static_cast<unsigned>(blocks), s.threads,
+                TEAM_SHARED<FORWARD_SUMS<P> + 4> * sizeof(Acc<T>), p);
 }
 
 template <class T, int V, class P>
@@ -91,9 +93,9 @@ Error backward(const Place& place, P p, int64_t most_programs, Array dweight, Ar
     if (dweight.data) p.dweight = partial;
     if (dbias.data) p.dbias = dweight.data ? partial + programs * width : partial;
   }
-  const size_t shared_values = 2 * TEAM_SHARED<2> + (s.rows() > 1 ? static_cast<size_t>(s.rows() * p.g.N) : 0);
+  const size_t shared_values = 2 * TEAM_SHARED<BACKWARD_SUMS<P>> + (s.rows() > 1 ? static_cast<size_t>(s.rows() * p.g.N) : 0);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(programs));
-  if (Error e = launch(place, &row_bwd_kernel<T, V, K, WAY, P::FUSED>, grid, s.threads, shared_values * sizeof(A), p)) return e;
+  if (Error e = launch(place, &row_bwd_kernel<T, V, K, WAY, P>, grid, s.threads, shared_values * sizeof(A), p)) return e;
   if (!sums) return nullptr;
   return finish<A>(place, {p.dweight, p.dbias, programs, width, 0, dweight, dbias, {}, nullptr, nullptr, 1});
 }
@@ -107,15 +109,15 @@ Error backward(const Place& place, P p, Array dweight, Array dbias) {
     if (windows <= int64_t{2} * K * MOST_THREADS) return backward<T, V, 2 * K, Way::held>(place, p, sms, dweight, dbias);
   }
   if constexpr (V > 1 && sizeof(T) < 8) {
-    constexpr int LONG = SUMMED<T, V, P::FUSED>;
+    constexpr int LONG = SUMMED<T, V, P>;
     if (windows <= int64_t{LONG} * MOST_THREADS) return backward<T, V, LONG, Way::again>(place, p, sms, dweight, dbias);
   }
   if (p.dx) {
     p.team = MOST_THREADS;
     p.means = place.take<Acc<T>>(2 * p.g.M);
     const int64_t blocks = std::min(p.g.M, MOST_BLOCKS);
-    if (Error e = launch(place, &row_means_kernel<T, V, P::FUSED>, static_cast<unsigned>(blocks), MOST_THREADS,
-                         2 * TEAM_SHARED<2> * sizeof(Acc<T>), p))
+    if (Error e = launch(place, &row_means_kernel<T, V, P>, static_cast<unsigned>(blocks), MOST_THREADS,
+                         2 * TEAM_SHARED<BACKWARD_SUMS<P>> * sizeof(Acc<T>), p))
       return e;
   }
   return backward<T, V, K, Way::given>(place, p, sms, dweight, dbias);

@@ -27,7 +27,7 @@ __device__ __forceinline__ int64_t part_of(const Rows& g, int64_t m) { return g.
 // Rows are those of h = x + addend where there is an h.
 template <class T, int V>
 struct FusedRowForward {
-  static constexpr bool FUSED = true;
+  static constexpr bool FUSED = true, MASKED = false;
   struct Begin {
     int64_t x, addend, residual, h, part;
   };
@@ -86,7 +86,7 @@ struct BlockRows {
 
 template <class T, int V>
 struct FusedRowBackward {
-  static constexpr bool FUSED = true;
+  static constexpr bool FUSED = true, MASKED = false;
   struct Begin {
     int64_t dy, x, dh, residual, part;
   };

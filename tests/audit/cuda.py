@@ -76,7 +76,7 @@ class Kernel:
 
     @property
     def fused(self) -> bool:
-        return self.name in FUSED and self.arguments[-1] == "true"
+        return self.name in FUSED and (self.arguments[-1] == "true" or self.arguments[-1].startswith("Fused"))
 
     @property
     def wide_accesses(self) -> tuple[int, int]:
@@ -115,7 +115,8 @@ def read(cubin: Path) -> list[Kernel]:
 
 def _kernel(demangled, counts, registers, stack, _shared, local):
     name, arguments = _NAME.search(demangled).groups()
-    arguments = tuple(re.sub(r"\(.*?\)", "", a).strip() for a in arguments.split(","))
+    arguments = re.sub(r"\(.*?\)|<.*?>|fastnorm::cuda::", "", arguments)  # without casts, and a policy's own arguments
+    arguments = tuple(a.strip() for a in arguments.split(","))
     spill = stack + local > 0 and any(op.startswith(("LDL", "STL")) for op in counts)
     fp64 = sum(n for op, n in counts.items() if _FP64.match(op))
     return Kernel(name, arguments, registers, spill, fp64, _widths(counts, "LDG"), _widths(counts, "STG"))

@@ -140,6 +140,12 @@ FUSED_DTYPES = ((bfloat16, bfloat16), (bfloat16, float32), (float32, float32), (
 FEW_FUSED_DTYPES = ((bfloat16, float32), (float32, float32))
 
 
+# Lengths, and columns that a byte of the mask is for: rows that share a program, the top rungs, chunked and split ones.
+MASKED_LENGTHS = (10, 64, 96, 256, 512, 768, 1000, 1001, 1024, 2048, 3072, 4096, 4098, 5120, 8190, 8192, 16384, 20000)
+FEW_MASKED_LENGTHS = 64, 1000, 4096, 8192, 16384, 20000
+MASKED_DTYPES = (*FUSED_DTYPES, (float32, bfloat16))
+
+
 @dataclass(frozen=True)
 class Call:
     """`wide`: "loads" and "stores", where sizes, strides and alignment allow 16-byte ones of x and dy, of y and dx."""
@@ -218,6 +224,14 @@ def masked(shape, layout, dtype, parameter):
     mask = torch.empty(shape[0], *shape[2:], dtype=torch.bool)
     _, mean, rstd = K.channel_masked_stats(x, mask)
     K.channel_masked_grad(x, x, mask, mean, rstd, p, rstd, rstd)
+
+
+def masked_rows(M, N, R, P, dtype, parameter, alone=False):
+    """Forward and backward of rows of which some columns do not count, and with `alone` gradients that are wanted alone."""
+    x, p, mask = torch.empty(M, N, dtype=dtype), torch.empty(N, dtype=parameter), torch.empty(R, P, dtype=torch.bool)
+    y, mean, rstd = K.row_masked_fwd(x, mask, p, p, 1e-5, N)
+    for need in ((True, parameter, parameter), *(((True, None, None), (False, parameter, parameter)) if alone else ())):
+        K.row_masked_bwd(y, x, mask, p, mean, rstd, need)
 
 
 def branches(shape, dtype, stream, row_scales, columns, p, alone=False):
@@ -333,6 +347,16 @@ def _position_calls(few: bool) -> Iterator[Call]:
         yield Call(f"masked {shape} {layout} {dtype} {parameter}", _wide(shape, layout, dtype), call)
 
 
+def _masked_row_calls(few: bool) -> Iterator[Call]:
+    kinds = itertools.product(FEW_MASKED_LENGTHS if few else MASKED_LENGTHS, FEW_FUSED_DTYPES if few else MASKED_DTYPES)
+    for N, (dtype, parameter) in kinds:
+        wide = ALL if N % (16 // dtype.itemsize) == 0 else ()
+        # For a row, for a column, for as many as a vector holds, and for an odd number of them.
+        for P in dict.fromkeys((1, N, *([N // 8] if N % 8 == 0 else []), *([] if few else [N & -N]))):
+            call = lambda args=(512, N, 512, P, dtype, parameter, not few): masked_rows(*args)
+            yield Call(f"masked rows {N} in {P} {dtype} {parameter}", wide, call)
+
+
 def _branch_calls(few: bool) -> Iterator[Call]:
     dtypes = BRANCH_DTYPES[:4:3] if few else BRANCH_DTYPES
     scales = (None, False, 0.1), ("rows", True, 0.1)
@@ -360,6 +384,6 @@ def _wide(shape, layout, dtype):
 
 def calls(few: bool = False) -> list[Call]:
     """A variant is judged by the first call that reaches it: those that allow wide accesses come first."""
-    kinds = _row_calls, _channel_calls, _fused_calls, _parted_calls, _position_calls, _branch_calls
+    kinds = _row_calls, _channel_calls, _fused_calls, _parted_calls, _position_calls, _masked_row_calls, _branch_calls
     every = itertools.chain.from_iterable(kind(few) for kind in kinds)
     return sorted(every, key=lambda call: -len(call.wide))

@@ -39,6 +39,10 @@ CALLS = {
     "masked": lambda B: grid.masked((B, 6, 130, 130), "dense", float16, float32),
     "masked channels_last": lambda B: grid.masked((min(B, 64), 24, 130, 130), "channels_last", float16, float32),
     "masked NC": lambda B: grid.masked((B, 65), "dense", float32, float32),
+    "masked rows": lambda M: [
+        grid.masked_rows(6 * M, 1000, R, P, float16, float32) for R, P in ((M, 1), (M, 1000), (6 * M, 8))
+    ],
+    "split masked rows": lambda M: [grid.masked_rows(M, 20000, M, P, float16, float32) for P in (1, 20000, 32)],
     "branches": lambda B: [
         grid.branches((B, 20, 1000), float16, float32, row_scales, True, 0.1 / B) for row_scales in (None, "rows", "samples")
     ],

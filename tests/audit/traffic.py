@@ -129,7 +129,8 @@ class Op:
 # Tensors that an op reads and writes. Addend, residual, h and their gradients are as many more.
 ONCE = {"row_fwd": 2, "row_bwd": 3, "evaluation": 2, "channel_fwd": 2, "channel_bwd": 3, "row_fused_fwd": 5, "row_fused_bwd": 6,
         "row_parted_fwd": 2, "row_parted_bwd": 3, "group_fwd": 2, "group_bwd": 3, "position_fwd": 2, "position_bwd": 3,
-        "masked_stats": 1, "masked_grad": 3, "branch_fwd": 3, "branch_bwd": 2, "branch_bwd_columns": 3,
+        "masked_stats": 1, "masked_grad": 3, "row_masked_fwd": 2, "row_masked_bwd": 3, "row_masked_fwd_columns": 2,
+        "row_masked_bwd_columns": 3, "branch_fwd": 3, "branch_bwd": 2, "branch_bwd_columns": 3,
         "fused_evaluation": 3, "frozen_bwd": 5, "channel_fused_fwd": 3, "channel_fused_bwd": 5}  # fmt: skip
 PARTS, GROUPS = 8, 4
 BF16, F32 = torch.bfloat16, torch.float32
@@ -142,6 +143,8 @@ _LARGE = (((4, 256, 12, 12), "channels_last"), ((576, 256), "dense"), ((4, 4, 16
 _LARGER = (((8, 256, 12, 12), "channels_last"), ((1152, 256), "dense"), ((8, 4, 160, 160), "dense"))
 # In two passes: x once more, and backward what dz is made of, which with a residual is stored between them.
 _TWICE = (("channel_fwd", 3), ("channel_bwd", 5), ("channel_fused_fwd", 4), ("channel_fused_bwd", 7))
+# With a mask of rows, and of columns of each.
+_MASKED_ROWS = "row_masked_fwd", "row_masked_bwd", "row_masked_fwd_columns", "row_masked_bwd_columns"
 OPS = (
     *(Op(name, ONCE[name], *row) for row in _ROWS for name in ("row_fwd", "row_bwd", "row_fused_fwd", "row_fused_bwd")),
     # Enough SMs that parameters are little beside the L2. Split rows are read twice where the L2 does not hold all of them.
@@ -167,6 +170,8 @@ OPS = (
       for name in ("branch_fwd", "branch_bwd", "branch_bwd_columns")),
     *(Op(name, ONCE[name], shape, dtype, layout) for shape, layout in _LARGE for dtype in (F32, BF16)
       for name in ("masked_stats", "masked_grad")),
+    *(Op(name, ONCE[name], *row) for row in (*_ROWS, ((32, 4096), F32)) for name in _MASKED_ROWS),
+    *(Op(name, ONCE[name], (60, 20000 if "fwd" in name else 9000), BF16, sms=16) for name in _MASKED_ROWS),
     *(Op(name, ONCE[name], shape, F32, layout) for shape, layout in _LARGE
       for name in ("evaluation", "fused_evaluation", "frozen_bwd")),
     *(Op(name, ONCE[name], shape, F32, layout) for shape, layout in _SLAB for name, _ in _TWICE),
@@ -188,6 +193,7 @@ def _run(op: Op):
     groups, positions = made(GROUPS * len(x)), made(x.numel() // N)
     row_scale, seed = torch.rand(len(x)), torch.tensor([1])
     mask = torch.rand(len(x), *x.shape[2:]) < 0.7
+    of_rows, of_columns = torch.rand(len(x), 1) < 0.7, torch.rand(len(x), N) < 0.7
     fwd = lambda training: K.channel_fwd(x, weight, bias, *running, training, 0.1, 1e-5)
     fused_fwd = lambda training: K.channel_fused_fwd(x, weight, bias, residual, "relu", 0.0, *running, training, 0.1, 1e-5)
     fused_bwd = lambda training, need: K.channel_fused_bwd(
@@ -206,6 +212,10 @@ def _run(op: Op):
         "position_bwd": lambda: K.position_bwd(dy, x, weight, bias, "silu", 0.0, *positions, need),
         "masked_stats": lambda: K.channel_masked_stats(x, mask),
         "masked_grad": lambda: K.channel_masked_grad(dy, x, mask, mean, rstd, weight, rstd, rstd),
+        "row_masked_fwd": lambda: K.row_masked_fwd(x, of_rows, weight, bias, 1e-5, N),
+        "row_masked_bwd": lambda: K.row_masked_bwd(dy, x, of_rows, weight, mean, rstd, need),
+        "row_masked_fwd_columns": lambda: K.row_masked_fwd(x, of_columns, weight, bias, 1e-5, N),
+        "row_masked_bwd_columns": lambda: K.row_masked_bwd(dy, x, of_columns, weight, mean, rstd, need),
         "branch_fwd": lambda: K.branch_fwd(x, addend, row_scale, weight, 0.1, seed, x.dtype),
         "branch_bwd": lambda: K.branch_bwd(dy, None, row_scale, weight, 0.1, seed, x.dtype, None),
         "branch_bwd_columns": lambda: K.branch_bwd(dy, x, row_scale, weight, 0.1, seed, x.dtype, weight.dtype),
@@ -227,6 +237,8 @@ def ratios(op: Op) -> tuple[float, float]:
     ideal = op.ideal * x.numel() * x.element_size()
     if op.name.startswith("masked"):
         ideal += x.numel() // x.shape[1]  # a byte of the mask for all channels
+    elif "masked" in op.name:
+        ideal += x.numel() if op.name.endswith("columns") else len(x)
     return (memory.read + memory.written) / ideal, memory.moved / ideal
 
 

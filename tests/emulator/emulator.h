@@ -242,6 +242,9 @@ inline int __any_sync(unsigned mask, int predicate) {
 }
 
 inline void __stwb(uint4* to, uint4 v) { *to = v; }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+  return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
+}
 
 // ---------------------------------------------------------------- types of 16 bits, rounded to nearest even
 

@@ -14,6 +14,8 @@ LEFT_OUT(position_fwd);
 LEFT_OUT(position_bwd);
 LEFT_OUT(channel_masked_stats);
 LEFT_OUT(channel_masked_grad);
+LEFT_OUT(row_masked_fwd);
+LEFT_OUT(row_masked_bwd);
 LEFT_OUT(branch_fwd);
 LEFT_OUT(branch_bwd);
 }  // namespace fastnorm::cuda
