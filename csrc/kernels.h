@@ -178,8 +178,8 @@ struct Kernels {
                                const void* mean, const void* rstd, ConstArray weight, const void* c1, const void* c2, Array dx);
   // Layer norm of what counts; a row of which nothing does has mean 0 and variance 1. All of a row is normalised, and is in c1
   // and c2, which are divided by the count; of what does not count dx is g * rstd.
-  Error (*row_masked_fwd)(const Place&, Rows g, RowMask mask, const RowsInput& x, ConstArray weight, ConstArray bias, double eps,
-                          Array y, void* mean, void* rstd);
+  Error (*row_masked_fwd)(const Place&, Rows g, RowMask mask, const RowsInput& x, ConstArray weight, ConstArray bias,
+                          double eps, Array y, void* mean, void* rstd);
   Error (*row_masked_bwd)(const Place&, Rows g, RowMask mask, const RowsInput& dy, const RowsInput& x, ConstArray weight,
                           const void* mean, const void* rstd, Array dx, Array dweight, Array dbias);
   // A branch onto a stream, all dense: h = addend + x * factor, where the factor of an element is row_scale (P numbers, each

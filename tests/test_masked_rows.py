@@ -119,8 +119,8 @@ def test_what_does_not_count_may_be_anything(value, P, backend, device):
     assert torch.equal(y[counts], other[counts])
 
 
-def test_rows_that_count_have_the_usual_bits(backend, device):
-    """A mask that is True in all of a row changes nothing in it."""
+def test_rows_that_count_are_the_usual_ones(backend, device):
+    """A mask that is True in all of a row changes nothing in it, but for the order of its sums."""
     x, dy, weight, bias, mask = drawn(33, 1, Case((33, 200)), "random", device, 0)
     y, mean, rstd = backend.row_masked_fwd(x, mask, weight, bias, 1e-5, 200)
     dx, *_ = backend.row_masked_bwd(dy, x, mask, weight, mean, rstd, (True, None, None))

@@ -263,8 +263,8 @@ struct RowBackward {
           A* dw = !sums ? nullptr : at_once ? own : partial + 2 * width * item;
           if (sums) std::fill_n(dw, 2 * width, A(0));
           for (int64_t m = first; m < last; m += block_each)
-            block(read, read_dh, counting, m, std::min(block_each, last - m), w ? w + p * g.N : w, lots[p], dweight.data ? dw : nullptr,
-                  dbias.data ? dw + width : nullptr);
+            block(read, read_dh, counting, m, std::min(block_each, last - m), w ? w + p * g.N : w, lots[p],
+                  dweight.data ? dw : nullptr, dbias.data ? dw + width : nullptr);
           if (at_once && dweight.data) set_elements(dweight, p * g.N, g.N, dw);
           if (at_once && dbias.data) set_elements(dbias, p * g.N, g.N, dw + width);
         }

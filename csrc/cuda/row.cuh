@@ -102,8 +102,8 @@ constexpr int FORWARD_SUMS = P::MASKED ? 2 : 1;
 template <class P>
 constexpr int BACKWARD_SUMS = P::MASKED ? 3 : 2;
 
-// K windows of a row are held in registers; K = 0: read again for every pass. What is fused with few of them has blocks in pairs,
-// so that one loads while another computes.
+// K windows of a row are held in registers; K = 0: read again for every pass. What is fused with few of them has blocks in
+// pairs, so that one loads while another computes.
 template <class T, int V, int K, class P>
 __global__ void __launch_bounds__(MOST_THREADS, P::FUSED && K == 1 ? 2 : 1)
     row_fwd_kernel(const __grid_constant__ P p) {
