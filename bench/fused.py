@@ -19,7 +19,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 from run import DTYPES, MODES, machine, number, publish
-from timing import GraphClock, device_in_turn, in_turn, ratio, spread
+from timing import GraphClock, device_in_turn, in_turn, keep_freed_memory, ratio, spread
 
 import fastnorm
 from fastnorm import reference
@@ -388,11 +388,12 @@ def main(argv=None) -> int:
         print("\n".join(" ".join(map(str, job)) for job in jobs))
         return 0
     torch.set_num_threads(args.threads)
+    about = {**machine(args), "freed memory": keep_freed_memory()}
     rows = []
     for job in jobs:
         rows.append(measure(*job, args))
         print(*line(rows[-1]), file=sys.stderr, flush=True)  # what is measured is not lost where the rest is not waited for
-    return publish(machine(args), [HEAD, *map(line, rows)], rows, args.json)
+    return publish(about, [HEAD, *map(line, rows)], rows, args.json)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from shapes import MODELS, Model, label
 from table import aligned
-from timing import in_turn, ratio, spread
+from timing import in_turn, keep_freed_memory, ratio, spread
 
 import fastnorm
 from fastnorm import dispatch, reference
@@ -223,7 +223,7 @@ def main(argv=None) -> int:
     torch.set_num_threads(args.threads)
     try:
         fastnorm.use_backend(args.backend)
-        about = machine(args)
+        about = {**machine(args), "freed memory": keep_freed_memory()}
     except (RuntimeError, AssertionError) as e:  # AssertionError: torch without CUDA
         p.error(str(e).splitlines()[0])
     rows = [measure(job, args) for job in tqdm(jobs, unit="row", disable=args.quiet)]

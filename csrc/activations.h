@@ -13,10 +13,14 @@ struct Epilogue {
   double alpha = 0;
 };
 
-// at_most_zero(z, yes, no): yes where z <= 0, else (for NaN, too) no. sigmoid, tanh, exp, expm1. cdf: of the standard
-// normal distribution; gelu_slope: cdf(z) + z * pdf(z).
+// at_most_zero(z, yes, no): yes where z <= 0, else (for NaN, too) no. sigmoid, tanh, exp, expm1. sigmoid_and_rest: that and
+// 1 - it. cdf: of the standard normal distribution; gelu_slope: cdf(z) + z * pdf(z).
 template <class V>
 struct Elementary;
+template <class V>
+struct SigmoidAndRest {
+  V sigmoid, rest;
+};
 
 // tanh's form of gelu: 0.5 * (1 + tanh(u / 2)) = sigmoid(u), with u = 2 sqrt(2 / pi) * (z + 0.044715 z^3), and its derivative.
 template <class V>
@@ -69,8 +73,8 @@ FN_HD V slope(Activation activation, V z, V alpha) {
     case Activation::leaky_relu:
       return E::at_most_zero(z, alpha, one);
     case Activation::silu: {
-      const V s = E::sigmoid(z);
-      return s * (one + z * (one - s));
+      const auto s = E::sigmoid_and_rest(z);
+      return s.sigmoid * (one + z * s.rest);
     }
     case Activation::gelu:
       return E::gelu_slope(z);
@@ -79,8 +83,8 @@ FN_HD V slope(Activation activation, V z, V alpha) {
       return g.sigmoid + z * g.slope;
     }
     case Activation::sigmoid: {
-      const V s = E::sigmoid(z);
-      return s * (one - s);
+      const auto s = E::sigmoid_and_rest(z);
+      return s.sigmoid * s.rest;
     }
     case Activation::tanh: {
       const V t = E::tanh(z);

@@ -404,3 +404,26 @@ def test_large_results_ask_for_huge_pages(numel, advised):
     flags = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     assert flags.startswith("VmFlags")
     assert (" hg" in flags) == advised, flags
+
+
+ENDS = [105.0, 104.0, 100.0, 89.0, 88.5, 87.5, 30.0, 17.0, 1e30, torch.finfo(F32).max, torch.inf]
+
+
+@pytest.mark.parametrize(("name", "torchs"), [("silu", torch.nn.functional.silu), ("sigmoid", torch.sigmoid)])
+def test_activations_made_of_e_to_the_z_at_both_ends(name, torchs):
+    """As far as float32 reaches y and dx are what torch's are: zeros, infinities and NaN where those are, at most twice as far
+    off elsewhere."""
+    x = torch.cat([torch.tensor(ENDS), -torch.tensor(ENDS), torch.linspace(-110, 110, 20001), torch.tensor([torch.nan])])
+    mean, var = torch.zeros(1), torch.ones(1)
+    norm = lambda x: fastnorm.batch_norm(x.view(1, 1, -1), mean, var, None, None, False, 0.1, 0.0, activation=name).view(-1)
+    results = []
+    for function, inputs in ((norm, x), (torchs, x), (torchs, x.double())):
+        inputs = inputs.clone().requires_grad_()
+        y = function(inputs)
+        results.append((y.detach(), torch.autograd.grad(y.sum(), inputs)[0]))
+    for ours, theirs, truth in zip(*results, strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert torch.equal(ours.isinf(), theirs.isinf())
+        finite = theirs.isfinite()
+        off = [((t.double() - truth).abs() / truth.abs().clamp_min(1e-3))[finite].max() for t in (ours, theirs)]
+        assert off[0] <= 2 * off[1]

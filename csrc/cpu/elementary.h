@@ -5,21 +5,29 @@
 
 namespace fastnorm {
 
-// e^z = power * (1 + rest), for z up to 88: power = 2^n with a whole n, and |log(1 + rest)| <= log(2) / 2.
+// e^x = 2^n * (1 + r * ratio) for a finite x: a whole n, whose lowest bits are those of `shifted`, and |r| <= log(2) / 2.
+struct ReducedExp {
+  Floats shifted, n, r, ratio;
+  explicit FN_INLINE ReducedExp(Floats x) {
+    using V = Floats;
+    constexpr float log2_e = 1.44269504f, log_2 = 0.693359375f, log_2_rest = -2.12194440e-4f;
+    constexpr float whole = 12582912;  // a sum with it is rounded to a whole number
+    constexpr float p[] = {1, 0.49999994f, 0.166665211f, 0.041668389f, 0.00836874545f, 0.00138145406f};
+    shifted = x * V(log2_e) + V(whole);
+    n = shifted - V(whole);
+    r = (x - n * V(log_2)) - n * V(log_2_rest);
+    ratio = V(p[5]);
+    repeat<5>([&](auto k) FN_LAMBDA { ratio = ratio * r + V(p[4 - k]); });
+  }
+};
+// e^z = power * (1 + rest), for z up to 88.
 struct SplitExp {
   Floats power, rest;
   explicit FN_INLINE SplitExp(Floats z) {
-    using V = Floats;
-    constexpr float log2_e = 1.44269504f, log_2 = 0.693359375f, log_2_rest = -2.12194440e-4f;
-    constexpr float zero = -88;        // from here on n is -127, and its power of two is zero
-    constexpr float whole = 12582912;  // a sum with it is rounded to a whole number, which its lowest bits are
-    constexpr float p[] = {1, 0.49999994f, 0.166665211f, 0.041668389f, 0.00836874545f, 0.00138145406f};
-    const V x = at::vec::clamp_min(z, V(zero)), shifted = x * V(log2_e) + V(whole), n = shifted - V(whole);
-    const V r = (x - n * V(log_2)) - n * V(log_2_rest);
-    V sum(p[5]);
-    repeat<5>([&](auto k) FN_LAMBDA { sum = sum * r + V(p[4 - k]); });
-    power = power_of_two(shifted);
-    rest = sum * r;
+    constexpr float zero = -88;  // from here on n is -127, and its power of two is zero
+    const ReducedExp e(at::vec::clamp_min(z, Floats(zero)));
+    power = power_of_two(e.shifted);
+    rest = e.ratio * e.r;
   }
 };
 
@@ -54,11 +62,38 @@ struct Elementary<at::vec::Vectorized<A>> {
       return z.tanh();
     }
   }
+#if defined(FN_SCALES)
+  // 1 + e^-z up to infinity, so that the sigmoid need not tell z's signs apart.
+  FN_INLINE static V sigmoid(V z, V& exp) {
+    if constexpr (FLOAT) {
+      constexpr float most = 105;  // where e^z is zero or infinite
+      const ReducedExp e(at::vec::clamp(z.neg(), V(-most), V(most)));
+      exp = scaled(e.ratio * e.r + V(1), e.n);
+    } else {
+      exp = z.neg().exp();
+    }
+    return V(1) / (V(1) + exp);
+  }
+  FN_INLINE static V sigmoid(V z) {
+    V exp;
+    return sigmoid(z, exp);
+  }
+  FN_INLINE static SigmoidAndRest<V> sigmoid_and_rest(V z) {
+    V exp;
+    const V s = sigmoid(z, exp);
+    return {s, at_most_zero(z, V(1) - s, s * exp)};  // good at both ends
+  }
+#else
   // Near 1 as good as at its other end: slopes have 1 - sigmoid in them.
   FN_INLINE static V sigmoid(V z) {
     const V e = exp(z.abs().neg()), least = e / (V(1) + e);
     return at_most_zero(z, least, V(1) - least);
   }
+  FN_INLINE static SigmoidAndRest<V> sigmoid_and_rest(V z) {
+    const V s = sigmoid(z);
+    return {s, V(1) - s};
+  }
+#endif
 
   // float: 1/2 + z * r(z^2) with a quotient of polynomials for r, good to 1e-7. It has left the range from 0 to 1 where z^2 is
   // cut off, and ends there; `level` is r's value at that place, so that what the quotient adds to it, and its rounding, are

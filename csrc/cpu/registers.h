@@ -55,6 +55,10 @@ FN_INLINE Floats power_of_two(Floats n) {
   return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(n), 23), _mm512_set1_epi32(127 << 23)));
 }
 
+// v * 2^n for a whole n, as far as floats reach: 0 and infinity beyond.
+#define FN_SCALES
+FN_INLINE Floats scaled(Floats v, Floats n) { return _mm512_scalef_ps(v, n); }
+
 // Within each 128 bits: words of a and b in turn, from the lower or the upper half, and pairs of words likewise.
 FN_INLINE __m512 low_words(__m512 a, __m512 b) { return _mm512_unpacklo_ps(a, b); }
 FN_INLINE __m512 high_words(__m512 a, __m512 b) { return _mm512_unpackhi_ps(a, b); }

@@ -22,7 +22,7 @@ struct RowBackward {
   T* dx;
   Array dweight, dbias;
   RowMask mask{};
-  bool stream = streams(dx, g.N * sizeof(T), 3 * g.M * g.N * sizeof(T));
+  bool stream = streams(dx, g.N * sizeof(T), (dh.data ? 4 : 3) * g.M * g.N * static_cast<int64_t>(sizeof(T)));
 
   // Adds the sums of g * (x - high) and of g over one piece of R rows; w, in lots, starts with the piece.
   template <size_t R, size_t CHAINS>

@@ -14,6 +14,10 @@ struct Elementary {
   static FN_HD V expm1(V z) { return std::expm1(z); }
   static FN_HD V tanh(V z) { return std::tanh(z); }
   static FN_HD V sigmoid(V z) { return V(1) / (V(1) + std::exp(-z)); }
+  static FN_HD SigmoidAndRest<V> sigmoid_and_rest(V z) {
+    const V s = sigmoid(z);
+    return {s, V(1) - s};
+  }
   static FN_HD V cdf(V z) { return V(0.5) * (V(1) + std::erf(V(0.70710678118654752) * z)); }
   static FN_HD V gelu_slope(V z) { return cdf(z) + z * (V(0.39894228040143268) * std::exp(V(-0.5) * (z * z))); }
   static FN_HD V at_most_zero(V z, V yes, V no) { return z <= V(0) ? yes : no; }
