@@ -31,19 +31,25 @@ class Factors {
 
  private:
   void drop(int64_t first, int64_t count, A scale, A* out) const {
-    constexpr int64_t COUNTERS = 16, WORDS = 4 * COUNTERS;
+    constexpr int64_t MOST = 128, LEAST = 64;  // words at once: as many as there are elements, or half
     const uint64_t seed = static_cast<uint64_t>(*dropout_.seed);
     const uint32_t least = dropout_.least;
-    uint32_t words[WORDS];
-    for (int64_t at = first / 4 * 4; at < first + count; at += WORDS) {
-      random_words<COUNTERS>(seed, static_cast<uint64_t>(at / 4), words);
-      if (at >= first && at + WORDS <= first + count) {
+    const int64_t end = first + count;
+    uint32_t words[MOST];
+    for (int64_t at = first / 4 * 4, next; at < end; at = next) {
+      const bool many = at + MOST <= end;
+      next = at + (many ? MOST : LEAST);
+      if (many)
+        random_words<MOST / 4>(seed, static_cast<uint64_t>(at / 4), words);
+      else
+        random_words<LEAST / 4>(seed, static_cast<uint64_t>(at / 4), words);
+      if (many && at >= first) {
         A* to = out + (at - first);
-        for (int64_t i = 0; i < WORDS; ++i) to[i] = words[i] >= least ? scale : A(0);
+        for (int64_t i = 0; i < MOST; ++i) to[i] = words[i] >= least ? scale : A(0);
         continue;
       }
-      const int64_t begin = std::max(at, first), end = std::min(at + WORDS, first + count);
-      for (int64_t i = begin; i < end; ++i) out[i - first] = words[i - at] >= least ? scale : A(0);
+      for (int64_t i = std::max(at, first); i < std::min(next, end); ++i)
+        out[i - first] = words[i - at] >= least ? scale : A(0);
     }
   }
 

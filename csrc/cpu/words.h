@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../philox.h"
-#include "registers.h"
+#include "vectors.h"
 
 namespace fastnorm {
 
@@ -63,17 +63,22 @@ FN_INLINE void store_words(uint32_t* to, const WideWords (&c)[4]) {
 // The words of N counters from `first` on, 4 N of them in their order.
 template <int64_t N>
 FN_INLINE void random_words(uint64_t seed, uint64_t first, uint32_t* out) {
-  static_assert(N % (2 * WideWords::LANES) == 0);
-  for (int64_t k = 0; k < N; k += 2 * WideWords::LANES) {  // two at once, for each waits for its products
-    WideWords a[4], b[4];
-    a[0] = WideWords::from(first + static_cast<uint64_t>(k));
-    b[0] = WideWords::from(first + static_cast<uint64_t>(k + WideWords::LANES));
-    a[1] = upper(a[0]), b[1] = upper(b[0]);
-    a[2] = a[3] = b[2] = b[3] = all(a[0], 0);
-    philox(a, seed);
-    philox(b, seed);
-    store_words(out + 4 * k, a);
-    store_words(out + 4 * (k + WideWords::LANES), b);
+  constexpr int64_t LANES = WideWords::LANES;
+  constexpr int64_t TOGETHER = std::min<int64_t>(4, N / LANES);  // round by round, for each waits for its products
+  static_assert(N % (TOGETHER * LANES) == 0);
+  for (int64_t k = 0; k < N; k += TOGETHER * LANES) {
+    WideWords c[TOGETHER][4];
+    repeat<TOGETHER>([&](auto i) FN_LAMBDA {
+      c[i][0] = WideWords::from(first + static_cast<uint64_t>(k + static_cast<int64_t>(i) * LANES));
+      c[i][1] = upper(c[i][0]);
+      c[i][2] = c[i][3] = all(c[i][0], 0);
+    });
+    PhiloxKey key(seed);
+    repeat<PHILOX_ROUNDS>([&](auto) FN_LAMBDA {
+      repeat<TOGETHER>([&](auto i) FN_LAMBDA { philox_round(c[i], key); });
+      key.next();
+    });
+    repeat<TOGETHER>([&](auto i) FN_LAMBDA { store_words(out + 4 * (k + static_cast<int64_t>(i) * LANES), c[i]); });
   }
 }
 
