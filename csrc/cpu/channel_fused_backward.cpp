@@ -1,8 +1,8 @@
 // Backward of batch norm with what comes after it, y = act(z + residual).
 //
 // It makes dz a part at a time, in the memory of dresidual or of dx, and the sums of that part follow while it is in cache;
-// from then on it is the plain backward. Without a residual relu's is not kept: made anew in the second pass, it takes less
-// time than it takes to write it; and silu's is not where that goes through memory.
+// from then on it is the plain backward. Only relu's without a residual is not kept: made anew in the second pass, it takes
+// less time than it takes to write it.
 #include "channel.h"
 #include "epilogue.h"
 #include "kept.h"
@@ -29,26 +29,18 @@ struct Slope {  // dz, from Standardize's constants; a residual is the last inpu
   }
 };
 
-// dy * act'(z), for what needs no alpha.
-template <Activation ACT, class V>
-FN_INLINE V gradient_of(V dy, V z) {
-  if constexpr (ACT == Activation::relu)
-    return relu_grad(dy, z);
-  else
-    return dy * slope(ACT, z, V(0));
-}
-template <class T, Activation ACT>
-struct SlopeTerms {  // dz and dz * (x - high), from the same
+template <class T>
+struct ReluTerms {  // dz and dz * (x - high), from the same
   static constexpr size_t P = 2, K = 3;
   static constexpr bool GUESS = false;
   using V = Vec<T>;
   FN_INLINE static std::array<V, 2> terms(const std::array<V, 2>& v, const std::array<V, 3>& c, int64_t) {
-    const V d = v[1] - c[0], dz = gradient_of<ACT>(v[0], affine(d, c[1], c[2]));
+    const V d = v[1] - c[0], dz = relu_grad(v[0], affine(d, c[1], c[2]));
     return {dz, dz * d};
   }
 };
-template <class T, Activation ACT>
-struct SlopeGradient {  // dx; after those constants Gradient's last two, in training
+template <class T>
+struct ReluGradient {  // dx; after those constants Gradient's last two, in training
   static constexpr size_t P = 2, K = 5;
   static constexpr bool TOGETHER = false;
   using V = Vec<T>;
@@ -58,7 +50,7 @@ struct SlopeGradient {  // dx; after those constants Gradient's last two, in tra
   FN_INLINE std::array<V, J> operator()(const InputGroup<T, 2, J>& in, const C& c) const {
     std::array<V, J> dx;
     repeat<J>([&](auto j) FN_LAMBDA {
-      const V d = in[j][1] - c[j][0], dz = gradient_of<ACT>(in[j][0], affine(d, c[j][1], c[j][2]));
+      const V d = in[j][1] - c[j][0], dz = relu_grad(in[j][0], affine(d, c[j][1], c[j][2]));
       dx[j] = training ? grad_input(dz, d, c[j][1], c[j][3], c[j][4]) : dz * c[j][1];
     });
     return dx;
@@ -95,16 +87,7 @@ struct FusedBackward {
   }
   bool sums_needed() const { return (training && dx) || dweight.data || dbias.data; }
 
-  // Whether dz is made anew sooner than it is written and read again: where both inputs come from memory in each of the two
-  // passes, and it would be as wide as they.
-  bool rather_made_twice(const ChannelsInput& dy, const ChannelsInput& x) const {
-    bool twice = false;
-    with_sweep<T, 2>(g, {&dy, &x}, [&](const auto& sweep) { twice = sweep.twice_through_memory(); });
-    return twice && sizeof(T) > 2;
-  }
-
-  template <Activation ACT>
-  void made_twice(const ChannelsInput& dy, const ChannelsInput& x) const {
+  void relu(const ChannelsInput& dy, const ChannelsInput& x) const {
     const Constants<A, 5> constants(g.C);
     set_constants(constants);
     const auto settle = [&](int64_t c, const std::array<double, 2>& sums) {
@@ -118,14 +101,14 @@ struct FusedBackward {
       return true;
     };
     const std::array<A*, 3> of{constants[0], constants[1], constants[2]};
-    const SlopeGradient<T, ACT> gradient{training};
+    const ReluGradient<T> gradient{training};
     with_sweep<T, 2>(g, {&dy, &x}, [&](const auto& sweep) {
       if (dx && sums_needed())
-        sweep.template both<SlopeTerms<T, ACT>>(of, settle, gradient, constants, dx);
+        sweep.template both<ReluTerms<T>>(of, settle, gradient, constants, dx);
       else if (dx)
         sweep.apply(gradient, constants, dx);
       else
-        sweep.template sum<SlopeTerms<T, ACT>>(of, settle);
+        sweep.template sum<ReluTerms<T>>(of, settle);
     });
   }
 
@@ -201,9 +184,7 @@ void channel_fused_bwd(Channels g, const ChannelsInput& dy, const ChannelsInput&
     else if (residual.data)
       run.others({&dy, &x, &residual}, Slope<T, 3>{epilogue}, as<T>(dresidual.data));
     else if (epilogue.activation == Activation::relu && !dresidual.data)
-      run.template made_twice<Activation::relu>(dy, x);
-    else if (epilogue.activation == Activation::silu && !dresidual.data && run.rather_made_twice(dy, x))
-      run.template made_twice<Activation::silu>(dy, x);
+      run.relu(dy, x);
     else
       run.others({&dy, &x}, Slope<T, 2>{epilogue}, as<T>(dresidual.data));
   });

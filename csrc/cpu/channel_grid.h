@@ -160,16 +160,12 @@ class GridSweep {
     });
   }
 
-  // Whether one pass over everything follows the other, because a block's rows do not stay in cache.
-  bool twice_through_memory() const {
-    const int64_t bytes = rows_ * width_ * static_cast<int64_t>(sizeof(T) * P);
-    return rows_ * columns_ > SMALL && (bytes > CACHE || blocks_ < 2 * threads());
-  }
-
   template <class Terms, class Settle, class Value, class Before = Nothing>
   void both(const std::array<A*, Terms::K>& of, const Settle& settle, const Value& value,
             const Constants<A, Value::K>& constants, T* out, const Before& before = {}) const {
-    if (twice_through_memory()) {
+    const int64_t bytes = rows_ * width_ * static_cast<int64_t>(sizeof(T) * P);
+    const bool small = rows_ * columns_ <= SMALL;
+    if (!small && (bytes > CACHE || blocks_ < 2 * threads())) {
       sum<Terms>(of, settle, before);
       return apply(value, constants, out);
     }

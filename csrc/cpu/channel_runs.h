@@ -88,19 +88,14 @@ class RunSweep {
     });
   }
 
-  // Whether one pass over everything follows the other, because the channels that are taken together do not stay in cache.
-  bool twice_through_memory() const {
-    return fitting() * run() < std::min(NARROWEST, group_ * run()) || g_.C < 4 * threads();
-  }
-
   template <class Terms, class Settle, class Value, class Before = Nothing>
   void both(const std::array<A*, Terms::K>& of, const Settle& settle, const Value& value,
             const Constants<A, Value::K>& constants, T* out, const Before& before = {}) const {
-    if (twice_through_memory()) {
+    const int64_t together = std::min(group_, CACHE / (g_.B * run() * static_cast<int64_t>(P)));
+    if (together * run() < std::min(NARROWEST, group_ * run()) || g_.C < 4 * threads()) {
       sum<Terms>(of, settle, before);
       return apply(value, constants, out);
     }
-    const int64_t together = fitting();
     const bool stream = streams_to(out);
     parallel_for(ceil_div(g_.C, together), elements(g_.B * g_.S * together), [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
@@ -124,8 +119,6 @@ class RunSweep {
   static int64_t elements(int64_t each) { return each * static_cast<int64_t>(P); }
 
   int64_t run() const { return g_.S * static_cast<int64_t>(sizeof(T)); }  // bytes
-  // How many channels stay in cache between two passes.
-  int64_t fitting() const { return std::min(group_, CACHE / (g_.B * run() * static_cast<int64_t>(P))); }
   bool streams_to(const T* out) const {
     const int64_t bytes = g_.B * g_.C * run() * static_cast<int64_t>(P + 1 + MARKED);
     const auto past = [&](const T* to) { return streams(to, run(), bytes); };
