@@ -1,6 +1,7 @@
 """The benchmark script: it runs, it refuses to time what is wrong, and it says what is wrong with its options."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,18 +38,21 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def test_freed_memory_is_kept_while_measuring():
-    """64 MB in pieces of 8: the second time no page of them is new."""
+    """64 MB in pieces of 8: the fourth time no page of them is new, even where the allocator begins by giving all back."""
     bench = Path(run.__file__).parent
+    giving = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
 
     def faults(how):
-        out = subprocess.run([sys.executable, "-c", FAULTS, how], cwd=bench, check=True, capture_output=True, text=True).stdout
-        said, number = out.splitlines()
+        command = [sys.executable, "-c", FAULTS, how]
+        said, number = subprocess.run(
+            command, cwd=bench, env=giving, check=True, capture_output=True, text=True
+        ).stdout.splitlines()
         return said, int(number)
 
     said, number = faults("keep")
     if said != "kept to 32 MB":
         pytest.skip(f"no mallopt of glibc's: {said}")
-    assert number < 100 < faults("not")[1]
+    assert 4 * number < faults("not")[1]
 
 
 def test_figures_of_every_op_and_mode(tmp_path):
