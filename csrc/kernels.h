@@ -151,8 +151,8 @@ struct Kernels {
   Error (*row_fused_bwd)(const Place&, Rows g, const RowsInput& dy, const RowsInput& dh, const RowsInput& x,
                          const RowsInput& residual, ConstArray weight, ConstArray bias, Epilogue epilogue, bool centre,
                          const void* mean, const void* rstd, Array dx, Array dweight, Array dbias, Array dresidual);
-  // `kept`: of a CPU's relu(z + residual), what backward takes in the place of the residual, see cpu/kept.h; dy is then as dense
-  // as y. Null for a GPU's.
+  // `kept`: of a CPU's relu(z + residual), what backward takes in the place of the residual, see cpu/kept.h; dy is then as
+  // dense as y. Null for a GPU's.
   Error (*channel_fused_fwd)(const Place&, Channels g, const ChannelsInput& x, const ChannelsInput& residual, ConstArray weight,
                              ConstArray bias, Epilogue epilogue, Array running_mean, Array running_var, int64_t* tracked,
                              bool training, double momentum, double eps, Array y, uint8_t* kept, void* mean, void* rstd);

@@ -31,23 +31,16 @@ class Factors {
 
  private:
   void drop(int64_t first, int64_t count, A scale, A* out) const {
-    constexpr int64_t MOST = 128, LEAST = 64;  // words at once: as many as there are elements, or half
+    constexpr int64_t MANY = 128, FEW = 64;  // words at once: many are made faster, few where so many are not wanted
     const uint64_t seed = static_cast<uint64_t>(*dropout_.seed);
     const uint32_t least = dropout_.least;
     const int64_t end = first + count;
-    uint32_t words[MOST];
+    uint32_t words[MANY];
     for (int64_t at = first / 4 * 4, next; at < end; at = next) {
-      const bool many = at + MOST <= end;
-      next = at + (many ? MOST : LEAST);
-      if (many)
-        random_words<MOST / 4>(seed, static_cast<uint64_t>(at / 4), words);
-      else
-        random_words<LEAST / 4>(seed, static_cast<uint64_t>(at / 4), words);
-      if (many && at >= first) {
-        A* to = out + (at - first);
-        for (int64_t i = 0; i < MOST; ++i) to[i] = words[i] >= least ? scale : A(0);
-        continue;
-      }
+      const bool many = at + MANY <= end;
+      const auto counter = static_cast<uint64_t>(at / 4);
+      many ? random_words<MANY / 4>(seed, counter, words) : random_words<FEW / 4>(seed, counter, words);
+      next = at + (many ? MANY : FEW);
       for (int64_t i = std::max(at, first); i < std::min(next, end); ++i)
         out[i - first] = words[i - at] >= least ? scale : A(0);
     }
