@@ -64,6 +64,7 @@ clean:
 	.venv/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
 	.venv/bin/python -m pip install -q --disable-pip-version-check "setuptools>=64" wheel ninja
 	.venv/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[test,bench]"
+	.venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target .venv/triton-3.6 triton==3.6.0
 	touch .venv/ready
 
 checked:

@@ -13,9 +13,15 @@ from .gate import autocasts, covers, needs_grad
 
 # Fewer elements in all, and fewer positions of a channel, are rows of a copy: their calls cost less.
 LEAST, LEAST_POSITIONS = 1 << 15, 16
-# On an H200 the kernels took 0.9 times the time of torch's permutes for 8 x 96 x 56 x 56, but up to 3 times for 384 and 768
-# channels of few positions: there it is rows of a copy, until the kernels are tuned.
-DEVICES = ("cpu",)
+
+
+def pays(input, backend, differentiable):
+    """Whether a backend's kernels take less time than rows of a copy. Those of a GPU that have not been timed beside it do not
+    say so."""
+    if input.device.type == "cpu":
+        return True
+    of_gpu = getattr(backend, "position_pays", None)
+    return of_gpu is not None and of_gpu(input, differentiable)
 
 
 def _backend(input, weight, bias, eps):
@@ -26,11 +32,13 @@ def _backend(input, weight, bias, eps):
         return None
     if type(eps) not in (float, int) or any(p is not None and p.shape != input.shape[1:2] for p in (weight, bias)):
         return None
-    if needs_grad(input, weight, bias) and any(p is not None and p.is_inference() for p in (input, weight, bias)):
+    differentiable = needs_grad(input, weight, bias)
+    if differentiable and any(p is not None and p.is_inference() for p in (input, weight, bias)):
         return None  # cannot be saved for backward, as torch will say
-    if input.device.type not in DEVICES or input.numel() < LEAST or input[0, 0].numel() < LEAST_POSITIONS:
+    if input.numel() < LEAST or input[0, 0].numel() < LEAST_POSITIONS:
         return None
-    return select(input.device.type)
+    backend = select(input.device.type)
+    return backend if backend is not None and pays(input, backend, differentiable) else None
 
 
 def channels_first_layer_norm(input, weight=None, bias=None, eps=1e-5, *, activation=None):
@@ -42,9 +50,9 @@ def channels_first_layer_norm(input, weight=None, bias=None, eps=1e-5, *, activa
     .. math:: y = (x - \mathrm{mean}) \cdot \mathrm{rstd} \cdot \mathrm{weight} + \mathrm{bias},
               \quad \mathrm{rstd} = 1 / \sqrt{\mathrm{var} + \mathrm{eps}}
 
-    with the mean and the biased variance of the channels of each position. On a CPU nothing is permuted: contiguous inputs are
-    read and written as they lie, and so are those in channels_last everywhere. Small inputs, and contiguous ones on a GPU, are
-    rows of a permuted copy.
+    with the mean and the biased variance of the channels of each position. Nothing is permuted: contiguous inputs are read and
+    written as they lie, and so are those in channels_last. Rows of a permuted copy are small inputs and, on a GPU, those of
+    more channels than a program's registers hold: in training 512 of 16 bits or 1024 of float32, else twice as many.
 
     Args:
         input: ``(B, C, *)`` or ``(B, C)``, float64, float32, bfloat16 or float16, any strides.

@@ -22,7 +22,7 @@ from .channel import (
 from .group import group_bwd, group_fwd
 from .launch import INTERPRETED, check
 from .masked import channel_masked_grad, channel_masked_stats
-from .position import position_bwd, position_fwd
+from .position import position_bwd, position_fwd, position_pays
 from .row import row_bwd, row_fwd
 from .row_fused import row_fused_bwd, row_fused_fwd
 from .row_masked import row_masked_bwd, row_masked_fwd
@@ -45,6 +45,7 @@ __all__ = [
     "group_fwd",
     "position_bwd",
     "position_fwd",
+    "position_pays",
     "row_bwd",
     "row_fused_bwd",
     "row_fused_fwd",

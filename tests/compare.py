@@ -165,6 +165,13 @@ def assert_no_worse(kind, case, name, ours, truth, backend):
     assert got <= theirs + one, f"{name}: error {got:.3g}, torch.nn's {theirs:.3g} + one ulp {one:.3g}"
 
 
+def assert_same_sums(one, other, x, words):
+    """Equal but for the order of sums: each of their x.numel() / one.numel() terms, of a size about 1, is rounded elsewhere."""
+    unordered = torch.finfo(torch.float32).eps * (x.numel() / one.numel()) ** 0.5
+    message = lambda found: f"{words}: {found}"
+    torch.testing.assert_close(one, other, rtol=1e-6, atol=max(1e-6, unordered), msg=message)
+
+
 def statistics(truth, x):
     """The backend contract's mean (high, low) and rstd, from the truth."""
     mean = torch.from_numpy(truth.mean.astype("float64"))

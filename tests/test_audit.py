@@ -20,9 +20,13 @@ from audit.__main__ import ARCHITECTURES
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(module, *args):
+# The oldest Triton that is served, where `make test` put it: beside the one of the environment.
+OLDEST = Path(sys.prefix, "triton-3.6")
+
+
+def run(module, *args, beside=()):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT), env.get("PYTHONPATH", "")])
+    env["PYTHONPATH"] = os.pathsep.join([*beside, str(ROOT / "tests"), str(ROOT), env.get("PYTHONPATH", "")])
     return subprocess.run([sys.executable, "-m", f"audit.{module}", *args], env=env, capture_output=True, text=True)
 
 
@@ -36,6 +40,16 @@ def result(module, *args):
 def test_no_violation_and_every_kernel_reached(arch):
     done = run("variants", arch, "--few")
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
+
+
+@pytest.mark.skipif(
+    not OLDEST.is_dir(), reason="Triton 3.6 is not beside this environment: `make test` puts it into .venv alone"
+)
+def test_the_oldest_triton_makes_the_same_of_positions():
+    """It sees fewer neighbours by itself: loads of one element each had made these kernels up to eight times as slow."""
+    done = run("variants", "sm_90", "--few", "--only", "positions", beside=[str(OLDEST)])
+    assert "triton 3.6" in done.stdout, done.stderr[-4000:]
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_audit_finds_planted_violations():

@@ -9,7 +9,7 @@ from conftest import SERVED
 
 from fastnorm import heuristics_branch, reference
 
-TRITON = [served for served in SERVED if served[0].name == "triton"]
+TRITON = [pytest.param(*served, id=f"triton-{served[1]}") for served in SERVED if served[0].name == "triton"]
 if TRITON:
     import triton
     import triton.language as tl

@@ -70,7 +70,9 @@ def name(request):
     return request.param
 
 
-@pytest.fixture(params=[device for backend, device in SERVED if backend.name == "triton"])
+@pytest.fixture(
+    params=[device for backend, device in SERVED if backend.name == "triton"], ids=lambda device: f"triton-{device}"
+)
 def way(name, request, monkeypatch):
     way = Way(name, request.param, monkeypatch)
     yield way

@@ -21,7 +21,7 @@ def _any_size(monkeypatch):
     for module in (fastnorm.group, fastnorm.channels_first):
         for name in ("LEAST", "LEAST_POSITIONS", "LEAST_PLAIN_POSITIONS"):
             monkeypatch.setattr(module, name, 1, raising=False)
-    monkeypatch.setattr(fastnorm.channels_first, "DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(fastnorm.channels_first, "pays", lambda *_: True)
 
 
 def outcome(feature, module, x):

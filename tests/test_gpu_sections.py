@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -384,6 +386,18 @@ def bench_row(peer, kind, shape, dtype, copies, x_torch, **others):
     figures |= {"copies": each(copies), "x torch": each(x_torch), **{k.replace("_", " "): each(v) for k, v in others.items()}}
     model = {"kind": kind, "shape": shape, "layout": "dense"}
     return {"row": f"{peer} {kind} {shape} {dtype}", "peer": peer, "model": model, "dtype": dtype, "forward": figures}
+
+
+def test_ids_name_a_backend_beside_its_device():
+    """The command picks a backend's tests of a device by that: others would never run on a GPU."""
+    tests = sorted(str(path) for path in Path(__file__).parent.glob("test_*.py") if "import SERVED" in path.read_text())
+    options = ["-o", "addopts=", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    listed = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *tests], capture_output=True, text=True, check=True
+    ).stdout
+    of_devices = re.findall(r"^(.*::.*[-\[](?:cpu|cuda)[-\]].*)$", listed, re.M)
+    assert len(of_devices) > 100
+    assert [test for test in of_devices if not re.search("(triton|native|reference)-(cpu|cuda)", test)] == []
 
 
 TIMED = [

@@ -33,7 +33,7 @@ def test_tiles(itemsize):
             assert c.whole == (c.block_c >= C)
             assert c.block_s * itemsize >= min(H.SEGMENT, H.power_of_two(S) * itemsize)
             assert c.block_s * itemsize >= min(width, S * itemsize)
-            assert c.block_c * c.block_s >= H.SMALLEST_TILE
+            assert c.block_c * c.block_s >= 1024  # fewer are no work for a program
 
 
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
@@ -48,11 +48,10 @@ def test_tiles_fit_the_registers(itemsize):
 
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
 def test_what_is_prefetched_fits_shared_memory(itemsize):
-    """x; x and dy: of all programs of a multiprocessor, and with room for what the warps exchange. None of narrow loads."""
+    """x; x and dy: of a program, with room for what the warps exchange. None of narrow loads."""
     for _, _, width, forward, backward in every(itemsize):
         for c, tensors in ((forward, 1), (backward, 2)):
-            per_sm = min(2, REGISTERS // (32 * c.warps * c.registers)) if tensors == 2 else 1
-            assert per_sm * tensors * (c.stages - 1) * c.block_c * c.block_s * itemsize <= H.PREFETCHED < 0.7 * SHARED
+            assert tensors * (c.stages - 1) * c.block_c * c.block_s * itemsize <= H.PREFETCHED < 0.7 * SHARED
             assert c.stages == 1 or width >= 4
 
 
@@ -79,19 +78,26 @@ def test_programs(itemsize):
         for B in (1, 8, 1024):
             c = H.backward(B, C, S, itemsize, 16, sms)
             tiles = H.cdiv(B * S, c.block_s)
-            assert 1 <= c.programs <= max(2, 2 * sms)
+            assert 1 <= c.programs <= max(2, 4 * sms)
             assert c.programs <= tiles
             assert c.programs > 1 or tiles == 1
             assert H.forward(B, C, S, itemsize, 16).programs * H.forward(B, C, S, itemsize, 16).block_s >= B * S
 
 
-def test_the_widths_of_models():
+@pytest.mark.parametrize(("C", "forward", "backward"), [
+    (96, (True, 64), (True, 32)),
+    (192, (True, 64), (True, 32)),
+    (384, (True, 64), (True, 32)),
+    (768, (True, 32), (False, 64)),
+    (1536, (False, 32), (False, 32)),
+])  # fmt: skip
+def test_the_widths_of_models(C, forward, backward):
     """ConvNeXt's, bf16: what is one tile, and the bytes of its rows."""
     of = lambda c: (c.whole, 2 * c.block_s)
-    assert [of(H.forward(32, C, 3136, 2, 16)) for C in (96, 192, 384, 768, 1536)] == [
-        (True, 128), (True, 128), (True, 64), (True, 32), (False, 32)]  # fmt: skip
-    assert [of(H.backward(32, C, 3136, 2, 16, 132)) for C in (96, 192, 384, 768, 1536)] == [
-        (True, 128), (True, 64), (True, 32), (False, 64), (False, 32)]  # fmt: skip
+    assert of(H.forward(32, C, 3136, 2, 16)) == forward
+    assert of(H.backward(32, C, 3136, 2, 16, 132)) == backward
+    assert H.read_once(C, 3136, 2, 16, False) == forward[0]
+    assert H.read_once(C, 3136, 2, 16, True) == backward[0]
 
 
 def test_configurations_are_frozen():

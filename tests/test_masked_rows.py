@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from cases import BF16, F16, F32, F64, Case
+from compare import assert_same_sums
 from masks import check, differentiated, rows_for, rows_written_out
 
 from fastnorm import reference
@@ -103,7 +104,10 @@ def test_only_what_is_needed(shape, P, backend, device):
             backend.row_masked_bwd(dy, x, mask, weight, mean, rstd, need), full, need, strict=True
         ):
             assert (got is not None) == bool(wanted), need
-            assert got is None or torch.equal(got, expected), need
+            if got is not None and device == "cpu":
+                assert torch.equal(got, expected), need
+            elif got is not None:  # another kernel of Triton's, which may add in another order
+                assert_same_sums(got, expected, x, need)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])

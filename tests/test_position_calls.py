@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ SHAPES = [(2, 6, 5), (3, 4), (2, 6, 40), (2, 8, 12, 12), (2, 6, 2, 5, 5), (40, 1
 def any_size(monkeypatch):
     monkeypatch.setattr(channels_first, "LEAST", 1)
     monkeypatch.setattr(channels_first, "LEAST_POSITIONS", 1)
-    monkeypatch.setattr(channels_first, "DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(channels_first, "pays", lambda *_: True)
 
 
 class Permuted(nn.LayerNorm):
@@ -129,10 +130,9 @@ def test_what_has_no_channels(device):
 
 
 def test_which_calls_the_kernels_get(monkeypatch, backend, device):
-    """Contiguous ones that are not small, on a CPU; channels_last are rows as they lie."""
+    """Contiguous ones that are not small, on a GPU Triton's; channels_last are rows as they lie."""
     calls = []
-    assert channels_first.DEVICES == ("cpu",)
-    position = "position_fwd" if device == "cpu" else "layer_norm"
+    position = "position_fwd" if device == "cpu" or backend.__name__ == "fastnorm.kernels" else "layer_norm"
     for name, module in (("position_fwd", backend), ("layer_norm", fastnorm.functional)):
         real = getattr(module, name)
         wrapped = lambda *args, name=name, real=real, **options: calls.append((name, args[0])) or real(*args, **options)
@@ -154,6 +154,17 @@ def test_which_calls_the_kernels_get(monkeypatch, backend, device):
     assert served(torch.randn(256, 64, 4, device=device)) == "layer_norm"
     assert served(torch.randn(640, 64, device=device)) == "layer_norm"
     assert served(x.bfloat16()) == position
+
+
+def test_where_kernels_of_a_gpu_are_used():
+    """Where they have been faster; a backend that does not say so was not timed."""
+    x = torch.empty(2, 8, 4, device="meta")
+    timed = lambda answer: SimpleNamespace(position_pays=lambda x, differentiable: answer and not differentiable)
+    assert channels_first.pays(x, timed(True), False)
+    assert not channels_first.pays(x, timed(True), True)
+    assert not channels_first.pays(x, timed(False), False)
+    assert not channels_first.pays(x, SimpleNamespace(), False)
+    assert channels_first.pays(torch.empty(2, 8, 4), SimpleNamespace(), True)
 
 
 @pytest.mark.usefixtures("any_size")

@@ -18,7 +18,7 @@ from oracle import layer_norm, ulp, wide
 
 from fastnorm import heuristics
 
-TRITON = [device for backend, device in SERVED if backend.name == "triton"]
+TRITON = [pytest.param(device, id=f"triton-{device}") for backend, device in SERVED if backend.name == "triton"]
 MARGIN = 1.2  # the root mean square over 400 channels, as many draws, is known to a few percent
 
 

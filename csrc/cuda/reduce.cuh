@@ -132,9 +132,12 @@ __device__ __forceinline__ A at_least_one(A count) {
   return count > 1 ? count : 1;
 }
 
+// A Newton step takes what three operations have rounded to one unit of the last place; from an infinite root it has no number.
 template <class A>
 __device__ __forceinline__ A rstd_of(A m2, A n, A scale, A eps) {
-  return scale / sqrt(m2 / n + eps * scale * scale);
+  const A var = m2 / n + eps * scale * scale, root = 1 / sqrt(var);
+  const A step = root / 2 * fma(-var * root, root, A(1));
+  return scale * (step == step ? root + step : root);
 }
 
 }  // namespace fastnorm::cuda

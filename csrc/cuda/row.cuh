@@ -359,9 +359,9 @@ __global__ void __launch_bounds__(MOST_THREADS, 1) row_bwd_kernel(const __grid_c
       });
       __syncthreads();
       for (int64_t column = threadIdx.x; column < p.g.N; column += blockDim.x) {
-        A total = 0;
-        for (int r = 0; r < team.rows; ++r) total += sums[r * p.g.N + column];
-        to[column] = total;
+        A total = 0, lost = 0;
+        for (int r = 0; r < team.rows; ++r) add(total, lost, sums[r * p.g.N + column]);
+        to[column] = with_lost(total, lost);
       }
       __syncthreads();
     } else {

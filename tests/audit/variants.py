@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections import Counter
 from dataclasses import dataclass
+
+import triton
 
 from . import code, grid
 from .dryrun import Compiled, record
@@ -54,14 +57,22 @@ def _cells(j: Judged):
     return v.kernel, v.arch, v.warps, c.registers, c.spill, v.shared, c.fp64, widths(c.loads), widths(c.stores), verdict
 
 
-def main(arch: str, few: bool) -> int:
-    judged = audit(arch, grid.calls(few))
+def main(argv=None) -> int:
+    p = argparse.ArgumentParser(prog="audit.variants", description=__doc__)
+    p.add_argument("arch")
+    p.add_argument("--few", action="store_true", help="the reduced grid")
+    p.add_argument(
+        "--only", default="", metavar="TEXT", help="only calls whose name begins with TEXT, which need not reach all kernels"
+    )
+    args = p.parse_args(argv)
+    judged = audit(args.arch, [call for call in grid.calls(args.few) if call.name.startswith(args.only)])
     print(*table(judged), sep="\n")
-    missed = unreached(judged)
+    missed = [] if args.only else unreached(judged)
     bad = [j for j in judged if j.violations]
-    print(f"{arch}: {len(judged)} variants, {len(bad)} with violations; kernels not reached: {', '.join(missed) or 'none'}")
+    counted = f"{args.arch}, triton {triton.__version__}: {len(judged)} variants, {len(bad)} with violations"
+    print(f"{counted}; kernels not reached: {', '.join(missed) or 'none'}")
     return bool(bad or missed or not judged)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], "--few" in sys.argv))
+    sys.exit(main())
