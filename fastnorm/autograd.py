@@ -257,8 +257,8 @@ class MaskedBatchNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, mask, otherwise, eps, backend):
         count, mean, deviation = backend.channel_masked_stats(x, mask)
-        mean, var = mean.double().sum(0), deviation.double().square()
-        mean, var = (torch.where(count > 0, of, other.double()) for of, other in zip((mean, var), otherwise, strict=True))
+        some, moments = count > 0, (mean.sum(0, dtype=torch.float64), deviation.double().square())
+        mean, var = (torch.where(some, of, other) for of, other in zip(moments, otherwise, strict=True))
         saved = reference.split(mean, count.dtype), torch.rsqrt(var + eps).to(count.dtype)
         y = backend.channel_apply(x, *saved, weight, bias)
         ctx.save_for_backward(x, weight, mask, count, *saved)

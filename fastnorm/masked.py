@@ -13,7 +13,7 @@ from .autograd import masked_batch_norm, masked_rows, traced
 from .dispatch import DTYPES, select
 from .gate import channels_fit, covers, needs_grad, rows_fit
 from .geometry import around
-from .reference import accumulate_dtype, update_running
+from .reference import accumulate_dtype, updated
 
 
 def mask_of(mask, lengths, shape, device):
@@ -148,6 +148,4 @@ def _update(running, statistics, count, momentum, num_batches_tracked):
     if momentum is None:
         momentum = 1 / num_batches_tracked.double().clamp(min=1)
     for of, new in zip(running, (mean, var), strict=True):
-        after = of.detach().clone()
-        update_running(after, new, momentum)
-        of.detach().copy_(torch.where(some, after, of))
+        of.detach().copy_(torch.where(some, updated(of, new, momentum), of))

@@ -272,9 +272,14 @@ def channel_fwd(x, weight, bias, running_mean, running_var, training, momentum, 
     return channel_apply(x, mean, rstd, weight, bias), mean, rstd
 
 
+def updated(running, value, momentum):
+    """(1 - momentum) * running + momentum * value in the dtype of value; momentum may be a tensor."""
+    return running.to(value.dtype) * (1 - momentum) + value * momentum
+
+
 def update_running(running, value, momentum):
-    """(1 - momentum) * running + momentum * value in place, rounded once; momentum may be a tensor."""
-    running.copy_(running.to(value.dtype) * (1 - momentum) + value * momentum)
+    """`updated` in place, rounded once."""
+    running.copy_(updated(running, value, momentum))
 
 
 def channel_bwd(dy, x, weight, mean, rstd, training, need):
