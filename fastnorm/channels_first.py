@@ -26,7 +26,9 @@ def pays(input, backend, differentiable):
 
 def _backend(input, weight, bias, eps):
     """The backend whose kernels take the call; None where it goes another way."""
-    if torch.compiler.is_compiling() or has_torch_function_variadic(input, weight, bias) or traced():
+    if torch.compiler.is_compiling() or input.numel() < LEAST or input.shape[2:].numel() < LEAST_POSITIONS:
+        return None
+    if has_torch_function_variadic(input, weight, bias) or traced():
         return None
     if not covers(input, weight, bias) or input.dim() < 3 or not input.is_contiguous() or autocasts(input):
         return None
@@ -35,8 +37,6 @@ def _backend(input, weight, bias, eps):
     differentiable = needs_grad(input, weight, bias)
     if differentiable and any(p is not None and p.is_inference() for p in (input, weight, bias)):
         return None  # cannot be saved for backward, as torch will say
-    if input.numel() < LEAST or input[0, 0].numel() < LEAST_POSITIONS:
-        return None
     backend = select(input.device.type)
     return backend if backend is not None and pays(input, backend, differentiable) else None
 

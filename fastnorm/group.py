@@ -16,6 +16,10 @@ from .gate import autocasts, covers, needs_grad, savable
 LEAST, LEAST_POSITIONS, LEAST_PLAIN_POSITIONS = 1 << 14, 16, 2048
 
 
+def _is_small(input, plain):
+    return input.numel() < LEAST or input.shape[2:].numel() < (LEAST_PLAIN_POSITIONS if plain else LEAST_POSITIONS)
+
+
 def _backend(input, num_groups, weight, bias, eps, plain):
     """The backend that serves the call; None where torch has to."""
     if torch.compiler.is_compiling() or has_torch_function_variadic(input, weight, bias) or traced():
@@ -28,9 +32,7 @@ def _backend(input, num_groups, weight, bias, eps, plain):
         return None
     if bias is not None and needs_grad(input, weight, bias) and bias.is_inference():
         return None
-    if input.numel() < LEAST or input[0, 0].numel() < (LEAST_PLAIN_POSITIONS if plain else LEAST_POSITIONS):
-        return None
-    return select(input.device.type)
+    return None if _is_small(input, plain) else select(input.device.type)
 
 
 def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, *, activation=None):
@@ -57,6 +59,8 @@ def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, *, activatio
     Raises:
         ValueError, RuntimeError, TypeError: torch's own, with torch's message; ValueError where there is no such activation.
     """
+    if activation is None and type(input) is torch.Tensor and not torch.compiler.is_compiling() and _is_small(input, True):
+        return F.group_norm(input, num_groups, weight, bias, eps)  # which asks everything else by itself
     activation, alpha = activations.parse(activation)
     backend = _backend(input, num_groups, weight, bias, eps, activation == "identity")
     if backend is None:

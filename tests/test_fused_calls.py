@@ -469,6 +469,15 @@ def test_an_activation_saves_nothing(activation, backend, device):
     assert ours <= 32 * 4 * 3 + bits  # mean pair and rstd, and what is kept in the place of the residual
 
 
+def test_small_instances_are_torchs(monkeypatch, backend, device):
+    real, calls = fastnorm.functional.batch_norm, []
+    monkeypatch.setattr(fastnorm.instance, "LEAST", 100)
+    monkeypatch.setattr(fastnorm.functional, "batch_norm", lambda *args: calls.append(args[0].shape) or real(*args))
+    for x in (torch.randn(2, 3, 16, device=device), torch.randn(2, 3, 17, device=device)):
+        torch.testing.assert_close(fastnorm.instance_norm(x), F.instance_norm(x))
+    assert calls == [(1, 6, 17)]
+
+
 @pytest.mark.parametrize("cls", [fastnorm.InstanceNorm1d, fastnorm.InstanceNorm2d, fastnorm.InstanceNorm3d])
 @pytest.mark.parametrize("dtype", [F32, BF16, D])
 def test_instances_are_at_least_as_exact(cls, dtype, backend, device):
