@@ -14,6 +14,7 @@ else
 bare := python3
 PYTHON := .venv/bin/python
 ready := .venv/ready
+oldest := .venv/triton-3.6/triton/__init__.py
 endif
 
 .PHONY: train bench test gpu tune audit sanitize lint checked clean
@@ -24,7 +25,7 @@ train: $(ready)
 bench: $(ready)
 	$(PYTHON) bench/run.py $(ARGS)
 
-test: $(ready)
+test: $(ready) $(oldest)
 	$(PYTHON) -m pytest -n auto $(ARGS)
 
 # These two take a Python that has torch as it is, python3 if none is given: nothing is installed.
@@ -64,8 +65,11 @@ clean:
 	.venv/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
 	.venv/bin/python -m pip install -q --disable-pip-version-check "setuptools>=64" wheel ninja
 	.venv/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[test,bench]"
-	.venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target .venv/triton-3.6 triton==3.6.0
 	touch .venv/ready
+
+# The oldest Triton that is served, for the audit's tests: beside the environment's own, which stays the one that is imported.
+.venv/triton-3.6/triton/__init__.py: | .venv/ready
+	.venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target .venv/triton-3.6 triton==3.6.0
 
 checked:
 	@$(PYTHON) -c "import torch" || { echo "$(PYTHON) has no torch: install it first, or leave PYTHON away"; exit 2; }

@@ -16,8 +16,7 @@ LEAST, LEAST_POSITIONS = 1 << 15, 16
 
 
 def pays(input, backend, differentiable):
-    """Whether a backend's kernels take less time than rows of a copy. Those of a GPU that have not been timed beside it do not
-    say so."""
+    """Whether a backend's kernels take less time than rows of a copy: on a GPU where it says so, after it has been timed."""
     if input.device.type == "cpu":
         return True
     of_gpu = getattr(backend, "position_pays", None)
@@ -52,7 +51,8 @@ def channels_first_layer_norm(input, weight=None, bias=None, eps=1e-5, *, activa
 
     with the mean and the biased variance of the channels of each position. Nothing is permuted: contiguous inputs are read and
     written as they lie, and so are those in channels_last. Rows of a permuted copy are small inputs and, on a GPU, those of
-    more channels than a program's registers hold: in training 512 of 16 bits or 1024 of float32, else twice as many.
+    more channels than a program's registers hold: in training 512 of 16 bits or 1024 of float32, else twice as many, and half
+    as many where the number of positions is odd.
 
     Args:
         input: ``(B, C, *)`` or ``(B, C)``, float64, float32, bfloat16 or float16, any strides.

@@ -13,12 +13,20 @@ from . import functional
 from .autograd import traced
 from .gate import covers
 
-# Fewer elements are left to torch: its call costs less, up to half as many again (a Zen 4, one thread, both ways together).
+# Fewer elements on a CPU are left to torch: its call costs less, up to half as many again (a Zen 4, one thread, both ways
+# together). On a GPU the calls have not been timed.
 LEAST = 1 << 15
 
 
+def _is_small(input, parameters):
+    """And is what torch takes: parameters of its dtype."""
+    if type(input) is not torch.Tensor or not input.is_cpu or input.numel() >= LEAST:
+        return False
+    return all(p is None or (isinstance(p, torch.Tensor) and p.dtype == input.dtype) for p in parameters)
+
+
 def _serves(input, *parameters):
-    if torch.compiler.is_compiling() or (type(input) is torch.Tensor and input.numel() < LEAST):
+    if torch.compiler.is_compiling() or _is_small(input, parameters):
         return False
     if has_torch_function_variadic(input, *parameters) or traced():
         return False
@@ -35,7 +43,8 @@ def instance_norm(
     momentum, eps)``
 
     Args:
-        input: ``(B, C, *)``, float64, float32, bfloat16 or float16; one that is small or not contiguous goes to torch.
+        input: ``(B, C, *)``, float64, float32, bfloat16 or float16; one that is not contiguous goes to torch, and so
+            does a small one on a CPU with parameters of its dtype.
         running_mean, running_var: ``(C,)`` or None; updated in place with the means over the samples.
         weight, bias: ``(C,)`` or None.
         use_input_stats: False for the running statistics.
