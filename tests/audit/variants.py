@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import triton
 
 from . import code, grid
-from .dryrun import Compiled, record
+from .dryrun import DEVICES, Compiled, record
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _cells(j: Judged):
 
 def main(argv=None) -> int:
     p = argparse.ArgumentParser(prog="audit.variants", description=__doc__)
-    p.add_argument("arch")
+    p.add_argument("arch", choices=DEVICES)
     p.add_argument("--few", action="store_true", help="the reduced grid")
     p.add_argument(
         "--only", default="", metavar="TEXT", help="only calls whose name begins with TEXT, which need not reach all kernels"
