@@ -6,6 +6,7 @@ The folder kernels/ has to be importable as fastnorm.kernels, which an install m
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import os
 import subprocess
@@ -16,6 +17,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # As package_dir of setup.py has it.
 PACKAGES = {"kernels": "kernels", "csrc": "csrc"}
+SOURCES = ("fastnorm/*.py", "kernels/*.py", "csrc/**/*.*", "tests/**/*.py", "bench/*.py")
+
+
+def sources() -> str:
+    """A digest of everything that figures depend on."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern) if path.is_file()):
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager

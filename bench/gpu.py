@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import hashlib
 import importlib.util
 import json
 import os
@@ -26,12 +25,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkout import ROOT, importable, without_torch
+from checkout import ROOT, importable, sources, without_torch
 from gpu_state import failures, write
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-SOURCES = ("fastnorm/*.py", "kernels/*.py", "csrc/**/*.*", "tests/**/*.py", "bench/*.py")
 IDENTITY = ("sources", "torch", "triton", "gpu")  # of a machine: results are taken over where all of these are the same
 GRACE = 30.0  # a section that goes on for so long after its time is killed
 
@@ -67,13 +65,6 @@ def cannot_run(device: str) -> str | None:
     if device == "cuda" and not torch.cuda.is_available():
         return f"torch {torch.__version__} finds no CUDA device here: make gpu needs one"
     return None
-
-
-def sources() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern) if path.is_file()):
-        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
 
 
 def answer(*command) -> str | None:

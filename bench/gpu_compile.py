@@ -16,9 +16,8 @@ from itertools import product
 import torch
 from gpu_bench import DTYPES, SHAPES
 from gpu_state import OutOfTime, Section, script
-from peers import PEERS, absent
-from run import Job, gradients, make
-from shapes import Model, label
+from norms import Norm, bound, make, results
+from providers import PROVIDERS, absent
 
 WORTH_IT = ("fastnorm", "compile")  # what compiles for longer than it runs, in the order of value
 MOST_PROCESSES = 16  # each has tensors of its own on the GPU
@@ -29,11 +28,12 @@ def one_of_many() -> None:
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 
-def first_call(peer: str, model: Model, dtype: str, device: str) -> str | None:
+def first_call(name: str, norm: Norm, dtype: str, device: str) -> str | None:
     """A norm forward and backward; why it did not run, which is for `bench` to judge."""
-    job = Job(model, dtype, "backward")
+    provider = PROVIDERS[name]
     try:
-        gradients(PEERS[peer].load(), job, *make(job, device))
+        inputs = make(norm, dtype, device)
+        results(bound(norm, provider.load(), inputs, True, provider.wrap), inputs, "backward")
     except Exception as e:
         return f"{type(e).__name__}: {e}".splitlines()[0]
     finally:
@@ -42,20 +42,19 @@ def first_call(peer: str, model: Model, dtype: str, device: str) -> str | None:
     return None
 
 
-def compile_all(section: Section, device: str, shapes=SHAPES, dtypes=DTYPES, peers=WORTH_IT) -> None:
-    """A row is a peer."""
+def compile_all(section: Section, device: str, shapes=SHAPES, dtypes=DTYPES, names=WORTH_IT) -> None:
+    """A row is a provider."""
 
-    def measure(peer):
+    def measure(name):
         began, done, refused = time.monotonic(), 0, {}
         processes = min(MOST_PROCESSES, os.cpu_count() or 1, len(shapes))
         pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), one_of_many)
-        calls = {pool.submit(first_call, peer, *norm, device): norm for norm in product(shapes, dtypes)}
+        calls = {pool.submit(first_call, name, *norm, device): norm for norm in product(shapes, dtypes)}
         try:
             for call in as_completed(calls, timeout=section.left()):
                 reason, done = call.result(), done + 1
                 if reason is not None:
-                    model, dtype = calls[call]
-                    refused[f"{label(model.kind, model.shape, model.layout)} {dtype}"] = reason
+                    refused[" ".join(map(str, calls[call]))] = reason
         except TimeoutError:
             raise OutOfTime({"norms": done, "refused": refused}) from None
         except BrokenProcessPool:
@@ -65,10 +64,10 @@ def compile_all(section: Section, device: str, shapes=SHAPES, dtypes=DTYPES, pee
                 process.kill()  # what still compiles is not waited for
             pool.shutdown(wait=False, cancel_futures=True)
         seconds = round(time.monotonic() - began, 1)
-        print(f"{peer}: {done} norms in {seconds} s, {len(refused)} refused", flush=True)
+        print(f"{name}: {done} norms in {seconds} s, {len(refused)} refused", flush=True)
         return {"norms": done, "refused": refused, "seconds": seconds}
 
-    section.each([peer for peer in peers if absent(peer) is None], measure, least=lambda name: 20.0)
+    section.each([name for name in names if absent(name) is None], measure, least=lambda name: 20.0)
 
 
 if __name__ == "__main__":

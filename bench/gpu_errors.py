@@ -9,10 +9,10 @@ from gpu_state import Section, script
 
 
 def measure_errors(section: Section, device: str, jobs=None) -> None:
-    jobs = {str(job): job for job in jobs or errors.jobs_of(errors.parser().parse_args([]))}
+    jobs = {f"{norm} {dtype}": (norm, dtype) for norm, dtype in jobs or errors.jobs_of(errors.parser().parse_args([]))}
 
     def measure(name):
-        results = errors.measure(jobs[name], device)
+        results = errors.measure(*jobs[name], device)
         larger = [row["result"] for row in results if row["error"] > row["allowed"]]
         for row in results:
             print(*errors.line(row), sep="  ", flush=True)

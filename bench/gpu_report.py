@@ -6,16 +6,16 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 from statistics import geometric_mean
 
+from gpu_bench import MODES, STATES, torch_over
 from gpu_state import Section, script
-from shapes import label
+from measure import US
+from norms import Norm
+from record import copies
 from table import aligned
 
-OPS = {"layer_norm": "rows", "batch_norm": "channels"}
-MODES = ("forward", "backward")
-STATES = ("cold", "warm", "host")
+OPS = {"layer_norm": "LN", "batch_norm": "BN"}
 COMPILED = ("compile", "max-autotune")
 # Bytes of the ideal traffic over those of a copy: forward reads x and writes y, backward reads x and dy and writes dx.
 IDEAL = {"forward": 1.0, "backward": 1.5}
@@ -29,18 +29,18 @@ class Target:
     what: str
     mode: str
     copies: float
-    holds: Callable  # of the model and the dtype
+    holds: Callable  # of a row
 
     @classmethod
     def share(cls, share: float, mode: str, first: int, last: int) -> Target:
         """Layer norms with N from first to last reach this share of a copy's bandwidth."""
-        holds = lambda m, dtype: m["kind"] == "rows" and m["shape"][0] >= BIG and first <= m["shape"][1] <= last
+        holds = lambda row: row["op"] == "LN" and row["shape"][0] >= BIG and first <= row["shape"][1] <= last
         return cls(f"LN {mode}, N {first} to {last}: {share:.0%} of a copy", mode, IDEAL[mode] / share, holds)
 
     @classmethod
     def stage_1(cls, copies: float, mode: str) -> Target:
         shape = [64, 256, 56, 56]
-        holds = lambda m, dtype: m["kind"] == "channels" and list(m["shape"]) == shape and dtype == "bf16"
+        holds = lambda row: row["op"] == "BN" and list(row["shape"]) == shape and row["dtype"] == "bf16"
         return cls(f"BN {'x'.join(map(str, shape))} bf16 {mode}: {copies} copies", mode, copies, holds)
 
 
@@ -55,88 +55,84 @@ TARGETS = (
 
 
 def name_of(row: dict) -> str:
-    return label(*(row["model"][key] for key in ("kind", "shape", "layout"))) + f" {row['dtype']}"
+    return f"{Norm(row['op'], tuple(row['shape']), row['layout'])} {row['dtype']}"
 
 
-def timed(rows: list[dict], peer: str | None = None):
-    """(row, mode, its figures) of everything that has been timed."""
-    for row, mode in product(rows, MODES):
-        if mode in row and peer in (None, row["peer"]):
-            yield row, mode, row[mode]
+def timed(found: list[dict], name: str | None = None):
+    """(provider, row of a mode) of everything that has been timed."""
+    for each in found:
+        if name in (None, each["provider"]):
+            yield from ((each["provider"], row) for row in each.get("rows", []))
 
 
 HEAD = ["norm", "mode", "by", "cold us", "x torch", "copies", "warm us", "x torch", "copies", "host us", "x torch", "+-"]
 
 
-def table(rows: list[dict]) -> str:
+def table(found: list[dict]) -> str:
     lines = [HEAD]
-    for row, mode, f in timed(rows):
-        us = lambda state: f"{f['us'][state][row['peer']]:.1f}"
-        line = [name_of(row), mode, row["peer"]]
+    for by, row in timed(found):
+        figures = lambda state, by=by, row=row: [f"{row['us'][state][by]:.1f}", f"{torch_over(row, state, by):.2f}"]
+        line = [name_of(row), row["mode"], by]
         for state in ("cold", "warm"):
-            line += [us(state), f"{f['x torch'][state]:.2f}", f"{f['copies'][state]:.2f}"]
-        lines.append([*line, us("host"), f"{f['x torch']['host']:.2f}", f"{f['spread']['cold']:.0%}"])
-    left = [f"{name_of(row)}, {row['peer']}: {row.get('failed') or row['not timed']}" for row in rows
-            if "failed" in row or "not timed" in row]  # fmt: skip
+            line += [*figures(state), f"{copies(row, state, by):.2f}"]
+        lines.append([*line, *figures("host"), f"{row['spread']['cold'][by]:.0%}"])
+    left = [f"{each['row']}: {each.get('failed') or each['not timed']}" for each in found
+            if "failed" in each or "not timed" in each]  # fmt: skip
     return "\n".join([aligned(lines), *left])
 
 
-def means(rows: list[dict]) -> list[str]:
+def means(found: list[dict]) -> list[str]:
     """How many times as fast as torch.nn, geometric means over the shapes."""
     lines = [["op", "dtype", "mode", "by", "norms", *STATES]]
     groups = {}
-    for row, mode, f in timed(rows):
-        op = "LN" if row["model"]["kind"] == "rows" else "BN"
-        groups.setdefault((op, row["dtype"], mode, row["peer"]), []).append(f["x torch"])
+    for by, row in timed(found):
+        ratios = {state: torch_over(row, state, by) for state in STATES}
+        groups.setdefault((row["op"], row["dtype"], row["mode"], by), []).append(ratios)
     for key, ratios in groups.items():
         lines.append([*key, str(len(ratios)), *(f"{geometric_mean(r[s] for r in ratios):.2f}" for s in STATES)])
     return ["", "times as fast as torch.nn, geometric means:", aligned(lines)] if groups else []
 
 
-def slower(rows: list[dict]) -> list[str]:
+def slower(found: list[dict]) -> list[str]:
     """Where fastnorm is behind torch.nn or torch.compile."""
-    found = []
-    for row, mode, f in timed(rows, "fastnorm"):
-        behind = [f"{s} {f['x torch'][s]:.2f}" for s in STATES if f["x torch"][s] < 1]
-        found += [f"{name_of(row)} {mode}, x torch: {', '.join(behind)}"] if behind else []
-    for row, mode, f in timed(rows):
-        if row["peer"] in COMPILED:
-            behind = [f"{s} {1 / f['x fastnorm'][s]:.2f}" for s in STATES if f["x fastnorm"][s] > 1]
-            found += [f"{name_of(row)} {mode}, x {row['peer']}: {', '.join(behind)}"] if behind else []
-    return ["", f"slower than torch.nn or torch.compile: {len(found)}", *found]
+    behind = []
+    for other in ("torch", *COMPILED):
+        for _, row in timed(found, US if other == "torch" else other):
+            less = [f"{s} {row['speedup'][s][other]:.2f}" for s in STATES if row["speedup"][s][other] < 1]
+            behind += [f"{name_of(row)} {row['mode']}, x {other}: {', '.join(less)}"] if less else []
+    return ["", f"slower than torch.nn or torch.compile: {len(behind)}", *behind]
 
 
-def against_targets(rows: list[dict]) -> list[str]:
+def against_targets(found: list[dict]) -> list[str]:
     lines = []
     for target in TARGETS:
         met, missed = 0, []
-        for row, mode, f in timed(rows, "fastnorm"):
-            if mode != target.mode or not target.holds(row["model"], row["dtype"]):
+        for _, row in timed(found, US):
+            if row["mode"] != target.mode or not target.holds(row):
                 continue
-            copies = f["copies"]["cold"]
-            met += copies <= target.copies
-            reached = f"{copies:.2f} copies, {IDEAL[mode] / copies:.0%}"
-            missed += [] if copies <= target.copies else [f"  missed by {name_of(row)}: {reached}"]
+            reached = copies(row, "cold", US)
+            met += reached <= target.copies
+            share = f"{reached:.2f} copies, {IDEAL[row['mode']] / reached:.0%}"
+            missed += [] if reached <= target.copies else [f"  missed by {name_of(row)}: {share}"]
         lines += [f"{target.what}: {met} of {met + len(missed)}", *missed]
     return ["", "targets, from a cold L2:", *lines]
 
 
-def summary(rows: list[dict]) -> str:
-    return "\n".join([*means(rows), *slower(rows), *against_targets(rows)])
+def summary(found: list[dict]) -> str:
+    return "\n".join([*means(found), *slower(found), *against_targets(found)])
 
 
-def curves(rows: list[dict], kind: str) -> dict:
+def curves(found: list[dict], op: str) -> dict:
     """dtype -> mode -> by whom -> {norm: copies}, torch.nn's of the rows of fastnorm."""
-    found = {}
-    for row, mode, f in timed(rows):
-        if row["model"]["kind"] != kind:
+    panels = {}
+    for by, row in timed(found):
+        if row["op"] != op:
             continue
-        panel = found.setdefault(row["dtype"], {m: {} for m in MODES})[mode]
+        panel = panels.setdefault(row["dtype"], {m: {} for m in MODES})[row["mode"]]
         norm = name_of(row).rsplit(" ", 1)[0]
-        panel.setdefault(row["peer"], {})[norm] = f["copies"]["cold"]
-        if row["peer"] == "fastnorm":
-            panel.setdefault("torch", {})[norm] = f["copies"]["cold"] * f["x torch"]["cold"]
-    return found
+        for name in (by, "torch") if by == US else (by,):
+            panel.setdefault(name, {})[norm] = copies(row, "cold", name)
+    return panels
 
 
 def report(section: Section, device: str) -> None:

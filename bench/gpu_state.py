@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from record import write
+
 ATTEMPTS = 2  # a row during which the process died this often is not tried again
 
 
@@ -18,13 +20,6 @@ class OutOfTime(Exception):
 
     def __init__(self, partial: dict):
         self.partial = partial
-
-
-def write(path: Path, document: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(new, path)
 
 
 class Section:

@@ -15,13 +15,15 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from run import disagreement, machine, number, publish
+from norms import disagreement
+from run import machine, number, publish
 from timing import in_turn, ratio, spread
 
 import fastnorm
 
 NAMES = ("LayerNorm", "BatchNorm1d")
 SHAPES = ((8, 64), (128, 768))
+RESULTS = ("y", "dx", "dweight", "dbias")
 MODES = ("no_grad", "evaluation", "forward", "forward + backward")
 
 
@@ -34,7 +36,7 @@ def results(module, x, dy):
 
 def mismatch(ours, theirs, x, dy) -> str | None:
     truth = results(copy.deepcopy(theirs).double(), x.double(), dy.double())
-    return disagreement(results(ours, x, dy), results(theirs, x, dy), truth)
+    return disagreement(RESULTS, results(ours, x, dy), results(theirs, x, dy), truth)
 
 
 def call(module, mode, x, dy):

@@ -1,162 +1,62 @@
-"""Times fastnorm's norms, forward and backward, beside torch.nn's and a copy of the same tensor.
+"""Times fastnorm's norms beside torch's operators, others that are installed, and a copy of the same tensor, in turn.
 
-Nothing is timed before its results match the float64 oracle: at most twice torch.nn's own error in this run, and one unit in
-the last place. Times are microseconds of one call;
-`GB/s` is the ideal traffic over the time (forward: x read, y written; backward: x and dy read, dx written), `copies` is the
-time in copies of x, and `x torch` is torch.nn's time over ours, the median over rounds measured in turn.
+Nothing is timed before its results match the float64 oracle: at most twice torch's own error in this dtype, and one unit in
+the last place. Times are medians over rounds, in microseconds of one call; on a GPU they are the device's, from a cold L2, and
+the JSON has those from a warm one and the host's as well. `GB/s` is the ideal traffic (forward of a plain norm: x read, y
+written; backward: x and dy read, dx written) over the time; `copies` is the time in copies of x; `x torch` is torch's time over
+ours, the median over rounds. `peak` is the most memory that a call has at once, and `saved` what autograd keeps, in tensors of
+x's size, with torch's in brackets.
+
+`both` is a forward and its backward; `eval` is without gradients, and a batch norm's with running statistics.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
 import importlib.util
 import json
 import platform
+import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
-from statistics import median
 
 import torch
-import torch.nn.functional as F
-from shapes import MODELS, Model, label
+from checkout import sources
+from measure import US, How, measure
+from norms import DTYPES, MODES, NORMS, OPS, Norm
+from providers import PROVIDERS, absent
+from record import copies, primary, speedup, write
+from slowdown import slower
 from table import aligned
-from timing import in_turn, keep_freed_memory, ratio, spread
+from timing import clock_of, keep_freed_memory
 
 import fastnorm
-from fastnorm import dispatch, reference
+from fastnorm import dispatch
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-OPS = {"layer_norm": "rows", "batch_norm": "channels"}
-MODES = ("forward", "backward")
-RESULTS = ("y", "dx", "dweight", "dbias")
-TENSORS_MOVED = {"forward": 2, "backward": 3}
-EPS = 1e-5
-
-
-@dataclass(frozen=True)
-class Job:
-    model: Model
-    dtype: str
-    mode: str
-
-    def __str__(self):
-        op = next(op for op, kind in OPS.items() if kind == self.model.kind)
-        shape = " x ".join(map(str, self.model.shape))
-        layout = "" if self.model.layout == "dense" else f" {self.model.layout}"
-        return f"{op} {self.mode} {self.dtype} {shape}{layout} ({self.model.name})"
-
-
-def make(job: Job, device: str):
-    """x, dy, weight, bias as torch.nn has them: float32 parameters beside half inputs of a batch norm."""
-    torch.manual_seed(0)
-    model, dtype = job.model, DTYPES[job.dtype]
-    shape = (model.shape[0], model.shape[2], model.shape[1]) if model.layout == "mT" else model.shape
-    random = lambda: torch.randn(shape, device=device).to(dtype)
-    x, dy = random(), random()
-    if model.layout == "mT":
-        x, dy = x.mT, dy.mT
-    if model.layout == "channels_last":
-        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
-    rows = model.kind == "rows"
-    parameter = torch.float64 if dtype == torch.float64 else dtype if rows else torch.float32
-    size = model.shape[-1] if rows else model.shape[1]
-    weight, bias = (torch.randn(size, device=device).to(parameter).requires_grad_() for _ in range(2))
-    return x, dy, weight, bias
-
-
-def call(functional, job: Job, x, weight, bias):
-    if job.model.kind == "rows":
-        return functional.layer_norm(x, x.shape[-1:], weight, bias, EPS)
-    return functional.batch_norm(x, None, None, weight, bias, True, 0.1, EPS)
-
-
-def gradients(functional, job, x, dy, weight, bias):
-    """y, dx, dweight, dbias"""
-    x = x.detach().requires_grad_()
-    y = call(functional, job, x, weight, bias)
-    return y.detach(), *torch.autograd.grad(y, (x, weight, bias), dy)
-
-
-def truth_of(job, x, dy, weight, bias):
-    """The reference backend in float64."""
-    x, dy, weight, bias = (t.detach().double() for t in (x, dy, weight, bias))
-    need = (True, torch.float64, torch.float64)
-    if job.model.kind == "rows":
-        y, mean, rstd = reference.row_fwd(x, weight, bias, EPS, x.shape[-1])
-        return y, *reference.row_bwd(dy, x, weight, mean, rstd, need)
-    y, mean, rstd = reference.channel_fwd(x, weight, bias, None, None, True, 0.1, EPS)
-    return y, *reference.channel_bwd(dy, x, weight, mean, rstd, True, need)
-
-
-def mismatch(job, inputs) -> str | None:
-    """What differs from the oracle by more than twice torch.nn's own error and one unit in the last place; None if nothing."""
-    return disagreement(*(gradients(functional, job, *inputs) for functional in (fastnorm, F)), truth_of(job, *inputs))
-
-
-def disagreement(ours, torchs, truth) -> str | None:
-    """The same for y, dx, dweight, dbias of each, or for y alone."""
-    for name, a, b, t in zip(RESULTS[: len(ours)], ours, torchs, truth, strict=True):
-        error, allowed = ((r.double() - t).abs().max().item() for r in (a, b))
-        allowed = 2 * allowed + torch.finfo(a.dtype).eps * t.abs().max().item()
-        if not error <= allowed:
-            return f"{name} is off by {error:.2g}, {allowed:.2g} is allowed"
-    return None
-
-
-def functions(job, x, dy, weight, bias, functionals):
-    """What is timed: the call of each functional, and a copy of x into new memory."""
-    if job.mode == "forward":
-        run = lambda functional: lambda: call(functional, job, x, weight, bias)
-    else:
-        x = x.detach().requires_grad_()
-
-        def run(functional):
-            y = call(functional, job, x, weight, bias)
-            return lambda: torch.autograd.grad(y, (x, weight, bias), dy, retain_graph=True)
-
-    source = x.detach()
-    calls = {name: run(functional) for name, functional in functionals.items()}
-    return {**calls, "copy": lambda: torch.empty_like(source).copy_(source)}
-
-
-def measure(job: Job, args) -> dict:
-    """One row: figures, or the sentence that says why there are none."""
-    inputs = make(job, args.device)
-    row = {"job": str(job), **asdict(job.model), "dtype": job.dtype, "mode": job.mode}
-    if reason := mismatch(job, inputs):
-        return {**row, "refused": reason}
-    calls = functions(job, *inputs, {"fastnorm": fastnorm, "torch": F})
-    times = in_turn(calls, args.rounds, args.seconds, args.threads)
-    us = median(times["fastnorm"])
-    moved = TENSORS_MOVED[job.mode] * inputs[0].numel() * inputs[0].element_size()
-    return {
-        **row,
-        "us": us,
-        "torch_us": median(times["torch"]),
-        "copy_us": median(times["copy"]),
-        "gb_per_s": moved / us / 1e3,
-        "copies": ratio(times, "fastnorm", "copy"),
-        "speedup": ratio(times, "torch", "fastnorm"),
-        "spread": spread(times["fastnorm"]),
-    }
-
-
-HEAD = ["norm", "dtype", "mode", "us", "torch us", "copy us", "GB/s", "copies", "x torch", "+-"]
-
-
-def line(row: dict) -> list[str]:
-    head = [label(row["kind"], row["shape"], row["layout"]), row["dtype"], row["mode"]]
-    if "refused" in row:
-        return [*head, f"refused: {row['refused']}", *[""] * (len(HEAD) - 4)]
-    times = [f"{row[k]:.1f}" if row[k] < 1000 else f"{row[k]:.0f}" for k in ("us", "torch_us", "copy_us")]
-    return [*head, *times, f"{row['gb_per_s']:.1f}", f"{row['copies']:.2f}", f"{row['speedup']:.2f}", f"{row['spread']:.0%}"]
+USUAL = ("fastnorm", "torch", "in place")
+OUT = Path(__file__).resolve().parent / "out" / "run.json"
+AGAIN = 2  # times that a row which looks slower than before is measured again: what was chance does not come back
 
 
 def processor() -> str:
     info = Path("/proc/cpuinfo")
     names = [text.split(":")[1].strip() for text in info.read_text().splitlines() if text.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def commit() -> str | None:
+    """Of a checkout; with a + where tracked files have changed since."""
+    git = lambda *args: subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    try:
+        head = git("rev-parse", "--short", "HEAD")
+    except OSError:
+        return None
+    if head.returncode:
+        return None
+    return head.stdout.strip() + ("+" if git("status", "--porcelain", "--untracked-files=no").stdout else "")
 
 
 def machine(args) -> dict:
@@ -168,7 +68,9 @@ def machine(args) -> dict:
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else processor(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "threads": args.threads,
-        "backend": dispatch.select(torch.device(args.device).type).__name__,
+        "backend": getattr(dispatch.select(torch.device(args.device).type), "__name__", "torch itself"),
+        "commit": commit(),
+        "date": datetime.datetime.now().isoformat(timespec="minutes"),
     }
 
 
@@ -183,28 +85,174 @@ def number(convert):
     return parse
 
 
+# ---------------------------------------------------------------- rows as text
+
+
+def microseconds(value: float) -> str:
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
+def head(names) -> list[str]:
+    others = [f"x {name}" for name in names if name not in (US, "torch")]
+    return ["norm", "dtype", "mode", "us", "torch us", "copy us", "GB/s", "copies", "x torch", *others, "peak", "saved", "+-"]
+
+
+def line(row: dict, names) -> list[str]:
+    cells = [str(Norm(row["op"], tuple(row["shape"]), row["layout"])), row["dtype"], row["mode"]]
+    width = len(head(names))
+    refused = row.get("refused", {})
+    if "us" not in row:
+        return [*cells, f"refused: {refused.get(US, 'nothing was timed')}", *[""] * (width - 4)]
+    state = primary(row)
+    us = row["us"][state]
+    cells += [microseconds(us[name]) if name in us else "" for name in (US, "torch", "copy")]
+    cells += [f"{row['moved'] * row['bytes'] / us[US] / 1e3:.1f}", f"{copies(row, state, US):.2f}"]
+    for name in ("torch", *(name for name in names if name not in (US, "torch"))):
+        ratio = speedup(row, state, name)
+        cells.append("wrong" if name in refused else f"{ratio:.2f}" if ratio else "")
+    for what in ("peak", "saved"):
+        found = row.get(what, {})
+        sizes = [f"{found[name] / row['bytes']:.2f}" for name in (US, "torch") if name in found]
+        cells.append(f"{sizes[0]} ({sizes[1]})" if len(sizes) == 2 else "".join(sizes))
+    return [*cells, f"{row['spread'][state][US]:.0%}"]
+
+
+def notes(rows: list[dict]) -> list[str]:
+    """Who was not timed, and why."""
+    return [
+        f"{Norm(row['op'], tuple(row['shape']), row['layout'])} {row['dtype']} {row['mode']}: {name} is not timed: {reason}"
+        for row in rows
+        for name, reason in row.get("refused", {}).items()
+        if name != US
+    ]
+
+
+def publish(about: dict, lines: list[list[str]], rows: list[dict], path: Path | None) -> int:
+    """Print the table, write the JSON if a path is given; the exit status: 1 where a row was refused."""
+    print(", ".join(f"{name} {value}" for name, value in about.items() if not isinstance(value, (list, dict))), end="\n\n")
+    print(aligned(lines))
+    if path:
+        write(path, {"machine": about, "rows": rows})
+    return 1 if any("refused" in row for row in rows) else 0
+
+
+# ---------------------------------------------------------------- command line
+
+
 def parser() -> argparse.ArgumentParser:
+    every = "; ".join(f"{name}: {p.what}" for name, p in PROVIDERS.items())
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
-    p.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
+    p.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=f"of {', '.join(OPS)}")
+    p.add_argument("--mode", nargs="+", choices=MODES, default=["forward", "backward"], help="default: forward backward")
     p.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="default: fp32 bf16")
+    layouts = sorted({norm.layout for norm in NORMS})
+    p.add_argument("--layout", nargs="+", choices=layouts, default=layouts, help="default: all")
+    p.add_argument("--provider", nargs="+", choices=[*PROVIDERS, "all"], default=list(USUAL), metavar="NAME",
+                   help=f"default: {', '.join(USUAL)}; all: all that are found here; {every}")  # fmt: skip
     p.add_argument("--filter", default="", metavar="TEXT", help="only rows whose description has TEXT in it, see --list")
-    p.add_argument("--list", action="store_true", help="print the rows and stop")
-    p.add_argument("--backend", choices=dispatch.NAMES, help="default: the best one for the device")
+    p.add_argument("--list", action="store_true", help="print the rows, and who is found here and who is not, and stop")
+    p.add_argument("--backend", choices=dispatch.NAMES, help="of fastnorm; default: the best one for the device")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--threads", type=number(int), default=torch.get_num_threads(), help="default: all that torch uses")
     p.add_argument("--rounds", type=number(int), default=9, help="measurements of each in turn (default: 9)")
-    p.add_argument("--seconds", type=number(float), default=0.01, help="length of one measurement (default: 0.01)")
-    p.add_argument("--json", type=Path, metavar="PATH", help="write the figures and the machine as JSON, too")
+    p.add_argument("--seconds", type=number(float), default=0.01, help="length of one measurement on a CPU (default: 0.01)")
+    p.add_argument("--json", type=Path, metavar="PATH", default=OUT, help="where figures go; default: bench/out/run.json")
+    p.add_argument("--resume", action="store_true", help="go on with what is in the JSON, where all else is the same")
+    p.add_argument("--compare", type=Path, metavar="OLD", help="another JSON: exits with 1 where a row is slower than there by "
+                   "more than the spread of both, alone and beside torch, three times in a row")  # fmt: skip
     p.add_argument("--quiet", action="store_true", help="no progress bar")
     return p
 
 
-def jobs_of(args) -> list[Job]:
-    kinds = {OPS[op] for op in args.op}
-    models = [m for m in MODELS if m.kind in kinds]
-    every = [Job(m, dtype, mode) for m in models for dtype in args.dtype for mode in args.mode]
-    return [job for job in every if args.filter in str(job)]
+def description(norm: Norm, dtype: str, mode: str) -> str:
+    return f"{norm} {dtype} {mode}" + (f" ({norm.model})" if norm.model else "")
+
+
+def jobs_of(args) -> list[tuple[Norm, str, tuple[str, ...]]]:
+    """Norm, dtype, and those of its modes that are wanted."""
+    norms = [norm for norm in NORMS if norm.op in args.op and norm.layout in args.layout]
+    wanted = lambda *norm: tuple(mode for mode in args.mode if args.filter in description(*norm, mode))
+    return [(*norm, modes) for norm in product(norms, args.dtype) if (modes := wanted(*norm))]
+
+
+def chosen(args) -> tuple[list[str], dict[str, str]]:
+    """The providers that are measured, fastnorm first, and why others are not."""
+    wanted = list(PROVIDERS) if "all" in args.provider else args.provider
+    reasons = {name: reason for name in wanted if (reason := absent(name))}
+    names = [name for name in PROVIDERS if name == US or (name in wanted and name not in reasons)]
+    if "all" in args.provider and not args.device.startswith("cuda"):
+        names.remove("native")
+        reasons["native"] = "it is what serves fastnorm on a CPU"
+    return names, reasons
+
+
+def key(row: dict) -> tuple:
+    return (row["op"], tuple(row["shape"]), row["layout"], row["dtype"], row["mode"])
+
+
+def identity(about: dict) -> dict:
+    """Where all of this is the same, figures belong together."""
+    return {name: value for name, value in about.items() if name not in ("date", "commit", "absent")}
+
+
+class Run:
+    """The rows of one JSON, which is replaced as a whole after every norm: the command may be killed at any time."""
+
+    def __init__(self, about: dict, path: Path, names: list[str], how: How):
+        self.about, self.path, self.names, self.how = about, path, names, how
+        self.rows: dict[tuple, dict] = {}
+
+    def resume(self) -> str | None:
+        """Take over what is in the JSON; or why that cannot be."""
+        if not self.path.exists():
+            return None
+        found = json.loads(self.path.read_text())
+        then, now = identity(found["machine"]), identity(self.about)
+        if differing := sorted(name for name in {*then, *now} if then.get(name) != now.get(name)):
+            return f"{self.path} cannot be gone on with, {', '.join(differing)} differ: without --resume it is measured anew"
+        self.rows = {key(row): row for row in found["rows"]}
+        return None
+
+    def measure(self, norm: Norm, dtype: str, modes) -> list[dict]:
+        rows = measure(norm, dtype, modes, self.names, self.how)
+        for row in rows:
+            self.rows[key(row)] = row
+        write(self.path, {"machine": self.about, "rows": list(self.rows.values())})
+        return rows
+
+    def complete(self, jobs, bar) -> list[dict]:
+        """The rows of all jobs, what is missing is measured."""
+        found = []
+        for norm, dtype, modes in bar(jobs):
+            keys = [(norm.op, norm.shape, norm.layout, dtype, mode) for mode in modes]
+            missing = tuple(k[4] for k in keys if k not in self.rows)
+            if missing:
+                self.measure(norm, dtype, missing)
+            found += [self.rows[k] for k in keys]
+        return found
+
+    def compare(self, rows: list[dict], old: Path) -> list[str]:
+        """What is slower than in another JSON, three times in a row."""
+        before = {key(row): row for row in json.loads(old.read_text())["rows"]}
+        pairs = [(row, before[key(row)]) for row in rows if key(row) in before]
+        if not pairs:
+            return [f"{old} has none of these rows: nothing was compared"]
+        reasons = []
+        for row, then in pairs:
+            reason, again = slower(row, then), 0
+            while reason and again < AGAIN:
+                norm = Norm(row["op"], tuple(row["shape"]), row["layout"], row["model"], row["tiny"])
+                (row,), again = self.measure(norm, row["dtype"], (row["mode"],)), again + 1
+                reason = slower(row, then)
+            reasons += [reason] if reason else []
+        print(f"\n{len(pairs)} of {len(rows)} rows compared with {old}: {len(reasons)} slower")
+        return reasons
+
+
+def listed(jobs, args) -> str:
+    rows = [description(norm, dtype, mode) for norm, dtype, modes in jobs for mode in modes]
+    names, reasons = chosen(args)
+    return "\n".join([*rows, f"beside: {', '.join(names)}", *(f"not here: {name}: {why}" for name, why in reasons.items())])
 
 
 def main(argv=None) -> int:
@@ -214,30 +262,33 @@ def main(argv=None) -> int:
     if not jobs:
         p.error(f"no row has {args.filter!r} in its description; --list shows them all")
     if args.list:
-        print("\n".join(map(str, jobs)))
+        print(listed(jobs, args))
         return 0
     if importlib.util.find_spec("tqdm") is None:
         p.error("tqdm is not installed: pip install tqdm")
+    if args.compare and not args.compare.exists():
+        p.error(f"there is no {args.compare} to compare with")
     from tqdm import tqdm
 
     torch.set_num_threads(args.threads)
     try:
         fastnorm.use_backend(args.backend)
-        about = {**machine(args), "freed memory": keep_freed_memory()}
+        about = {**machine(args), "sources": sources(), "freed memory": keep_freed_memory()}
     except (RuntimeError, AssertionError) as e:  # AssertionError: torch without CUDA
         p.error(str(e).splitlines()[0])
-    rows = [measure(job, args) for job in tqdm(jobs, unit="row", disable=args.quiet)]
-    return publish(about, [HEAD, *map(line, rows)], rows, args.json)
-
-
-def publish(about: dict, lines: list[list[str]], rows: list[dict], path: Path | None) -> int:
-    """Print the table, write the JSON if a path is given; the exit status: 1 where a row was refused."""
-    print(", ".join(f"{name} {value}" for name, value in about.items()), end="\n\n")
-    print(aligned(lines))
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
-    return 1 if any("refused" in row for row in rows) else 0
+    names, reasons = chosen(args)
+    about |= {"providers": names, "rounds": args.rounds, "absent": reasons}
+    clock = clock_of(args.device) if args.device.startswith("cuda") else None
+    run = Run(about, args.json, names, How(args.device, args.threads, args.rounds, args.seconds, clock))
+    if args.resume and (reason := run.resume()):
+        p.error(reason)
+    with clock.stream() if clock else contextlib.nullcontext():
+        rows = run.complete(jobs, lambda jobs: tqdm(jobs, unit="norm", disable=args.quiet))
+        publish(about, [head(names), *(line(row, names) for row in rows)], [], None)
+        slow = run.compare(rows, args.compare) if args.compare else []
+    for text in (*notes(rows), *slow):
+        print(text)
+    return 1 if slow or any(US in row.get("refused", {}) for row in rows) else 0
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ class Model:
     tiny: bool = False  # microseconds of work: the call itself is what is measured
 
 
-def label(kind: str, shape: tuple[int, ...], layout: str) -> str:
+def label(op: str, shape: tuple[int, ...], layout: str) -> str:
     """As tables have it: LN 512x768, BN 16x64x56x56 channels_last."""
-    return f"{'LN' if kind == 'rows' else 'BN'} {'x'.join(map(str, shape))}" + ("" if layout == "dense" else f" {layout}")
+    return f"{op} {'x'.join(map(str, shape))}" + ("" if layout == "dense" else f" {layout}")
 
 
 MODELS = (

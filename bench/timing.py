@@ -27,14 +27,33 @@ def keep_freed_memory() -> str:
     return "kept to 32 MB" if kept else "allocator's choice"
 
 
-def in_turn(functions: dict[str, Callable], rounds: int, seconds: float, threads: int) -> dict[str, list[float]]:
-    """Microseconds of one call of each function, one figure a round; each figure is a mean over about `seconds`."""
+WARM = 3  # calls: what a change of surroundings has dropped, such as a plan of launches, is there again
+
+
+@contextlib.contextmanager
+def _surrounded(name: str, function: Callable, within: dict[str, Callable]):
+    """Within the function's own surroundings. Where any function has some, they may have changed: it is called first."""
+    with within.get(name, contextlib.nullcontext)():
+        for _ in range(WARM if set(within.values()) - {contextlib.nullcontext} else 0):
+            function()
+        yield
+
+
+def in_turn(functions: dict[str, Callable], rounds: int, seconds: float, threads: int, within=None) -> dict[str, list[float]]:
+    """Microseconds of one call of each function, one figure a round; each figure is a mean over about `seconds`.
+
+    `within` has context managers' factories for some of them.
+    """
+    within = within or {}
     timers = {name: Timer("f()", globals={"f": f}, num_threads=threads) for name, f in functions.items()}
-    numbers = {name: max(1, int(seconds / max(timer.timeit(2).mean, 1e-7))) for name, timer in timers.items()}
-    times = {name: [] for name in timers}
+    numbers, times = {}, {name: [] for name in timers}
+    for name, timer in timers.items():
+        with _surrounded(name, functions[name], within):
+            numbers[name] = max(1, int(seconds / max(timer.timeit(2).mean, 1e-7)))
     for _ in range(rounds):
         for name, timer in timers.items():
-            times[name].append(timer.timeit(numbers[name]).mean * 1e6)
+            with _surrounded(name, functions[name], within):
+                times[name].append(timer.timeit(numbers[name]).mean * 1e6)
     return times
 
 
@@ -50,7 +69,7 @@ def spread(values: list[float]) -> float:
     return (ordered[(3 * n) // 4] - ordered[n // 4]) / 2 / median(ordered)
 
 
-def host_in_turn(functions: dict[str, Callable], rounds: int, calls: int, clock) -> dict[str, list[float]]:
+def host_in_turn(functions: dict[str, Callable], rounds: int, calls: int, clock, within=None) -> dict[str, list[float]]:
     """Microseconds that one call takes the host: it puts work in the queue of a device and does not wait for it.
 
     `calls` is small, so that the queue does not fill up; the device is waited for between the figures.
@@ -58,18 +77,33 @@ def host_in_turn(functions: dict[str, Callable], rounds: int, calls: int, clock)
     times = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            clock.synchronize()
-            begin = perf_counter()
-            for _ in range(calls):
-                function()
-            times[name].append((perf_counter() - begin) / calls * 1e6)
+            with _surrounded(name, function, within or {}):
+                clock.synchronize()
+                begin = perf_counter()
+                for _ in range(calls):
+                    function()
+                times[name].append((perf_counter() - begin) / calls * 1e6)
     clock.synchronize()
     return times
 
 
-def device_in_turn(functions: dict[str, Callable], rounds: int, clock) -> dict[str, dict[str, list[float]]]:
+class NotCaptured(Exception):
+    """A function cannot be in a CUDA graph; `name` is whose it is, the cause says why."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.name = name
+
+
+def device_in_turn(functions: dict[str, Callable], rounds: int, clock, within=None) -> dict[str, dict[str, list[float]]]:
     """Microseconds that one call takes the device, "warm": one right after another, and "cold": what L2 held is gone."""
-    replays = {name: clock.prepare(function) for name, function in functions.items()}
+    replays = {}
+    for name, function in functions.items():
+        with _surrounded(name, function, within or {}):
+            try:
+                replays[name] = clock.prepare(function)
+            except RuntimeError as e:
+                raise NotCaptured(name) from e
     times = {state: {name: [] for name in functions} for state in ("cold", "warm")}
     for _ in range(rounds):
         for name, replay in replays.items():

@@ -20,11 +20,10 @@ from itertools import product
 from pathlib import Path
 
 import gpu
-import torch.nn.functional as F
-from gpu_bench import SHAPES
+from gpu_bench import MODES, SHAPES
 from gpu_state import OutOfTime, Section, failures, progress, write
-from run import MODES, OPS, Job, disagreement, functions, gradients, make, truth_of
-from shapes import label
+from measure import timed as measured
+from norms import Norm, bound, disagreement, expected, make, results
 from table import aligned
 from timing import clock_of, device_in_turn, ratio, spread
 
@@ -32,6 +31,7 @@ import fastnorm
 from fastnorm import dispatch, heuristics
 
 DTYPES = ("bf16", "fp32")
+OPS = ("LN", "BN")
 ROUNDS = 9
 SWEEPS = 3  # over all numbers: a better one may make room for another
 SMALL = 4  # up to here a number is changed by one as well
@@ -255,11 +255,12 @@ def changes(state: State, keys) -> list[dict]:
     return [{"number": name_of(knob), "present": State().value(knob, keys), "best": n} for knob, n in changed.items()]
 
 
-def judge_of(job: Job, device: str, timer):
-    """The present table of a job, and the function that judges another one."""
-    inputs = make(job, device)
-    torchs, truth = gradients(F, job, *inputs), truth_of(job, *inputs)
-    call = functions(job, *inputs, {"fastnorm": fastnorm})["fastnorm"]
+def judge_of(norm: Norm, dtype: str, mode: str, device: str, timer):
+    """The present table of a norm, and the function that judges another one."""
+    inputs = make(norm, dtype, device)
+    torchs, truth = expected(norm, inputs, "backward", True)
+    forward = bound(norm, fastnorm, inputs, True)
+    call = measured(forward, inputs, mode)
     present = recorded(call)
 
     def under(table):
@@ -272,14 +273,14 @@ def judge_of(job: Job, device: str, timer):
     def judge(table, what):
         try:
             with substituted(table) as asked:
-                ours = gradients(fastnorm, job, *inputs)
+                ours = results(forward, inputs, "backward")
         except Exception as e:
             # Triton has many ways to say that something does not fit. An error that broke the device is raised again here.
             clock_of_device(device).synchronize()
             return f"does not run: {type(e).__name__}: {e}".splitlines()[0]
         if not {key for key in table if table[key] != present[key]} <= asked:
             return "nothing asks for it: is a launch cached?"
-        if reason := disagreement(ours, torchs, truth):
+        if reason := disagreement(norm.how.names, ours, torchs, truth):
             return f"wrong: {reason}"
         del ours
         times = timer({"present": under(present), "candidate": under(table)}, table)
@@ -324,7 +325,7 @@ def tune(section: Section, device: str, jobs: dict, timer=None) -> None:
     timer = timer or timed(device)
 
     def measure(name):
-        present, judge = judge_of(jobs[name], device, timer)
+        present, judge = judge_of(*jobs[name], device, timer)
         row = search(present, careful(judge, section, name), section.left)
         print(f"{name}: {row['tried']} tried, {len(row['refused'])} refused, gain {row['gain']:.1%}", flush=True)
         return row
@@ -348,10 +349,9 @@ def proposal(rows: list[dict]) -> str:
     return aligned(lines) if len(lines) > 1 else "no change gains more than the spread"
 
 
-def jobs_of(args) -> dict[str, Job]:
-    kinds = {OPS[op] for op in args.ops}
-    every = {f"{label(m.kind, m.shape, m.layout)} {dtype} {mode}": Job(m, dtype, mode)
-             for dtype, m, mode in product(DTYPES, SHAPES, MODES) if m.kind in kinds}  # fmt: skip
+def jobs_of(args) -> dict[str, tuple[Norm, str, str]]:
+    every = {f"{norm} {dtype} {mode}": (norm, dtype, mode)
+             for dtype, norm, mode in product(DTYPES, SHAPES, MODES) if norm.op in args.ops}  # fmt: skip
     return {name: job for name, job in every.items() if any(text in name for text in args.shapes)}
 
 

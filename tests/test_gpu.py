@@ -284,7 +284,7 @@ def test_this_checkout_is_importable_without_an_install(tmp_path):
 
 def test_nothing_of_cuda_is_imported_where_it_is_absent():
     """Nor anything slow or optional: each is imported by the section that needs it."""
-    names = [*(path.stem for path in (ROOT / "bench").glob("gpu*.py")), "peers", "timing", "plots", "tune"]
+    names = [*(path.stem for path in (ROOT / "bench").glob("gpu*.py")), "providers", "timing", "plots", "tune"]
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'bench')!r})\nfor name in {names}: __import__(name)\n"
     code += "print([m for m in ('triton', 'matplotlib', 'torch._inductor', 'liger_kernel') if m in sys.modules])"
     result = python(code)

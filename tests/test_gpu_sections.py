@@ -15,7 +15,7 @@ from cases import CHANNELS, ROWS
 from test_dispatch import ROOT
 
 import fastnorm
-from fastnorm import extension, native
+from fastnorm import native
 
 sys.path.append(str(ROOT / "bench"))
 import errors
@@ -26,9 +26,10 @@ import gpu_graphs
 import gpu_report
 import gpu_state
 import gpu_tests
-import peers
+import measure
+import providers
 import timing
-from shapes import Model
+from norms import Norm
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def section(tmp_path):
     return lambda name, seconds=600.0: gpu_state.Section(path, name, seconds)
 
 
-SMALL = (Model("", "rows", (8, 24)), Model("", "channels", (4, 6, 3, 3), "channels_last"))
+SMALL = (Norm("LN", (8, 24)), Norm("BN", (4, 6, 3, 3), "channels_last"))
 
 
 def off(function):
@@ -49,38 +50,39 @@ def test_bench_times_what_matches(section, monkeypatch, capsys):
     wrong = SimpleNamespace(layer_norm=off(F.layer_norm))
     half = SimpleNamespace(layer_norm=lambda x, *rest: F.layer_norm(x, *rest).detach())
     planted = {
-        "fastnorm": peers.PEERS["fastnorm"],
-        "missing": peers.Peer(lambda: __import__("there_is_no_such_module")),
-        "wrong": peers.Peer(lambda: wrong, ("rows",)),
-        "forward alone": peers.Peer(lambda: half, ("rows",), ("forward",)),
-        "broken": peers.Peer(lambda: half, ("rows",)),
+        "missing": providers.Provider(lambda: __import__("there_is_no_such_module"), ""),
+        "wrong": providers.Provider(lambda: wrong, "", ("LN",)),
+        "forward alone": providers.Provider(lambda: half, "", ("LN",), ("forward",)),
+        "broken": providers.Provider(lambda: half, "", ("LN",)),
     }
-    monkeypatch.setattr(peers, "PEERS", planted)
-    monkeypatch.setattr(gpu_bench, "PEERS", planted)
-    gpu_bench.bench(section("bench"), "cpu", SMALL, ("bf16", "fp32"), tuple(planted))
+    for module in (providers, measure, gpu_bench):
+        monkeypatch.setattr(module, "PROVIDERS", {**providers.PROVIDERS, **planted})
+    gpu_bench.bench(section("bench"), "cpu", SMALL, ("bf16", "fp32"), ("fastnorm", "reference", *planted))
     data = section("bench").data
     assert data["complete"]
-    assert "there_is_no_such_module" in data["peers"]["missing"]
+    assert "there_is_no_such_module" in data["providers"]["missing"]
     rows = {row["row"]: row for row in data["rows"]}
-    assert len(rows) == 2 * 2 + 3 * 2
-    for name, model in (("fastnorm, LN 8x24, bf16", SMALL[0]), ("fastnorm, BN 4x6x3x3 channels_last, fp32", SMALL[1])):
-        assert rows[name]["model"]["shape"] == list(model.shape)
-        for mode in ("forward", "backward"):
-            figures = rows[name][mode]
+    assert len(rows) == 2 * 2 * 2 + 3 * 2
+    ours = ("fastnorm, LN 8x24, bf16", SMALL[0]), ("reference, BN 4x6x3x3 channels_last, fp32", SMALL[1])
+    for name, norm in ours:
+        forward, backward = rows[name]["rows"]
+        assert (forward["mode"], backward["mode"]) == ("forward", "backward")
+        for row in (forward, backward):
+            assert row["shape"] == list(norm.shape)
             for state in ("cold", "warm", "host"):
-                assert all(figures["us"][state][by] > 0 for by in ("fastnorm", "torch", "copy"))
-                assert figures["x torch"][state] > 0
+                assert all(row["us"][state][by] > 0 for by in (rows[name]["provider"], "fastnorm", "torch", "copy"))
+                assert gpu_bench.torch_over(row, state, rows[name]["provider"]) > 0
     assert rows["wrong, LN 8x24, fp32"]["not timed"].startswith("wrong: y is off by")
-    assert "forward" not in rows["wrong, LN 8x24, fp32"]
+    assert rows["wrong, LN 8x24, fp32"]["rows"] == []
     assert "RuntimeError" in rows["broken, LN 8x24, bf16"]["not timed"]
-    assert rows["forward alone, LN 8x24, fp32"]["forward"]["x fastnorm"]["cold"] > 0
-    assert "backward" not in rows["forward alone, LN 8x24, fp32"]
-    assert gpu_state.failures(data) == [], "that a peer is wrong is no failure of ours"
+    (row,) = rows["forward alone, LN 8x24, fp32"]["rows"]
+    assert row["speedup"]["cold"]["forward alone"] > 0
+    assert gpu_state.failures(data) == [], "that another is wrong is no failure of ours"
     assert "fastnorm: LN 8x24 bf16 backward: cold" in capsys.readouterr().out
 
 
 def test_what_bench_runs_is_compiled_before_it_in_other_processes(section, capsys):
-    one_value = Model("", "channels", (1, 6))
+    one_value = Norm("BN", (1, 6))
     gpu_compile.compile_all(section("compile"), "cpu", (*SMALL, one_value), ("fp32", "bf16"), ("fastnorm", "flag_gems"))
     data = section("compile").data
     assert data["complete"]
@@ -196,22 +198,15 @@ def test_host_times_do_not_wait_for_the_device():
     assert all(len(values) == 3 and min(values) > 0 for values in times.values())
 
 
-def test_the_peer_of_cuda_kernels_serves_whole_calls_of_them(monkeypatch):
-    """Whichever backend is in force; and says why where it cannot."""
+def test_a_backend_that_cannot_serve_says_why(monkeypatch):
     monkeypatch.setattr(native, "unavailable", lambda device_type: "no nvcc was found")
-    assert peers.absent("native") == "RuntimeError: no nvcc was found"
+    assert providers.absent("native") == "RuntimeError: no nvcc was found"
     monkeypatch.setattr(native, "unavailable", lambda device_type: None)
-    states = []
-    module = SimpleNamespace(serve_natively=lambda *state: states.append(state), layer_norm=lambda *args: args, batch_norm=len)
-    monkeypatch.setattr(extension, "load", lambda: module)
-    assert peers.PEERS["native"].load().layer_norm(1, 2) == (1, 2)
-    with pytest.raises(TypeError):
-        peers.PEERS["native"].load().batch_norm()
-    assert states == [("cuda", True), ("cuda", False)] * 2
+    assert providers.absent("native") is None
 
 
 def test_every_shape_of_the_benchmark_has_a_name_of_its_own():
-    assert len({(m.kind, m.shape, m.layout) for m in gpu_bench.SHAPES}) == len(gpu_bench.SHAPES) == 27
+    assert len(set(map(str, gpu_bench.SHAPES))) == len(gpu_bench.SHAPES) == 27
 
 
 NORM = "layer_norm 64 x 96"
@@ -265,7 +260,7 @@ def test_graphs_cover_running_statistics():
 
 
 def test_errors(section, monkeypatch):
-    jobs = errors.jobs_of(errors.parser().parse_args(["--filter", "8 x 64", "--dtype", "fp32"]))
+    jobs = errors.jobs_of(errors.parser().parse_args(["--filter", "8x64", "--dtype", "fp32"]))
     gpu_errors.measure_errors(section("errors"), "cpu", jobs)
     data = section("errors").data
     assert [len(row["results"]) for row in data["rows"]] == [4, 4]
@@ -380,12 +375,14 @@ def test_the_sanitizer_s_tests_are_there():
     assert all(any(part in name for name in names) for part in gpu_tests.FEW.split(" or "))
 
 
-def bench_row(peer, kind, shape, dtype, copies, x_torch, **others):
-    each = lambda value: dict.fromkeys(gpu_report.STATES, value)
-    figures = {"us": each({peer: 2.0, "torch": 2.0 * x_torch, "copy": 2.0 / copies}), "spread": each(0.01)}
-    figures |= {"copies": each(copies), "x torch": each(x_torch), **{k.replace("_", " "): each(v) for k, v in others.items()}}
-    model = {"kind": kind, "shape": shape, "layout": "dense"}
-    return {"row": f"{peer} {kind} {shape} {dtype}", "peer": peer, "model": model, "dtype": dtype, "forward": figures}
+def bench_row(by, op, shape, dtype, copies, x_torch, x_fastnorm=1.0):
+    """A forward that takes 2 us."""
+    each = lambda value: dict.fromkeys(gpu_bench.STATES, value)
+    row = {"op": op, "shape": shape, "layout": "dense", "dtype": dtype, "mode": "forward", "moved": 2}
+    row["us"] = each({by: 2.0, "torch": 2.0 * x_torch, "fastnorm": 2.0 * x_fastnorm, "copy": 2.0 / copies})
+    row |= {"spread": each({by: 0.01}), "copies": each({by: copies, "torch": copies * x_torch})}
+    row["speedup"] = each({by: 1 / x_fastnorm, "torch": x_torch / x_fastnorm})
+    return {"row": f"{by}, {op} {'x'.join(map(str, shape))}, {dtype}", "provider": by, "rows": [row]}
 
 
 def test_ids_name_a_backend_beside_its_device():
@@ -401,13 +398,13 @@ def test_ids_name_a_backend_beside_its_device():
 
 
 TIMED = [
-    bench_row("fastnorm", "rows", [8192, 1024], "bf16", 1.02, 2.0),
-    bench_row("fastnorm", "rows", [8192, 4096], "bf16", 1.10, 0.5),
-    bench_row("fastnorm", "rows", [8, 64], "bf16", 9.0, 1.0),
-    bench_row("fastnorm", "channels", [64, 256, 56, 56], "bf16", 1.11, 4.0),
-    bench_row("fastnorm", "channels", [64, 256, 56, 56], "fp32", 5.0, 4.0),
-    bench_row("compile", "rows", [8192, 1024], "bf16", 1.0, 2.5, x_fastnorm=1.25),
-    bench_row("compile", "rows", [8192, 4096], "bf16", 2.0, 0.3, x_fastnorm=0.6),
+    bench_row("fastnorm", "LN", [8192, 1024], "bf16", 1.02, 2.0),
+    bench_row("fastnorm", "LN", [8192, 4096], "bf16", 1.10, 0.5),
+    bench_row("fastnorm", "LN", [8, 64], "bf16", 9.0, 1.0),
+    bench_row("fastnorm", "BN", [64, 256, 56, 56], "bf16", 1.11, 4.0),
+    bench_row("fastnorm", "BN", [64, 256, 56, 56], "fp32", 5.0, 4.0),
+    bench_row("compile", "LN", [8192, 1024], "bf16", 1.0, 2.5, x_fastnorm=1.25),
+    bench_row("compile", "LN", [8192, 4096], "bf16", 2.0, 0.3, x_fastnorm=0.6),
 ]
 
 
@@ -426,11 +423,11 @@ def test_summary():
 def test_report(section, tmp_path):
     pytest.importorskip("matplotlib", reason="the bench extra is not installed")
     document = section("bench")
-    document.data["rows"] = [*TIMED, {**TIMED[0], "peer": "wrong", "not timed": "wrong: y is off"}]
-    document.data["rows"][-1].pop("forward")
+    left = {"row": "wrong, LN 8192x1024, bf16", "provider": "wrong", "not timed": "wrong: y is off", "rows": []}
+    document.data["rows"] = [*TIMED, left]
     document.save()
     gpu_report.report(section("plots"), "cpu")
     assert section("plots").data["complete"]
-    assert "LN 8192x1024 bf16, wrong: wrong: y is off" in (tmp_path / "out.txt").read_text()
+    assert "wrong, LN 8192x1024, bf16: wrong: y is off" in (tmp_path / "out.txt").read_text()
     for op in ("layer_norm", "batch_norm"):
         assert (tmp_path / f"out-{op}.png").stat().st_size > 10_000

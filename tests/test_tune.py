@@ -18,12 +18,11 @@ sys.path.append(str(ROOT / "bench"))
 import gpu
 import gpu_state
 import tune
-from run import Job
-from shapes import Model
+from norms import Norm
 
 triton = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="a CUDA device takes other launch choices")
-ROWS, CHANNELS = Model("", "rows", (12, 24)), Model("", "channels", (4, 3, 3, 3))
-FORWARD = {"LN 12x24 fp32 forward": Job(ROWS, "fp32", "forward")}
+ROWS, CHANNELS = Norm("LN", (12, 24)), Norm("BN", (4, 3, 3, 3))
+FORWARD = {"LN 12x24 fp32 forward": (ROWS, "fp32", "forward")}
 
 
 @pytest.fixture
@@ -137,11 +136,11 @@ def test_budget(section, monkeypatch):
 
 @triton
 @pytest.mark.parametrize("mode", ["forward", "backward"])
-@pytest.mark.parametrize("model", [ROWS, CHANNELS, Model("", "rows", (2, 9001))], ids=lambda m: m.kind + str(m.shape))
-def test_every_choice_of_a_call_is_varied(model, mode, section):
+@pytest.mark.parametrize("norm", [ROWS, CHANNELS, Norm("LN", (2, 9001))], ids=str)
+def test_every_choice_of_a_call_is_varied(norm, mode, section):
     """By the fields of whatever configurations it is given."""
     with fastnorm.use_backend("triton"):
-        present, judge = tune.judge_of(Job(model, "fp32", mode), "cpu", made_up(lambda table: 1.0))
+        present, judge = tune.judge_of(norm, "fp32", mode, "cpu", made_up(lambda table: 1.0))
         assert present
         for key, config in present.items():
             assert heuristics.__dict__[key[0]](*key[1], **dict(key[2])) == config
@@ -156,10 +155,10 @@ def test_every_choice_of_a_call_is_varied(model, mode, section):
 def test_a_choice_that_is_not_asked_for_is_refused(monkeypatch):
     """As when launches are cached and not forgotten: it would be timed as the present choice."""
     with fastnorm.use_backend("triton"):
-        present, judge = tune.judge_of(Job(ROWS, "fp32", "forward"), "cpu", made_up(lambda table: 0.5))
+        present, judge = tune.judge_of(*FORWARD["LN 12x24 fp32 forward"], "cpu", made_up(lambda table: 0.5))
         other = {("row_forward", (1, 4, 8), ()): heuristics.RowForward(1, 16, 1, None)}
         assert present.keys() != other.keys()
-        monkeypatch.setattr(tune, "gradients", lambda *args: ())
+        monkeypatch.setattr(tune, "results", lambda *args: ())
         (key,) = present
         changed = {key: dataclasses.replace(present[key], warps=1)}
         assert judge(changed, "a change") == "nothing asks for it: is a launch cached?"
@@ -236,7 +235,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     path = tmp_path / "out.json"
     monkeypatch.setattr(gpu, "sources", lambda: "these sources")
     monkeypatch.setattr(tune, "timed", lambda device: made_up(lambda table: 1.0))
-    options = ["--device", "cpu", "--out", str(path), "--ops", "layer_norm", "--shapes", "LN 8x64 fp32 forward"]
+    options = ["--device", "cpu", "--out", str(path), "--ops", "LN", "--shapes", "LN 8x64 fp32 forward"]
     assert tune.main(options) == 0
     assert "no change gains more than the spread" in capsys.readouterr().out
     rows = json.loads(path.read_text())["sections"]["tune"]["rows"]
@@ -259,7 +258,7 @@ def test_the_command_in_the_interpreter_with_real_times(tmp_path):
 
 
 def test_every_norm_has_a_name_of_its_own():
-    jobs = tune.jobs_of(SimpleNamespace(ops=["layer_norm", "batch_norm"], shapes=[""]))
+    jobs = tune.jobs_of(SimpleNamespace(ops=["LN", "BN"], shapes=[""]))
     assert len(jobs) == len(tune.SHAPES) * len(tune.DTYPES) * 2
 
 
