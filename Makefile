@@ -17,7 +17,7 @@ ready := .venv/ready
 oldest := .venv/triton-3.6/triton/__init__.py
 endif
 
-.PHONY: train bench test gpu tune audit sanitize lint checked clean
+.PHONY: train bench report test fuzz gpu tune audit sanitize lint checked clean
 
 train: $(ready)
 	$(PYTHON) bench/train.py $(ARGS)
@@ -25,8 +25,17 @@ train: $(ready)
 bench: $(ready)
 	$(PYTHON) bench/run.py $(ARGS)
 
+# One HTML file of the newest results of each machine: bench/out/report.html
+report: $(ready)
+	$(PYTHON) bench/report.py $(ARGS)
+
 test: $(ready) $(oldest)
 	$(PYTHON) -m pytest -n auto $(ARGS)
+
+# Random calls beside the oracle, for SECONDS in all.
+fuzz: SECONDS ?= 3600
+fuzz: $(ready)
+	FASTNORM_FUZZ_SECONDS=$(SECONDS) $(PYTHON) -m pytest -n auto tests/test_fuzz.py $(ARGS)
 
 # These two take a Python that has torch as it is, python3 if none is given: nothing is installed.
 gpu:
@@ -54,6 +63,7 @@ sanitize: $(ready)
 lint: $(ready)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 
 clean:
 	rm -rf .venv build dist *.egg-info fastnorm/_C*.so bench/out
@@ -63,7 +73,7 @@ clean:
 	@echo "Setting up .venv: $(TORCH), fastnorm with its C++ kernels, and what tests and benchmarks need"
 	test -x .venv/bin/python || python3 -m venv .venv
 	.venv/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
-	.venv/bin/python -m pip install -q --disable-pip-version-check "setuptools>=64" wheel ninja
+	.venv/bin/python -m pip install -q --disable-pip-version-check "setuptools>=77" wheel ninja
 	.venv/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[test,bench]"
 	touch .venv/ready
 

@@ -5,7 +5,10 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # which would not say what it does not know in pyproject.toml
+    sys.exit(f"fastnorm is installed by setuptools 77 or newer, not {setuptools.__version__}: pip install -U setuptools")
 
 HERE = Path(__file__).resolve().parent
 # PyPI has a package `kernels` as well, and setuptools loads a hook of it by name: it must not find our folder of that name.
@@ -35,7 +38,7 @@ except build.BuildError as e:
     print(f"fastnorm: installing pure Python, the C++ kernels are compiled at first use: {e}", flush=True)
 
 sources = ["fastnorm.csrc", "fastnorm.csrc.cpu", "fastnorm.csrc.cuda"]
-setup(
+setuptools.setup(
     packages=["fastnorm", "fastnorm.kernels", *sources],
     package_dir={
         "fastnorm.kernels": "kernels",
@@ -43,6 +46,6 @@ setup(
         "fastnorm.csrc.cpu": "csrc/cpu",
         "fastnorm.csrc.cuda": "csrc/cuda",
     },
-    package_data={package: ["*.h", "*.cpp", "*.cuh", "*.cu"] for package in sources},
+    package_data={"fastnorm": ["py.typed"], **{package: ["*.h", "*.cpp", "*.cuh", "*.cu"] for package in sources}},
     **compiled,
 )

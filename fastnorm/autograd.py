@@ -23,7 +23,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 def traced() -> bool:
     """Somebody looks at the operators of this call, so it must be made of torch's own."""
-    return _functorch_active() or _dispatch_modes() or forward_ad._current_level >= 0 or torch._C._is_tracing()
+    return _functorch_active() or _dispatch_modes() > 0 or forward_ad._current_level >= 0 or torch._C._is_tracing()
 
 
 def elsewhere(t) -> bool:

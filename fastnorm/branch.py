@@ -10,16 +10,17 @@ from .autograd import Branch, Rows, branch_rows
 from .gate import autocasts, rows_fit
 
 
-def _along(row_scale, x):
+def _along(row_scale, x, normalized_shape):
     """row_scale, one for each index of x's first dimensions, with as many dimensions as x.
 
     Raises:
-        ValueError: it is of another shape.
+        ValueError: it is of another shape, or one for less than a row.
     """
+    lead = x.dim() - len(normalized_shape) if isinstance(normalized_shape, (tuple, list)) else x.dim()
     shape = row_scale.shape
     while shape and shape[-1] == 1 and len(shape) > 1:
         shape = shape[:-1]
-    if row_scale.dim() > x.dim() or shape != x.shape[: len(shape)]:
+    if row_scale.dim() > x.dim() or shape != x.shape[: len(shape)] or shape[max(lead, 0) :].numel() > 1:
         raise ValueError(f"expected a row_scale for the first dimensions of {tuple(x.shape)}, got {tuple(row_scale.shape)}")
     return row_scale.reshape(*shape, *[1] * (x.dim() - len(shape)))
 
@@ -34,7 +35,7 @@ def rows(x, stream, normalized_shape, weight, bias, eps, activation, centre, dro
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {dropout}")
     named, alpha = activations.parse(activation)
     if row_scale is not None:
-        row_scale = _along(row_scale, x)
+        row_scale = _along(row_scale, x, normalized_shape)
     dtype = torch.promote_types(x.dtype, torch.float32) if in_fp32 else x.dtype
     options = (weight, bias, eps, named, alpha, centre)
     backend = _backend(x, stream, normalized_shape, weight, bias, eps, row_scale, layer_scale, dtype)

@@ -330,7 +330,7 @@ def compile_cuda_into(directory: str, architectures: list[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         objects = {path: str(Path(temporary) / f"{path.stem}.o") for path in sorted((csrc() / "cuda").glob("*.cu"))}
         run = lambda *arguments: subprocess.run([nvcc(), *flags, *arguments], check=True)
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             list(pool.map(lambda path: run("-c", str(path), "-o", objects[path]), objects))
         run("-shared", *objects.values(), "-o", str(Path(directory) / CUDA_LIBRARY))
 

@@ -3,10 +3,14 @@ are a view where the channels come last and a copy where they do not."""
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
+from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from . import activations, autograd, functional
+from .activations import Activation
 from .autograd import traced
 from .dispatch import select
 from .gate import autocasts, covers, needs_grad
@@ -15,7 +19,7 @@ from .gate import autocasts, covers, needs_grad
 LEAST, LEAST_POSITIONS = 1 << 15, 16
 
 
-def pays(input, backend, differentiable):
+def pays(input: Tensor, backend: ModuleType, differentiable: bool) -> bool:
     """Whether a backend's kernels take less time than rows of a copy: on a GPU where it says so, after it has been timed."""
     if input.device.type == "cpu":
         return True
@@ -23,7 +27,7 @@ def pays(input, backend, differentiable):
     return of_gpu is not None and of_gpu(input, differentiable)
 
 
-def _backend(input, weight, bias, eps):
+def _backend(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> ModuleType | None:
     """The backend whose kernels take the call; None where it goes another way."""
     if torch.compiler.is_compiling() or input.numel() < LEAST or input.shape[2:].numel() < LEAST_POSITIONS:
         return None
@@ -40,7 +44,14 @@ def _backend(input, weight, bias, eps):
     return backend if backend is not None and pays(input, backend, differentiable) else None
 
 
-def channels_first_layer_norm(input, weight=None, bias=None, eps=1e-5, *, activation=None):
+def channels_first_layer_norm(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: Activation | None = None,
+) -> Tensor:
     r"""Layer normalization (Ba, Kiros and Hinton, 2016) over dim 1: ConvNeXt's, which others write with two permutes.
 
     Equivalent to: ``activation(torch.nn.functional.layer_norm(input.movedim(1, -1), input.shape[1:2], weight, bias,
@@ -67,6 +78,10 @@ def channels_first_layer_norm(input, weight=None, bias=None, eps=1e-5, *, activa
     Raises:
         RuntimeError, TypeError: torch's own, with torch's message, for shapes, devices and types that do not fit.
         ValueError: there is no such activation, or input has no dim 1.
+
+    >>> channels_first_layer_norm(torch.tensor([[[1.0, 5.0], [3.0, 3.0]]]))
+    tensor([[[-1.0000,  1.0000],
+             [ 1.0000, -1.0000]]])
     """
     if input.dim() < 2:
         raise ValueError(f"expected an input of two or more dimensions, (B, C, *), got {tuple(input.shape)}")

@@ -115,6 +115,7 @@ def branch_in_sequence(
     for scale in (row_scale, layer_scale):
         u = u if scale is None else u * scale
     if dtype is None:
+        u = u.to(x.dtype)  # scales may be wider
         return rows_in_sequence(u, stream, normalized_shape, weight, bias, eps, activation, alpha, None, centre)
     weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
     options = (normalized_shape, weight, bias, eps, activation, alpha, None, centre)

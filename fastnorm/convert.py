@@ -12,9 +12,12 @@ import abc
 import copyreg
 import functools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -35,6 +38,7 @@ from .nn import (
 from .sync import SyncBatchNorm
 from .tracing import counterpart, extras
 
+_NEWOBJ: Any = vars(copyreg)["__newobj__"]
 BATCH_NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
 CLASSES = (LayerNorm, RMSNorm, GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, *BATCH_NORMS)
 OURS = {counterpart(cls): cls for cls in CLASSES}
@@ -49,7 +53,7 @@ class Skipped:
     cls: type
     reason: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.name or 'the model itself'} ({_label(self.cls)}): {self.reason}"
 
 
@@ -69,11 +73,11 @@ class Report:
     skipped: tuple[Skipped, ...]
 
     @property
-    def counts(self):
+    def counts(self) -> Counter[str]:
         """How many modules changed, per class."""
         return Counter(map(_label, self.changed.values()))
 
-    def __str__(self):
+    def __str__(self) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts.items())
         parts = [f"{len(self.changed)} {self.action}{f' ({kinds})' if kinds else ''}"]
         if self.unchanged:
@@ -85,7 +89,7 @@ class Report:
     __repr__ = __str__
 
 
-def convert(model) -> Report:
+def convert(model: nn.Module) -> Report:
     """Make every norm of `model` fastnorm's, in place: torch.nn's LayerNorm, RMSNorm, GroupNorm,
     InstanceNorm1d/2d/3d, BatchNorm1d/2d/3d and SyncBatchNorm, and subclasses of them.
 
@@ -103,11 +107,17 @@ def convert(model) -> Report:
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.BatchNorm1d(8))
+    >>> convert(model)
+    2 converted (1 torch.nn.LayerNorm, 1 torch.nn.BatchNorm1d)
+    >>> type(model[1]).__module__
+    'fastnorm.nn'
     """
     return _change(model, "converted", _served)
 
 
-def revert(model) -> Report:
+def revert(model: nn.Module) -> Report:
     """Give every norm of `model` the class it had before `convert`, in place; `fastnorm.LayerNorm` is torch.nn.LayerNorm then.
 
     Args:
@@ -118,14 +128,21 @@ def revert(model) -> Report:
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
+
+    >>> model = nn.Sequential(LayerNorm(8), LayerNorm(8, activation="relu"))
+    >>> revert(model)
+    1 reverted (1 torch.nn.LayerNorm), 1 left alone:
+      1 (fastnorm.nn.LayerNorm): has an option that torch.nn's has not: activation
     """
     return _change(model, "reverted", _original)
 
 
-def _change(model, action, goal):
-    if not isinstance(model, torch.nn.Module):
+def _change(model: nn.Module, action: str, goal: Callable[[nn.Module, type], type | str | None]) -> Report:
+    if not isinstance(model, nn.Module):
         raise TypeError(f"a torch.nn.Module is {action} in place, not an object of type {type(model).__name__}")
-    changed, unchanged, skipped = {}, 0, []
+    changed: dict[str, type] = {}
+    skipped: list[Skipped] = []
+    unchanged = 0
     for name, module in model.named_modules():
         cls = type_before_parametrizations(module) if isinstance(module, NORMS) else type(module)
         new = goal(module, cls)
@@ -139,8 +156,8 @@ def _change(model, action, goal):
     return Report(action, changed, unchanged, tuple(skipped))
 
 
-def _become(module, new):
-    cls = type(module)
+def _become(module: nn.Module, new: type) -> None:
+    cls: Any = type(module)
     if is_parametrized(module):
         # torch made a class for this module, which its deep copies share: they are not ours to change.
         members = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
@@ -148,7 +165,7 @@ def _become(module, new):
     module.__class__ = new
 
 
-def _served(module, cls):
+def _served(module: nn.Module, cls: type) -> type | str | None:
     """The class of ours for a module of class `cls`, a reason to leave it alone, or None if it is no norm."""
     if isinstance(module, torch.jit.ScriptModule):
         return "is compiled by torch.jit" if module.original_name in {c.__name__ for c in OURS} else None
@@ -161,7 +178,7 @@ def _served(module, cls):
     return _reason_against(module) or OURS.get(cls) or known.refusal(module) or _subclass(cls)
 
 
-def _original(module, cls):
+def _original(module: nn.Module, cls: type) -> type | str | None:
     """The same for the way back."""
     if not isinstance(module, NORMS):
         return None
@@ -174,11 +191,11 @@ def _original(module, cls):
     return _reason_against(module) or counterpart(cls)
 
 
-def _wrapped(module):
+def _wrapped(module: nn.Module) -> bool:
     return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
-def _reason_against(module):
+def _reason_against(module: nn.Module) -> str | None:
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     if _wrapped(module):
@@ -188,7 +205,7 @@ def _reason_against(module):
     return None
 
 
-def _subclass(cls):
+def _subclass(cls: Any) -> type | str:
     """The class made of `cls` and ours, or the reason why there is none."""
     torch_class = next((base for base in cls.__mro__ if base in OURS), None)
     if torch_class is None:
@@ -201,12 +218,12 @@ def _subclass(cls):
 
 
 @functools.cache
-def _made_of(cls, ours):
+def _made_of(cls: Any, ours: type) -> type:
     """A subclass that goes by the name of `cls`, under which pickle would find only `cls`: so it is made anew when loaded."""
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self: Any, protocol: int) -> tuple:
         make, arguments, *rest = super(made, self).__reduce_ex__(max(protocol, 2))
-        return (_new, (cls, *arguments[1:]), *rest) if make is copyreg.__newobj__ else (make, arguments, *rest)
+        return (_new, (cls, *arguments[1:]), *rest) if make is _NEWOBJ else (make, arguments, *rest)
 
     members = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     members |= {"_stands_for": cls, "__reduce_ex__": __reduce_ex__}
@@ -216,10 +233,10 @@ def _made_of(cls, ours):
     return made
 
 
-def _new(cls, *arguments):
+def _new(cls: Any, *arguments: Any) -> Any:
     made = _subclass(cls)
     return cls.__new__(made if isinstance(made, type) else cls, *arguments)
 
 
-def _label(cls):
+def _label(cls: type) -> str:
     return f"torch.nn.{cls.__name__}" if cls.__module__.startswith("torch.nn.modules.") else known.name_of(cls)

@@ -12,6 +12,8 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass
+from types import ModuleType, TracebackType
+from typing import Any, Literal
 
 import torch
 
@@ -27,7 +29,7 @@ class Backend:
     what: str
     automatic: tuple[str, ...]  # the device types it is chosen for unasked
 
-    def load(self):
+    def load(self) -> ModuleType:
         return importlib.import_module(self.module)
 
     def why_not(self, device_type: str) -> str | None:
@@ -46,13 +48,14 @@ BACKENDS = (
     Backend("reference", "fastnorm.reference", "plain torch operators", ()),
 )
 NAMES = tuple(b.name for b in BACKENDS)
+Name = Literal["triton", "native", "reference"]  # the same, for those who check types
 DEVICES = frozenset(device for b in BACKENDS for device in b.automatic)
 
 _forced: str | None = None
-_selected: dict[str, object] = {}  # device type -> backend module or None
+_selected: dict[str, ModuleType | None] = {}  # device type -> backend module or None
 
 
-def _not_covered(*args):
+def _not_covered(*args: Any) -> None:
     return None
 
 
@@ -64,13 +67,17 @@ class _Direct:
     return None for every call that they do not cover, so the general path follows. Until a backend is chosen nothing is.
     """
 
+    layer_norm: Any
+    batch_norm: Any
+    fused_rows: Any
+    fused_batch_norm: Any
     layer_norm = batch_norm = fused_rows = fused_batch_norm = staticmethod(_not_covered)
 
-    def install(self, module, device_type):
-        if hasattr(module, "whole_calls") and (calls := module.whole_calls(device_type)):
+    def install(self, module: ModuleType | None, device_type: str) -> None:
+        if module is not None and hasattr(module, "whole_calls") and (calls := module.whole_calls(device_type)):
             self.layer_norm, self.batch_norm, self.fused_rows, self.fused_batch_norm = calls
 
-    def clear(self):
+    def clear(self) -> None:
         vars(self).clear()
         if module := extension.loaded():
             for device_type in DEVICES:
@@ -99,18 +106,22 @@ class use_backend:
     Raises:
         ValueError: the name is none of these. A backend that cannot serve a tensor raises RuntimeError at the call that
             needs it, and says why.
+
+    >>> with use_backend("reference"):
+    ...     forced()
+    'reference'
     """
 
-    def __init__(self, name: str | None):
+    def __init__(self, name: Name | None) -> None:
         global _forced
         self._before = _forced
         _forced = _checked(name)
         _choose_anew()
 
-    def __enter__(self):
+    def __enter__(self) -> use_backend:
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: type[BaseException] | BaseException | TracebackType | None) -> None:
         global _forced
         _forced = self._before
         _choose_anew()
@@ -134,7 +145,7 @@ def forced() -> str | None:
     return _forced or _checked(os.environ.get("FASTNORM_BACKEND") or None)
 
 
-def select(device_type: str):
+def select(device_type: str) -> ModuleType | None:
     """The backend module that serves tensors of this device type; None where torch itself is the best there is.
 
     Raises:
@@ -148,8 +159,9 @@ def select(device_type: str):
         return module
 
 
-def _choose(device_type: str):
-    name, missed = forced(), []
+def _choose(device_type: str) -> ModuleType | None:
+    name = forced()
+    missed: list[str] = []
     if name is not None:
         backend = BACKENDS[NAMES.index(name)]
         reason = backend.why_not(device_type)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .activations import parse
+from .activations import ACTIVATIONS, parse
 from .order import HOOKS, held, option, order
 from .sync import FORWARDS
 
-NORM_AFTER = {
+M = TypeVar("M", bound=nn.Module)
+
+NORM_AFTER: dict[type, Any] = {
     nn.Linear: nn.BatchNorm1d,
     nn.Conv1d: nn.BatchNorm1d,
     nn.Conv2d: nn.BatchNorm2d,
@@ -21,20 +25,9 @@ NORM_AFTER = {
     nn.ConvTranspose2d: nn.BatchNorm2d,
     nn.ConvTranspose3d: nn.BatchNorm3d,
 }
-MODULES = {  # of activations.ACTIVATIONS, each with its alpha
-    "identity": lambda _: nn.Identity(),
-    "relu": lambda _: nn.ReLU(),
-    "leaky_relu": nn.LeakyReLU,
-    "silu": lambda _: nn.SiLU(),
-    "gelu": lambda _: nn.GELU(),
-    "gelu_tanh": lambda _: nn.GELU(approximate="tanh"),
-    "sigmoid": lambda _: nn.Sigmoid(),
-    "tanh": lambda _: nn.Tanh(),
-    "elu": nn.ELU,
-}
 
 
-def fold(model):
+def fold(model: M) -> M:
     r"""A copy of a model for inference, whose batch norms are folded into the layers before them.
 
     Equivalent to: ``torch.nn.utils.fuse_conv_bn_eval`` and ``fuse_linear_bn_eval`` wherever they apply, with less rounding.
@@ -65,6 +58,13 @@ def fold(model):
     Raises:
         TypeError: `model` is not a torch.nn.Module.
         ValueError: `model` is in training mode.
+
+    >>> fold(nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU()).eval())
+    Sequential(
+      (0): Linear(in_features=4, out_features=8, bias=True)
+      (1): Identity()
+      (2): ReLU()
+    )
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"a torch.nn.Module is folded, not an object of type {type(model).__name__}")
@@ -77,11 +77,11 @@ def fold(model):
             if weight.isfinite().all() and bias.isfinite().all():
                 layer.weight, layer.bias = weight, bias
                 name, alpha = parse(option(norm, "activation"))
-                _become(norm, MODULES[name](alpha))
+                _become(norm, ACTIVATIONS[name].module(alpha))
     return folded
 
 
-def _pairs(model):
+def _pairs(model: nn.Module) -> Iterator[tuple[Any, Any]]:
     """(layer, norm) for all that can be folded."""
     found = order(model).calls
     times = Counter(call.module for call in found)
@@ -96,20 +96,20 @@ def _pairs(model):
             yield before.module, call.module
 
 
-def _is_plain(module) -> bool:
+def _is_plain(module: nn.Module) -> bool:
     """Whether a call of it is its class's forward, and nobody watches."""
     watched = any(getattr(module, hooks) for hooks in HOOKS)
     return not (watched or "forward" in vars(module) or module._modules)
 
 
-def _is_norm(module) -> bool:
+def _is_norm(module: nn.Module | None) -> bool:
     if not (isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module).forward in FORWARDS):
         return False
     own = (module.training and not option(module, "frozen")) or module.running_mean is None or module.running_var is None
     return _is_plain(module) and not own
 
 
-def _kind(module):
+def _kind(module: Any) -> type | None:
     """Which of the layers it is, or None."""
     cls = next((c for c in type(module).__mro__ if c in NORM_AFTER), None)
     if cls is None or any(getattr(type(module), f, None) is not getattr(cls, f, None) for f in ("forward", "_conv_forward")):
@@ -118,7 +118,7 @@ def _kind(module):
     return cls if plain else None
 
 
-def _fits(layer, norm) -> bool:
+def _fits(layer: Any, norm: Any) -> bool:
     kind = _kind(layer)
     if kind is None or not isinstance(norm, (NORM_AFTER[kind], nn.SyncBatchNorm)):
         return False
@@ -128,7 +128,7 @@ def _fits(layer, norm) -> bool:
     return axis == 1 and norm.num_features == layer.out_channels
 
 
-def _folded(layer, norm):
+def _folded(layer: Any, norm: Any) -> tuple[nn.Parameter, nn.Parameter]:
     """The layer's new weight and bias."""
     wide = lambda t: t.detach().to("cpu", torch.float64)  # not every device has float64
     scale = 1 / (wide(norm.running_var) + norm.eps).sqrt()
@@ -145,13 +145,13 @@ def _folded(layer, norm):
     return _parameter(weight, layer.weight), _parameter(bias, layer.weight if layer.bias is None else layer.bias)
 
 
-def _parameter(value, like):
+def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
     """`value` with the device, dtype and, where the shape is the same, strides of `like`."""
     new = torch.empty_like(like) if like.shape == value.shape else like.new_empty(value.shape)
     return nn.Parameter(new.copy_(_rounded(value, like.dtype)), like.requires_grad)
 
 
-def _rounded(value, dtype):
+def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
     """float64 rounded once. torch rounds to 16 bits by way of float32, where a value just off a tie can become the tie.
 
     So float32 is rounded to odd first: towards zero, and the last bit of what is inexact is 1. It has more than twice the
@@ -166,7 +166,7 @@ def _rounded(value, dtype):
     return bits.view(torch.float32).to(dtype)
 
 
-def _become(norm, module):
+def _become(norm: nn.Module, module: nn.Module) -> None:
     """The object stays, because lists and attributes may hold it beside the module tree."""
     norm.__class__ = type(module)
     vars(norm).clear()

@@ -10,22 +10,30 @@ torch.jit.trace and tensor subclasses.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import autograd, branch, fused, masked, ops
+from . import autograd, fused, masked, ops
 from . import recompute as anew
+from .activations import Activation
 from .autograd import PLAIN, traced
+from .blocks import add_layer_norm, add_rms_norm, modulated_layer_norm
 from .composite import counted
 from .dispatch import DEVICES, DTYPES, direct, select
 from .gate import HALVES, autocasts, channels_fit, covers, needs_grad, rows_fit, savable
+from .recompute import Recompute
 from .reference import accumulate_dtype, update_running
 from .settings import config
+
+__all__ = ["add_layer_norm", "add_rms_norm", "batch_norm", "layer_norm", "modulated_layer_norm", "rms_norm"]
 
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -33,7 +41,7 @@ _functorch_active = torch._C._are_functorch_transforms_active
 _TRACED = (FakeTensor, FunctionalTensor)
 
 
-def _is_operator(x, *parameters) -> bool:
+def _is_operator(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether a traced call becomes a registered operator rather than torch's own."""
     given = [p for p in parameters if p is not None]
     if not all(type(t) in PLAIN or isinstance(t, _TRACED) for t in (x, *given)) or not _same_place(x, given):
@@ -43,7 +51,7 @@ def _is_operator(x, *parameters) -> bool:
     return (_is_compiling() or (_dispatch_modes() > 0 and not torch._C._is_tracing())) and not _transformed()
 
 
-def _is_sharded(x, *parameters) -> bool:
+def _is_sharded(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether a call in eager is one of DTensors alone."""
     if _is_compiling() or not ops.is_dtensor(x) or _transformed():
         return False
@@ -55,16 +63,18 @@ def _transformed() -> bool:
     return _functorch_active() or forward_ad._current_level >= 0
 
 
-def _same_place(x, given) -> bool:
+def _same_place(x: Tensor, given: list[Tensor]) -> bool:
     return x.device.type in DEVICES and all(t.dtype in DTYPES and t.device == x.device for t in (x, *given))
 
 
-def _torch_takes(dtype, given) -> bool:
+def _torch_takes(dtype: torch.dtype, given: list[Tensor]) -> bool:
     """torch's own functions take parameters of the input's dtype, or all in float32 beside a half input."""
     return all(p.dtype == dtype for p in given) or (dtype in HALVES and all(p.dtype == torch.float32 for p in given))
 
 
-def _layer_norm_otherwise(input, normalized_shape, weight, bias, eps):
+def _layer_norm_otherwise(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
     """The calls that are not plain eager ones."""
     operator = _is_operator(input, weight, bias) or _is_sharded(input, weight, bias)
     if not (operator and rows_fit(input, normalized_shape, weight, bias, eps)):
@@ -77,18 +87,18 @@ def _layer_norm_otherwise(input, normalized_shape, weight, bias, eps):
 
 
 def layer_norm(
-    input,
-    normalized_shape,
-    weight=None,
-    bias=None,
-    eps=1e-5,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
     *,
-    activation=None,
-    residual=None,
-    mask=None,
-    lengths=None,
-    recompute=None,
-):
+    activation: Activation | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    recompute: Recompute | None = None,
+) -> Tensor:
     r"""Layer normalization (Ba, Kiros and Hinton, 2016) over the last dimensions.
 
     Equivalent to: ``torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)``, and with the extras to
@@ -130,6 +140,12 @@ def layer_norm(
         RuntimeError, TypeError: torch's own, with torch's message, for shapes, devices and types that do not fit. RuntimeError
             as well in backward with ``create_graph=True`` where input is recomputed.
         ValueError: there is no such activation; a mask or lengths do not fit; recompute does not go with what is given.
+
+    >>> x = torch.tensor([[1.0, 2.0, 4.0, 5.0]])
+    >>> layer_norm(x, (4,))
+    tensor([[-1.2649, -0.6325,  0.6325,  1.2649]])
+    >>> layer_norm(x, (4,), activation="relu", residual=torch.ones_like(x))
+    tensor([[0.0000, 0.3675, 1.6325, 2.2649]])
     """
     if recompute is not None:
         anew.check(recompute, activation, residual=residual, mask=mask, lengths=lengths)
@@ -162,7 +178,16 @@ def layer_norm(
     return backend.row_fwd(input, weight, bias, eps, N, dtype)[0]
 
 
-def _batch_norm_otherwise(input, running_mean, running_var, weight, bias, training, momentum, eps):
+def _batch_norm_otherwise(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
     """The calls that are not plain eager ones."""
     tensors, options = (input, running_mean, running_var, weight, bias), (training, momentum, eps)
     if not (_is_operator(*tensors) and channels_fit(*tensors, *options)):
@@ -171,21 +196,21 @@ def _batch_norm_otherwise(input, running_mean, running_var, weight, bias, traini
 
 
 def batch_norm(
-    input,
-    running_mean,
-    running_var,
-    weight=None,
-    bias=None,
-    training=False,
-    momentum=0.1,
-    eps=1e-5,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
     *,
-    activation=None,
-    residual=None,
-    mask=None,
-    lengths=None,
-    recompute=None,
-):
+    activation: Activation | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    recompute: Recompute | None = None,
+) -> Tensor:
     r"""Batch normalization (Ioffe and Szegedy, 2015) over every dimension but dim 1.
 
     Equivalent to: ``torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)``,
@@ -219,17 +244,24 @@ def batch_norm(
         ValueError, RuntimeError, TypeError: torch's own, with torch's message; running statistics are then unchanged.
             ValueError as well where there is no such activation, for a mask or lengths that do not fit, and where recompute
             does not go with what is given; RuntimeError in backward as `layer_norm`.
+
+    >>> x, mean, var = torch.tensor([[1.0, 0.0], [3.0, 4.0]]), torch.zeros(2), torch.ones(2)
+    >>> batch_norm(x, mean, var, training=True)
+    tensor([[-1.0000, -1.0000],
+            [ 1.0000,  1.0000]])
+    >>> mean, var
+    (tensor([0.2000, 0.2000]), tensor([1.1000, 1.7000]))
     """
     if recompute is not None:
         anew.check(recompute, activation, residual=residual, mask=mask, lengths=lengths)
-        options = (training, momentum, eps, activation)
-        if (y := anew.batch_norm(input, running_mean, running_var, weight, bias, *options)) is not None:
+        y = anew.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, activation)
+        if y is not None:
             return y
     if mask is not None or lengths is not None:
         mask = masked.mask_of(mask, lengths, input.shape[:1] + input.shape[2:], input.device)
         if training:
-            options = (momentum, eps, activation, residual)
-            return masked.batch_norm(input, mask, running_mean, running_var, weight, bias, *options)
+            extras = (activation, residual)
+            return masked.batch_norm(input, mask, running_mean, running_var, weight, bias, momentum, eps, *extras)
     if activation is not None or residual is not None:
         options = (training, momentum, eps, activation, residual)
         return fused.batch_norm(input, running_mean, running_var, weight, bias, *options)
@@ -266,18 +298,18 @@ def batch_norm(
 
 
 def counting_batch_norm(
-    input,
-    running_mean,
-    running_var,
-    weight,
-    bias,
-    num_batches_tracked,
-    momentum,
-    eps,
-    activation=None,
-    residual=None,
-    recompute=None,
-):
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_batches_tracked: Tensor,
+    momentum: float,
+    eps: float,
+    activation: Activation | None = None,
+    residual: Tensor | None = None,
+    recompute: Recompute | None = None,
+) -> Tensor:
     """Training that counts its batches. Plain calls count where they update the running statistics.
 
     Equivalent to: ``num_batches_tracked.add_(1)`` and ``batch_norm(..., training=True, momentum=momentum, eps=eps)``
@@ -296,7 +328,16 @@ def counting_batch_norm(
     return counted(num_batches_tracked, batch_norm, *tensors, True, momentum, eps)
 
 
-def cumulative_batch_norm(input, running_mean, running_var, weight, bias, num_batches_tracked, eps, **extras):
+def cumulative_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_batches_tracked: Tensor,
+    eps: float,
+    **extras: Any,
+) -> Tensor:
     """Training with ``momentum=None``: the running statistics become the average over all batches, of which this is one more.
 
     Equivalent to: ``batch_norm(..., training=True, momentum=1 / num_batches_tracked)``, with the counter read on its
@@ -306,18 +347,36 @@ def cumulative_batch_norm(input, running_mean, running_var, weight, bias, num_ba
     return counted(num_batches_tracked, functools.partial(_cumulative_batch_norm, **extras), *tensors, eps)
 
 
-def _cumulative_batch_norm(input, running_mean, running_var, weight, bias, num_batches_tracked, eps, **extras):
-    batch = [None if b is None else torch.zeros_like(b) for b in (running_mean, running_var)]
-    y = batch_norm(input, *batch, weight, bias, True, 1.0, eps, **extras)
-    if running_mean is not None and input.numel() > 0:
-        acc = accumulate_dtype(running_mean.dtype)
+def _cumulative_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_batches_tracked: Tensor,
+    eps: float,
+    **extras: Any,
+) -> Tensor:
+    mean, var = (None if b is None else torch.zeros_like(b) for b in (running_mean, running_var))
+    y = batch_norm(input, mean, var, weight, bias, True, 1.0, eps, **extras)
+    if mean is not None and var is not None and input.numel() > 0:
+        acc = accumulate_dtype(mean.dtype)
         momentum = 1 / num_batches_tracked.to(acc)
-        update_running(running_mean, batch[0].to(acc), momentum)
-        update_running(running_var, batch[1].to(acc), momentum)
+        update_running(running_mean, mean.to(acc), momentum)
+        update_running(running_var, var.to(acc), momentum)
     return y
 
 
-def rms_norm(input, normalized_shape, weight=None, eps=None, *, activation=None, residual=None, recompute=None):
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    activation: Activation | None = None,
+    residual: Tensor | None = None,
+    recompute: Recompute | None = None,
+) -> Tensor:
     r"""Root mean square normalization (Zhang and Sennrich, 2019) over the last dimensions.
 
     Equivalent to: ``torch.nn.functional.rms_norm(input, normalized_shape, weight, eps)``, and with the extras to
@@ -337,107 +396,13 @@ def rms_norm(input, normalized_shape, weight=None, eps=None, *, activation=None,
     Raises:
         RuntimeError, TypeError: torch's own, with torch's message, for shapes, devices and types that do not fit.
         ValueError: there is no such activation; recompute does not go with what is given.
+
+    >>> rms_norm(torch.tensor([[3.0, 4.0, 0.0, 0.0]]), (4,))
+    tensor([[1.2000, 1.6000, 0.0000, 0.0000]])
     """
     if recompute is not None:
         anew.check(recompute, activation, residual=residual)
-        if (y := anew.rows(input, normalized_shape, weight, None, _eps(input, eps), activation, centre=False)) is not None:
-            return y
-    return fused.rows(input, None, normalized_shape, weight, None, _eps(input, eps), activation, residual, centre=False)[0]
-
-
-def _eps(input, eps):
-    return torch.finfo(accumulate_dtype(input.dtype)).eps if eps is None and input.is_floating_point() else eps
-
-
-def add_layer_norm(
-    input,
-    residual,
-    normalized_shape,
-    weight=None,
-    bias=None,
-    eps=1e-5,
-    *,
-    activation=None,
-    dropout=0.0,
-    row_scale=None,
-    layer_scale=None,
-    residual_in_fp32=False,
-):
-    """The pre-norm of a transformer's block: the branch's output is added to the stream, and the sum is normalised.
-
-    Equivalent to: ``h = dropout(input) * row_scale * layer_scale + residual; y = activation(layer_norm(h, normalized_shape,
-    weight, bias, eps)); return y, h``
-
-    The gradient of h is added in the kernel of the backward pass. Only h is saved for it; with a layer_scale input as well.
-    What dropout keeps is not saved, but computed again from a seed, which torch's generator of input's device gives.
-
-    Args:
-        input: the branch's output, ``(*, *normalized_shape)``.
-        residual: the stream, of input's shape and dtype, or float32 beside a half input with ``residual_in_fp32``.
-        normalized_shape, weight, bias, eps, activation: as `layer_norm`'s.
-        dropout: the probability with which an element of input is zeroed; the others are divided by ``1 - dropout``.
-        row_scale: one factor for each sample or row (drop path), of the shape of input's first dimensions, with or without
-            ones after them.
-        layer_scale: one factor for each column, ``normalized_shape`` (Touvron et al., 2021).
-        residual_in_fp32: h is float32 where input is a half type, and y has input's dtype.
-
-    Returns:
-        ``(y, h)``, contiguous, of input's shape and dtype, or h in float32.
-
-    Raises:
-        RuntimeError, TypeError: torch's own, with torch's message, for shapes, devices and types that do not fit.
-        ValueError: there is no such activation; `dropout` is no probability; `row_scale` does not fit.
-    """
-    if dropout or residual_in_fp32 or row_scale is not None or layer_scale is not None:
-        options = (True, dropout, row_scale, layer_scale, residual_in_fp32)
-        return branch.rows(input, residual, normalized_shape, weight, bias, eps, activation, *options)
-    return fused.rows(input, residual, normalized_shape, weight, bias, eps, activation, None)
-
-
-def modulated_layer_norm(input, normalized_shape, scale, shift, weight=None, bias=None, eps=1e-5, *, activation=None):
-    r"""Adaptive layer normalization (Peebles and Xie, 2022, "Scalable Diffusion Models with Transformers"): a scale and a shift
-    for each sample, made by the condition.
-
-    Equivalent to: ``activation(layer_norm(input, normalized_shape, weight, bias, eps) * (1 + scale) + shift)``
-
-    One pass over input, forward and backward; the gradients of scale and shift are sums over a sample's rows. ``1 + scale`` is
-    not rounded to a half type on the way, as torch's sequence does.
-
-    Args:
-        input: ``(B, *, *normalized_shape)``.
-        normalized_shape, weight, bias, eps, activation: as `layer_norm`'s.
-        scale, shift: ``(B, 1, ..., 1, *normalized_shape)``, of as many dimensions as input. Shapes that broadcast otherwise are
-            left to torch.
-
-    Returns:
-        A contiguous tensor of input's shape and dtype; what torch's operators make of it where they serve.
-
-    Raises:
-        RuntimeError, TypeError: torch's own, with torch's message, for shapes, devices and types that do not fit.
-        ValueError: there is no such activation.
-    """
-    return fused.modulated_rows(input, normalized_shape, scale, shift, weight, bias, eps, activation)
-
-
-def add_rms_norm(
-    input,
-    residual,
-    normalized_shape,
-    weight=None,
-    eps=None,
-    *,
-    activation=None,
-    dropout=0.0,
-    row_scale=None,
-    layer_scale=None,
-    residual_in_fp32=False,
-):
-    """`add_layer_norm` with RMSNorm.
-
-    Equivalent to: ``h = dropout(input) * row_scale * layer_scale + residual; y = activation(rms_norm(h, normalized_shape,
-    weight, eps)); return y, h``
-    """
-    if dropout or residual_in_fp32 or row_scale is not None or layer_scale is not None:
-        options = (False, dropout, row_scale, layer_scale, residual_in_fp32)
-        return branch.rows(input, residual, normalized_shape, weight, None, _eps(input, eps), activation, *options)
-    return fused.rows(input, residual, normalized_shape, weight, None, _eps(input, eps), activation, None, centre=False)
+    eps = fused.rms_eps(input, eps)
+    if recompute is not None and (y := anew.rows(input, normalized_shape, weight, None, eps, activation, False)) is not None:
+        return y
+    return fused.rows(input, None, normalized_shape, weight, None, eps, activation, residual, centre=False)[0]

@@ -47,6 +47,11 @@ def rows(x, addend, normalized_shape, weight, bias, eps, activation, residual, c
     return backend.row_fused_fwd(x, addend, weight, bias, residual, activation, alpha, eps, options.N, centre)[:2]
 
 
+def rms_eps(input, eps):
+    """torch's for None: that of the dtype which it computes in."""
+    return torch.finfo(accumulate_dtype(input.dtype)).eps if eps is None and input.is_floating_point() else eps
+
+
 def modulated_rows(x, normalized_shape, scale, shift, weight, bias, eps, activation):
     """y = activation(layer_norm(x) * (1 + scale) + shift), where scale and shift are the same for the rows of a sample."""
     activation, alpha = activations.parse(activation)

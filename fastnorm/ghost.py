@@ -6,20 +6,24 @@ where they lie.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import activations, functional
+from .activations import Activation
 from .composite import counted
 from .reference import accumulate_dtype, update_running
 
 _is_compiling = torch.compiler.is_compiling
 
 
-def check(virtual_batch_size):
+def check(virtual_batch_size: int) -> None:
     """
     Raises:
         ValueError: it is not a positive int.
@@ -28,7 +32,7 @@ def check(virtual_batch_size):
         raise ValueError(f"virtual_batch_size is a positive int, not {virtual_batch_size!r}")
 
 
-def shares(B, virtual_batch_size) -> list[tuple[int, int]]:
+def shares(B: int, virtual_batch_size: int) -> list[tuple[int, int]]:
     """(q, G) of each share of B samples: G ghost batches of q. There are two shares where sizes differ."""
     if B % virtual_batch_size == 0:
         return [(virtual_batch_size, B // virtual_batch_size)]
@@ -38,19 +42,19 @@ def shares(B, virtual_batch_size) -> list[tuple[int, int]]:
 
 
 def ghost_batch_norm(
-    input,
-    running_mean,
-    running_var,
-    weight=None,
-    bias=None,
-    training=False,
-    momentum=0.1,
-    eps=1e-5,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
     *,
-    virtual_batch_size,
-    activation=None,
-    residual=None,
-):
+    virtual_batch_size: int,
+    activation: Activation | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     r"""Ghost batch normalization (Hoffer, Hubara and Soudry, 2017, "Train longer, generalize better"): in training the batch is
     dealt to ghost batches, each of which is normalised with its own statistics.
 
@@ -87,10 +91,14 @@ def ghost_batch_norm(
         ValueError: virtual_batch_size is not a positive int, or there is no such activation.
         ValueError, RuntimeError, TypeError: torch's own, with torch's message, also where a ghost batch has one value per
             channel; running statistics are then unchanged.
+
+    >>> x = torch.tensor([[1.0], [10.0], [3.0], [50.0]])  # samples 0 and 2, and samples 1 and 3
+    >>> ghost_batch_norm(x, None, None, training=True, virtual_batch_size=2).squeeze(1)
+    tensor([-1.0000, -1.0000,  1.0000,  1.0000])
     """
     check(virtual_batch_size)
     tensors, options = (input, running_mean, running_var, weight, bias), (training, momentum, eps)
-    extras = {"activation": activation, "residual": residual}
+    extras: dict[str, Any] = {"activation": activation, "residual": residual}
     if not _is_compiling() and has_torch_function_variadic(*tensors, residual):
         extras["virtual_batch_size"] = virtual_batch_size
         return handle_torch_function(ghost_batch_norm, (*tensors, residual), *tensors, *options, **extras)
@@ -99,19 +107,33 @@ def ghost_batch_norm(
     return _ghost_batch_norm(*tensors, *options, virtual_batch_size, **extras)
 
 
-def training_batch_norm(input, mean, var, tracked, weight, bias, momentum, eps, virtual_batch_size, axis, activation, residual):
+def training_batch_norm(
+    input: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    virtual_batch_size: int,
+    axis: int,
+    activation: Activation | None,
+    residual: Tensor | None,
+) -> Tensor:
     """A step of a module, whose channels are dimension `axis`: counted, and averaged over all with ``momentum=None``."""
     check(virtual_batch_size)
     x = input
     if axis != 1:
-        x, residual = (None if t is None else _channels_second(t.reshape(input.shape), axis) for t in (input, residual))
+        x = _channels_second(input, axis)
+        residual = None if residual is None else _channels_second(residual.reshape(input.shape), axis)
     counter, momentum = (tracked, 0.0) if momentum is None else (None, momentum)
     options = (True, momentum, eps, virtual_batch_size, activation, residual, counter)
     y = counted(tracked, _ghost_batch_norm, x, mean, var, weight, bias, *options)
     return y if axis == 1 else _channels_back(y, axis, input.shape)
 
 
-def _channels_second(t, axis):
+def _channels_second(t: Tensor, axis: int) -> Tensor:
     """A view (B, C, *) of t, whose samples are dimension 0, or 1 where the channels are 0."""
     axis = range(t.dim())[axis]
     if axis == 0:
@@ -121,7 +143,7 @@ def _channels_second(t, axis):
     return t.reshape(B, before, C).mT.unsqueeze(2) if after == 1 else t.reshape(B, before, C, after).movedim(2, 1)
 
 
-def _channels_back(y, axis, shape):
+def _channels_back(y: Tensor, axis: int, shape: torch.Size) -> Tensor:
     """The inverse, dense."""
     axis = range(len(shape))[axis]
     if axis == 0:
@@ -132,8 +154,19 @@ def _channels_back(y, axis, shape):
 
 
 def _ghost_batch_norm(
-    input, running_mean, running_var, weight, bias, training, momentum, eps, n, activation, residual, counter=None
-):
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    n: int,
+    activation: Activation | None,
+    residual: Tensor | None,
+    counter: Tensor | None = None,
+) -> Tensor:
     """y of a step of training; the momentum is the reciprocal of the counter where there is one."""
     tensors, options = (input, running_mean, running_var, weight, bias), (training, momentum, eps)
     if _is_plain(*tensors, n, counter):
@@ -146,8 +179,15 @@ def _ghost_batch_norm(
         z = _ghost_batch_norm(*tensors, *options, n, None, None, counter)
         return activations.ACTIVATIONS[end].value(z + residual, alpha)
 
-    def norm(x, mean, var, weight, bias, residual):
-        extras = {"activation": activation, "residual": residual}
+    def norm(
+        x: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+    ) -> Tensor:
+        extras: dict[str, Any] = {"activation": activation, "residual": residual}
         return functional.batch_norm(x, mean, var, weight, bias, training, 1.0, eps, **extras)
 
     (B, C), acc = input.shape[:2], accumulate_dtype(input.dtype)
@@ -167,7 +207,15 @@ def _ghost_batch_norm(
     return _laid_out_as(input, ys[0] if len(ys) == 1 else torch.cat(ys))
 
 
-def _is_plain(x, running_mean, running_var, weight, bias, n, counter) -> bool:
+def _is_plain(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    counter: Tensor | None,
+) -> bool:
     """Whether it is batch norm: of one ghost batch, of nothing, or what torch has an exception for."""
     running, given = (running_mean, running_var), [t for t in (running_mean, running_var, weight, bias) if t is not None]
     if not all(isinstance(t, torch.Tensor) for t in (x, *given)) or x.dim() < 2 or any(t.numel() != x.shape[1] for t in given):
@@ -177,22 +225,30 @@ def _is_plain(x, running_mean, running_var, weight, bias, n, counter) -> bool:
     return x.numel() == 0 or (counter is None and x.shape[0] < 2 * n)
 
 
-def _is_like(residual, x) -> bool:
+def _is_like(residual: Tensor, x: Tensor) -> bool:
     return isinstance(residual, torch.Tensor) and residual.shape == x.shape and residual.device == x.device
 
 
-def _is_channels_last(x) -> bool:
+def _is_channels_last(x: Tensor) -> bool:
     return suggest_memory_format(x) is not torch.contiguous_format
 
 
-def _laid_out_as(x, y):
+def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
     """y in x's memory format. vmap does not know `contiguous(memory_format=torch.channels_last)`."""
     if y.stride() == x.stride():
         return y
     return y.movedim(1, -1).contiguous().movedim(-1, 1) if _is_channels_last(x) else y.contiguous()
 
 
-def _share(x, residual, q, G, batch, parameters, norm):
+def _share(
+    x: Tensor,
+    residual: Tensor | None,
+    q: int,
+    G: int,
+    batch: Sequence[Tensor | None],
+    parameters: Sequence[Tensor | None],
+    norm: Callable[..., Tensor],
+) -> Tensor:
     """y of G ghost batches of q samples; their statistics go to `batch`, (G, C) both or None."""
     C = x.shape[1]
     if G == 1 or C == 1 or x.stride(0) == C * x.stride(1) or _is_compiling():  # a compiler looks after copies by itself

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from . import activations, autograd
+from .activations import Activation
 from .autograd import traced
-from .dispatch import select
+from .dispatch import DTYPES, select
 from .gate import autocasts, covers, needs_grad, savable
 
 # Fewer elements in all, and fewer positions of a channel, are left to torch: its call costs less. Without an activation there
@@ -16,11 +21,13 @@ from .gate import autocasts, covers, needs_grad, savable
 LEAST, LEAST_POSITIONS, LEAST_PLAIN_POSITIONS = 1 << 14, 16, 2048
 
 
-def _is_small(input, plain):
+def _is_small(input: Tensor, plain: bool) -> bool:
     return input.numel() < LEAST or input.shape[2:].numel() < (LEAST_PLAIN_POSITIONS if plain else LEAST_POSITIONS)
 
 
-def _backend(input, num_groups, weight, bias, eps, plain):
+def _backend(
+    input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, plain: bool
+) -> ModuleType | None:
     """The backend that serves the call; None where torch has to."""
     if torch.compiler.is_compiling() or has_torch_function_variadic(input, weight, bias) or traced():
         return None
@@ -35,7 +42,29 @@ def _backend(input, num_groups, weight, bias, eps, plain):
     return None if _is_small(input, plain) else select(input.device.type)
 
 
-def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, *, activation=None):
+def _in_torch(input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Torch's own function; what it refuses for its dtypes in the widest of them, rounded once."""
+    try:
+        return F.group_norm(input, num_groups, weight, bias, eps)
+    except RuntimeError:
+        given = [t for t in (input, weight, bias) if isinstance(t, Tensor)]
+        dtypes = {t.dtype for t in given}
+        if len(dtypes) == 1 or not dtypes.issubset(DTYPES):
+            raise
+        wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
+        w, b = (t.to(wide) if isinstance(t, Tensor) else t for t in (weight, bias))
+        return F.group_norm(input.to(wide), num_groups, w, b, eps).to(input.dtype)
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: Activation | None = None,
+) -> Tensor:
     r"""Group normalization (Wu and He, 2018): statistics over the positions of neighbouring channels of a sample.
 
     Equivalent to: ``activation(torch.nn.functional.group_norm(input, num_groups, weight, bias, eps))``
@@ -58,14 +87,20 @@ def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, *, activatio
 
     Raises:
         ValueError, RuntimeError, TypeError: torch's own, with torch's message; ValueError where there is no such activation.
+
+    >>> group_norm(torch.tensor([[[1.0], [3.0], [5.0], [5.5]]]), 2)
+    tensor([[[-1.0000],
+             [ 1.0000],
+             [-0.9999],
+             [ 0.9999]]])
     """
     if activation is None and type(input) is torch.Tensor and not torch.compiler.is_compiling() and _is_small(input, True):
-        return F.group_norm(input, num_groups, weight, bias, eps)  # which asks everything else by itself
-    activation, alpha = activations.parse(activation)
-    backend = _backend(input, num_groups, weight, bias, eps, activation == "identity")
+        return _in_torch(input, num_groups, weight, bias, eps)  # which asks everything else by itself
+    named, alpha = activations.parse(activation)
+    backend = _backend(input, num_groups, weight, bias, eps, named == "identity")
     if backend is None:
-        return activations.ACTIVATIONS[activation].value(F.group_norm(input, num_groups, weight, bias, eps), alpha)
+        return activations.ACTIVATIONS[named].value(_in_torch(input, num_groups, weight, bias, eps), alpha)
     if needs_grad(input, weight, bias):
-        options = autograd.Ended("group", activation, alpha, eps, backend, (num_groups,))
+        options = autograd.Ended("group", named, alpha, eps, backend, (num_groups,))
         return autograd.ended_norm(input, weight, bias, options)
-    return backend.group_fwd(input, weight, bias, activation, alpha, eps, num_groups)[0]
+    return backend.group_fwd(input, weight, bias, named, alpha, eps, num_groups)[0]

@@ -8,9 +8,12 @@ y and dx of a row never depend on the batch around it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 SMALLEST_BLOCK = 16
 REGISTERS = 65536  # of one SM
+
+Ladders = dict[int, dict[int, Any]]  # itemsize -> {a size: the numbers that its table tells of}
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class Finalise:
 # Measured on an H200. 2 bytes are bound by instructions and by the latency of reductions: one row a program from 1024 on, with
 # 16 to 64 elements a thread, so that what every thread does once is spread over more of them. 4 bytes: 8 to 16 elements a
 # thread are as many bytes in fewer registers. Below, rows share a warp, 16 or 32 elements a thread.
-FORWARD = {
+FORWARD: Ladders = {
     2: {16: (128, 4, None), 32: (64, 4, None), 64: (16, 2, None), 128: (8, 4, None), 256: (8, 4, None), 512: (2, 1, None),
         1024: (1, 1, None), 2048: (1, 4, None), 4096: (1, 8, None), 8192: (1, 8, None), 16384: (1, 8, None)},
     # 16384 takes 32 warps: 16 spill on sm_80. 80: on sm_100 the assembler aims at 48 and spills.
@@ -150,7 +153,7 @@ FORWARD_SHORTER = {(4, 8192): 48}
 FORWARD_PREFETCHED = {(2, 1024): (4, 12)}
 # itemsize -> {bucket of N: KB that an SM asks for ahead}. Shorter rows, and those of programs that prefetch, were not
 # faster by it; less than the programs that run at once are about to load is of no use. Measured on an H200.
-AHEAD = {2: {2048: 32, 4096: 32, 8192: 80, 16384: 64}, 4: {2048: 64, 4096: 64, 8192: 80, 16384: 64}, 8: {}}
+AHEAD: Ladders = {2: {2048: 32, 4096: 32, 8192: 80, 16384: 64}, 4: {2048: 64, 4096: 64, 8192: 80, 16384: 64}, 8: {}}
 # itemsize -> the longest rows whose parameters are read with them, which spares a short row a second wait for the memory. Held
 # meanwhile, those of a longer one cost more registers than other programs beside it can do without.
 EARLY = {2: 512, 4: 1024, 8: 512}
@@ -170,7 +173,7 @@ CHUNK = {2: (4096, 8, 4), 4: (2048, 8, 4), 8: (2048, 8, 2)}
 # * 8192, and 4096 of 4 bytes: one program has the registers. 2 bytes hold 16 elements per thread, because 32 warps leave 64
 #   registers; 8192 of 4 bytes need those 32 warps, at 64 registers, and prefetch one tile of 64 KB.
 # * float64 is bound by its arithmetic.
-BACKWARD = {
+BACKWARD: Ladders = {
     2: {16: (64, 4, 1, 7), 32: (32, 2, 2, 7), 64: (16, 2, 1, 7), 128: (8, 2, 3, 3), 256: (16, 8, 4, 1), 512: (1, 2, 4, 6),
         1024: (1, 4, 5, 3), 2048: (1, 8, 4, 2), 4096: (1, 8, 5, 1), 8192: (1, 16, 3, 1)},
     4: {16: (64, 4, 1, 7, 72), 32: (32, 4, 2, 7), 64: (16, 2, 1, 5), 128: (8, 2, 3, 3), 256: (4, 4, 4, 3), 512: (2, 4, 3, 4),
@@ -186,7 +189,7 @@ BACKWARD = {
 #   are faster with 8 warps that have twice as many.
 # * 12288 and 16384 of 4 bytes spill, and two programs share a row: 474 -> 395 us, and 322 -> 253 for 4096 rows of the latter.
 #   2 bytes would lose 20 % by it.
-LONG = {
+LONG: Ladders = {
     2: {10240: (2048, 8, 1, True), 12288: (2048, 8, 1, True), 16384: (4096, 16, 1, True)},
     4: {8192: (4096, 16, 1, True), 10240: (2048, 16, 1, False), 12288: (2048, 16, 2, True), 16384: (2048, 16, 2, True)},
     8: {},
@@ -240,7 +243,7 @@ LEADING = 60 << 20
 # * "dx" prefetches: one tile, 32 elements a thread, and more where channels lie together. TURNED, where they do in x and not in
 #   all of dy and dx: more programs with fewer tiles.
 SUMS = ("stats", "sums")
-READINGS = {
+READINGS: dict[str, dict[int, Any]] = {
     "stats": {2: (2048, 4, 4, 4, None), 4: (2048, 4, 3, 4, 128), 8: (1024, 8, 2, 2, None)},
     "stats, skewed": {4: (2048, 4, 4, 3, 168)},
     "stats, channels fastest": {2: (2048, 4, 4, 2, None), 4: (2048, 4, 4, 2, 255)},
@@ -252,7 +255,7 @@ READINGS = {
     "dx, channels fastest": {2: (2048, 4, 3, 4, None), 4: (2048, 4, 2, 5, None)},
     "dx, turned": {2: (2048, 4, 3, 8, None), 4: (2048, 4, 1, 32, 128)},
 }
-HELD = {
+HELD: dict[str, dict[int, Any]] = {
     "y": {2: (4096, 4, 1, 8, None), 4: (4096, 8, 1, 4, None)},
     "y, skewed": {2: (4096, 4, 1, 4, 128), 4: (2048, 4, 1, 7, None)},
     "y, channels fastest": {2: (4096, 4, 1, 4, 128), 4: (4096, 8, 1, 2, 128)},
@@ -368,6 +371,7 @@ def row_fused_backward(
     """`tensors`: how many are read. `parts`: of the rows, each with `partial_rows` programs of its own: one at the least, and
     together about as many as there are without."""
     config = row_backward(M, N, itemsize, sm_count, easy=False)
+    assert not isinstance(config, RowBackwardLong)  # which takes easy ones
     if isinstance(config, RowBackwardSplit) or config.block > FUSED_BACKWARD[itemsize]:
         config = replace(_row_backward_split(M, N, itemsize, sm_count), sums_stages=FUSED_SUMS_STAGES)
     if parts > 1:
@@ -498,6 +502,7 @@ def slab(
     `width`: bytes of the narrowest load; `fused`: see `channel`."""
     row = 1 if folded else power_of_two(S)  # positions that lie together whatever the batch is
     block_c = min(power_of_two(C), max(1, SEGMENT // (itemsize * (1 if channels_fastest else row))))
+    ladder: dict[int, Any]
     if channels_fastest:
         ladder = SLAB_CHANNELS_FASTEST_NARROW if width < 8 else SLAB_CHANNELS_FASTEST
     elif backward:

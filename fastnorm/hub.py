@@ -5,6 +5,7 @@ Nothing is fetched: the layers are here. `fastnorm.convert(model)` does the same
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,14 +29,14 @@ class _Layer:
     name: str
     layer: type
 
-    def load(self):
+    def load(self) -> type:
         return self.layer
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"fastnorm.{self.name}"
 
 
-def register():
+def register() -> None:
     """Let `kernels.kernelize` replace the forward of torch.nn.LayerNorm and torch.nn.BatchNorm1d/2d/3d by fastnorm's.
 
     Only modules of exactly these classes are replaced; a subclass, which may have a forward of its own, is not. It stays
@@ -54,5 +55,5 @@ def register():
         kernels.replace_kernel_forward_from_hub(cls, layer.name, condition=_exactly(cls))
 
 
-def _exactly(cls):
+def _exactly(cls: type) -> Callable[[torch.nn.Module], bool]:
     return lambda module: type(module) is cls

@@ -8,8 +8,11 @@ the statistics, and ``trainable=False`` stands for evaluation; a layer norm is o
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import functional, masked
 from .geometry import around
@@ -32,14 +35,27 @@ class KerasBatchNorm(torch.nn.Module):
         running_mean, running_var: ``(C,)``, Keras's moving_mean and moving_variance.
     """
 
-    def __init__(self, axis, momentum, eps, weight, bias, running_mean, running_var, frozen=False):
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self,
+        axis: int,
+        momentum: float,
+        eps: float,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        frozen: bool = False,
+    ) -> None:
         super().__init__()
         self.axis, self.momentum, self.eps, self.frozen = axis, momentum, eps, frozen
         self.weight, self.bias = (_parameter(t, not frozen) for t in (weight, bias))
         self.register_buffer("running_mean", running_mean)
         self.register_buffer("running_var", running_var)
 
-    def forward(self, input, mask=None):
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """The norm of `input`, of any shape with C at `axis`.
 
         In training, `mask`, of input's shape without the last dimension, is True where values are to count. All are normalised.
@@ -62,7 +78,7 @@ class KerasBatchNorm(torch.nn.Module):
         self._update(mean, var * ((count - 1) / count))  # torch's is the unbiased one
         return y.view(input.shape)
 
-    def _masked(self, x, mask):
+    def _masked(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Where nothing counts, mean and variance are 0, as in Keras. By torch's operators where a mask knows channels."""
         if mask is not None and range(x.dim())[self.axis] == x.dim() - 1:
             nothing = torch.zeros_like(self.running_mean)
@@ -80,12 +96,12 @@ class KerasBatchNorm(torch.nn.Module):
         self._update(mean.flatten(), var.flatten())
         return affine((xf - mean) * torch.rsqrt(var + self.eps), weight, bias).to(x.dtype)
 
-    def _update(self, mean, var):
+    def _update(self, mean: Tensor, var: Tensor) -> None:
         with torch.no_grad():
             update_running(self.running_mean, mean, 1 - self.momentum)
             update_running(self.running_var, var, 1 - self.momentum)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{len(self.running_mean)}, axis={self.axis}, momentum={self.momentum}, eps={self.eps}, frozen={self.frozen}"
 
 
@@ -101,12 +117,14 @@ class KerasLayerNorm(torch.nn.Module):
         weight, bias: of the shape of those dimensions, or None: Keras's gamma and beta.
     """
 
-    def __init__(self, axis, eps, weight, bias, rms_scaling=False):
+    def __init__(
+        self, axis: Sequence[int], eps: float, weight: Tensor | None, bias: Tensor | None, rms_scaling: bool = False
+    ) -> None:
         super().__init__()
         self.axis, self.eps, self.rms_scaling = tuple(axis), eps, rms_scaling
         self.weight, self.bias = (_parameter(t, True) for t in (weight, bias))
 
-    def forward(self, input):
+    def forward(self, input: Tensor) -> Tensor:
         """The norm of `input`, of any number of dimensions that has `axis`."""
         dims = sorted(range(input.dim())[a] for a in self.axis)
         shape = [input.shape[d] for d in dims]
@@ -121,11 +139,11 @@ class KerasLayerNorm(torch.nn.Module):
             y = functional.layer_norm(x, shape, weight, bias, self.eps)
         return y.movedim(last, dims)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"axis={self.axis}, eps={self.eps}" + (", rms_scaling=True" if self.rms_scaling else "")
 
 
-def from_keras(layer):
+def from_keras(layer: Any) -> KerasBatchNorm | KerasLayerNorm:
     """A Keras normalization layer as a torch module: its configuration, its weights and its rules.
 
     Equivalent to: the layer itself on Keras's torch backend, in the input's dtype; from any of Keras's backends.
@@ -149,8 +167,14 @@ def from_keras(layer):
     Raises:
         TypeError: `layer` is neither of the two, or has a ``call`` of its own.
         ValueError: it is not built, or a batch norm with ``renorm=True``.
+
+    >>> import keras
+    >>> layer = keras.layers.LayerNormalization()
+    >>> layer.build((None, 4))
+    >>> from_keras(layer)
+    KerasLayerNorm(axis=(-1,), eps=0.001)
     """
-    cls = next((c for c in type(layer).__mro__ if c.__module__.startswith("keras.") and c.__name__ in MADE), None)
+    cls: Any = next((c for c in type(layer).__mro__ if c.__module__.startswith("keras.") and c.__name__ in MADE), None)
     if cls is None:
         raise TypeError(f"Keras's BatchNormalization and LayerNormalization are rebuilt, not a {type(layer).__name__}")
     if type(layer).call is not cls.call:
@@ -162,26 +186,28 @@ def from_keras(layer):
     return MADE[cls.__name__](layer)
 
 
-def _batch_norm(layer):
+def _batch_norm(layer: Any) -> KerasBatchNorm:
     if layer.renorm:
         raise ValueError(f"{layer.name} has renorm=True, which fastnorm has not")
-    tensors = map(_tensor, (layer.gamma, layer.beta, layer.moving_mean, layer.moving_variance))
-    return KerasBatchNorm(layer.axis, layer.momentum, layer.epsilon, *tensors, frozen=not layer.trainable)
+    weight, bias = _tensor(layer.gamma), _tensor(layer.beta)
+    statistics = (_tensor(layer.moving_mean), _tensor(layer.moving_variance))
+    options = (layer.axis, layer.momentum, layer.epsilon)
+    return KerasBatchNorm(*options, weight, bias, *statistics, not layer.trainable)
 
 
-def _layer_norm(layer):
+def _layer_norm(layer: Any) -> KerasLayerNorm:
     norm = KerasLayerNorm(layer.axis, layer.epsilon, _tensor(layer.gamma), _tensor(layer.beta), layer.rms_scaling)
     return norm.requires_grad_(layer.trainable)
 
 
-MADE = {"BatchNormalization": _batch_norm, "LayerNormalization": _layer_norm}
+MADE: dict[str, Callable] = {"BatchNormalization": _batch_norm, "LayerNormalization": _layer_norm}
 
 
-def _parameter(tensor, learns):
+def _parameter(tensor: Tensor | None, learns: bool) -> torch.nn.Parameter | None:
     return None if tensor is None else torch.nn.Parameter(tensor, learns)
 
 
-def _tensor(variable):
+def _tensor(variable: Any) -> Any:
     """A copy of a Keras variable of any backend; on its device where that is torch's."""
     if variable is None:
         return None

@@ -6,6 +6,8 @@ Compared with the forwards of timm 1.0.31, torchvision 0.29.2 and transformers 5
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from . import functional
 from .channels_first import channels_first_layer_norm
 
@@ -20,7 +22,7 @@ def _channels_first(self, x):
     return channels_first_layer_norm(x, self.weight, self.bias, self.eps)
 
 
-FORWARDS = {
+FORWARDS: dict[str, Callable | None] = {
     "timm.layers.norm.LayerNorm": _rows,
     "timm.layers.norm.LayerNorm2d": _channels_first,
     "torchvision.models.convnext.LayerNorm2d": _channels_first,

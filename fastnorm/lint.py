@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, overload
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -37,7 +38,7 @@ class Finding:
 
 
 @dataclass(frozen=True, repr=False)
-class Report(Sequence):
+class Report(Sequence[Finding]):
     """What `lint` found, warnings first: a sequence of `Finding`; `print` it.
 
     Attributes:
@@ -50,13 +51,17 @@ class Report(Sequence):
     order: str
     unseen: tuple[str, ...]
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> Finding: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Finding, ...]: ...
+    def __getitem__(self, index: int | slice) -> Finding | tuple[Finding, ...]:
         return self.findings[index]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.findings)
 
-    def __str__(self):
+    def __str__(self) -> str:
         counts = Counter(finding.severity for finding in self)
         found = ", ".join(f"{n} {severity}{'s' if n > 1 else ''}" for severity, n in counts.items())
         lines = [f"{found or 'nothing found'}; order of the calls: {self.order}"]
@@ -67,7 +72,7 @@ class Report(Sequence):
     __repr__ = __str__
 
 
-def lint(model, batch_size=None, input=None) -> Report:
+def lint(model: nn.Module, batch_size: int | None = None, input: Any = None) -> Report:
     """What is likely to be a mistake in how `model` uses norms: torch.nn's, fastnorm's and subclasses of both.
 
     ==========================  ========  =================================================================================
@@ -105,6 +110,10 @@ def lint(model, batch_size=None, input=None) -> Report:
         TypeError: `model` is not a torch.nn.Module.
         ValueError: `batch_size` is not a positive int.
         Exception: what ``model(input)`` itself raises.
+
+    >>> report = lint(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8, momentum=0.99), nn.ReLU()), batch_size=4)
+    >>> [finding.rule for finding in report]
+    ['small-batch', 'momentum', 'norm-before-activation', 'bias-before-batch-norm']
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"a torch.nn.Module is checked, not an object of type {type(model).__name__}")
@@ -114,31 +123,31 @@ def lint(model, batch_size=None, input=None) -> Report:
     model = model.module if isinstance(model, (DataParallel, DistributedDataParallel)) else model
     found = order(model, None if input is None else _arguments(input))
     example = next((len(t) for t in tensors(input) if t.dim() and len(t)), None)
-    alike = {}  # (rule, the values of its text) -> names; a dict for each, as an ordered set
+    alike: dict[tuple, dict[str, None]] = {}  # (rule, the values of its text) -> names; a dict for each, as an ordered set
     for rule, modules, *values in violations(Seen(model, found.calls, batch_size, example)):
         alike.setdefault((rule, *values), {}).update(dict.fromkeys(modules))
     findings = [_finding(rule, tuple(names), values) for (rule, *values), names in alike.items()]
     return Report(tuple(sorted(findings, key=lambda finding: finding.severity == "note")), found.how, found.unseen)
 
 
-def _arguments(input):
+def _arguments(input: Any) -> tuple[tuple, dict[str, Any]]:
     """(args, kwargs)"""
     if isinstance(input, dict):
         return (), input
     return input if isinstance(input, tuple) else (input,), {}
 
 
-def _finding(rule, modules, values):
+def _finding(rule: str, modules: tuple[str, ...], values: Iterable) -> Finding:
     severity, wrong, change = TEXTS[rule]
     return Finding(rule.partition(":")[0], severity, modules, wrong.format(*values), change.format(*values))
 
 
-def _listed(names) -> str:
-    names = [name or "the model itself" for name in names]
+def _listed(given: Iterable[str]) -> str:
+    names = [name or "the model itself" for name in given]
     return ", ".join(names) if len(names) < 5 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
-def _table(findings) -> list[str]:
+def _table(findings: Sequence[Finding]) -> list[str]:
     """Lines of aligned columns, the cells wrapped."""
     rows = [HEAD, *((f.severity, f.rule, _listed(f.modules), f.wrong, f.change) for f in findings)]
     lines = []

@@ -126,7 +126,7 @@ def batch_norm(
         statistics = (None if t is None else t.detach().clone() for t in running)
         y = F.batch_norm(input, *statistics, weight, bias, True, 0.0, eps)  # raises what torch raises
         if input.numel() == 0:
-            return y
+            return activations.ACTIVATIONS[activation].value(y if residual is None else y + residual, alpha)
     y, count, *statistics = normalize(input, mask, _otherwise(input, running), weight, bias, eps)
     if residual is not None:
         y = y + residual

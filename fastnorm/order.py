@@ -172,7 +172,8 @@ class _Tracer(fx.Tracer):
 def _traced(model, replica) -> Order:
     """From the inside out, so that what cannot be traced is a leaf of what is around it."""
     originals = dict(model.named_modules(remove_duplicate=False))
-    graphs, opaque = {}, {}
+    graphs: dict[torch.nn.Module, list[Call]] = {}
+    opaque: dict[torch.nn.Module, str] = {}
     for name, module in reversed(list(replica.named_modules())):
         if _is_leaf(module) or type(module).forward is torch.nn.Module.forward:
             continue
@@ -185,7 +186,8 @@ def _traced(model, replica) -> Order:
         for m, before in attributes:  # the next trace must not meet this one's Proxies
             vars(m).clear()
             vars(m).update(before)
-    calls, seen = [], set()
+    calls: list[Call] = []
+    seen: set[torch.nn.Module] = set()
     _collect("", model, graphs, calls, seen)
     return Order(calls, "torch.fx", tuple(sorted(name for name in opaque.values() if originals[name] in seen)))
 
@@ -209,7 +211,7 @@ def _collect(name, module, graphs, calls, seen):
 
 
 def _calls_of(graph, prefix, originals) -> list[Call]:
-    made = {}
+    made: dict[torch.fx.Node, Call] = {}
     for node in graph.nodes:
         kind, name, module = "function", getattr(node.target, "__name__", str(node.target)).strip("_"), None
         if node.op in ("call_module", "get_attr"):
@@ -291,7 +293,8 @@ def _run(model, replica, inputs) -> Order:
 
 def _neighbours(model) -> list[Call]:
     """The calls of each nn.Sequential that is in no other; what is in there and is none is one call."""
-    calls, done = [], set()
+    calls: list[Call] = []
+    done: set[torch.nn.Module] = set()
 
     def walk(prefix, sequential):
         done.add(sequential)

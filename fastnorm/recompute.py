@@ -14,7 +14,7 @@ accumulate dtype, rounded once. How exact that is, with u half a unit in the las
 from __future__ import annotations
 
 from math import inf
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ from .gate import autocasts, channels_fit, needs_grad, rows_fit
 from .reference import accumulate_dtype
 
 _is_compiling = torch.compiler.is_compiling
+
+Recompute = Literal["output"]  # what a user may give
 
 # What |bias / weight| may be, and |weight * alpha|, far from what some processors flush to zero.
 MOST_BIAS, LEAST_WEIGHT = 8.0, 1e-20

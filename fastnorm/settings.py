@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from typing import Literal
 
-_CHOICES = {"compile": ("torch", "fastnorm"), "autocast_keeps_dtype": (False, True)}
+_CHOICES: dict[str, tuple[str | bool, ...]] = {"compile": ("torch", "fastnorm"), "autocast_keeps_dtype": (False, True)}
 
 
 class Config:
@@ -20,13 +22,22 @@ class Config:
     Raises:
         AttributeError: there is no such option.
         ValueError: the option has no such value.
+
+    >>> with config.patch(compile="fastnorm"):
+    ...     config.compile
+    'fastnorm'
+    >>> config.compile
+    'torch'
     """
 
-    def __init__(self):
+    compile: Literal["torch", "fastnorm"]
+    autocast_keeps_dtype: bool
+
+    def __init__(self) -> None:
         self.compile = "torch"
         self.autocast_keeps_dtype = False
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: str | bool) -> None:
         if name not in _CHOICES:
             raise AttributeError(f"fastnorm.config has no option {name!r}; there are {', '.join(_CHOICES)}")
         if value not in _CHOICES[name]:
@@ -34,7 +45,7 @@ class Config:
         super().__setattr__(name, value)
 
     @contextlib.contextmanager
-    def patch(self, **options):
+    def patch(self, **options: str | bool) -> Iterator[Config]:
         """Other choices within a `with` block."""
         before = dict(vars(self))
         try:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import functools
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.parallel import DistributedDataParallel
+from torch.types import Device
 
 from . import collective, functional, reference
 from .dispatch import DTYPES, select
-from .nn import _batch_norm, _BatchNorm, _Options
+from .nn import _batch_norm, _BatchNorm
+from .options import Options
 from .tracing import Scriptable, extras, leaf
 
 TorchBatchNorm = torch.nn.modules.batchnorm._BatchNorm
@@ -45,9 +49,29 @@ class SyncBatchNorm(_BatchNorm, torch.nn.SyncBatchNorm):
         ValueError: the input has fewer than two dimensions or no channels; one rank has only one value per channel.
         RuntimeError, NotImplementedError: torch's own, for sizes, devices and dtypes that do not fit; before any collective
             and with nothing updated.
+
+    >>> SyncBatchNorm(1)(torch.tensor([[1.0], [3.0]])).detach()  # of one rank
+    tensor([[-1.0000],
+            [ 1.0000]])
     """
 
-    def forward(self, input):
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            num_features: int,
+            eps: float = 1e-5,
+            momentum: float | None = 0.1,
+            affine: bool = True,
+            track_running_stats: bool = True,
+            process_group: dist.ProcessGroup | None = None,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            *,
+            bias: bool = True,
+        ) -> None: ...
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         if isinstance(input, Proxy) and (node := leaf(self, input)) is not None:
             return node
         self._check_input_dim(input)
@@ -60,13 +84,13 @@ class SyncBatchNorm(_BatchNorm, torch.nn.SyncBatchNorm):
         _check(input, named)
         tensors = (input, self.weight, self.bias, running_mean, running_var)
         tracked = self.num_batches_tracked if self.track_running_stats else None
-        momentum = self.momentum
+        momentum: float | Tensor | None = self.momentum
         if momentum is None:  # cumulative average, without reading the counter on the host
             momentum = 0.0 if tracked is None else (tracked.double() + 1).reciprocal()
         backend = (select(input.device.type) if collective.fused(*tensors) else None) or reference
         return functional.counted(tracked, collective.sync_batch_norm, *tensors, momentum, self.eps, group, backend)
 
-    def _synchronised_group(self):
+    def _synchronised_group(self) -> Any:
         """The process group to synchronise with; None where there is nobody to synchronise with, and in evaluation."""
         if not (self.training and dist.is_available() and dist.is_initialized()):
             return None
@@ -74,7 +98,7 @@ class SyncBatchNorm(_BatchNorm, torch.nn.SyncBatchNorm):
         return group if dist.get_world_size(group) > 1 else None
 
     @classmethod
-    def convert_sync_batchnorm(cls, module, process_group=None):
+    def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: dist.ProcessGroup | None = None) -> torch.nn.Module:
         """Replaces the batch norms of a model by `fastnorm.SyncBatchNorm`.
 
         Equivalent to: ``torch.nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)``
@@ -94,7 +118,7 @@ class SyncBatchNorm(_BatchNorm, torch.nn.SyncBatchNorm):
         return _convert(module, process_group, {})
 
 
-def _check(x, named):
+def _check(x: Tensor, named: dict[str, Tensor | None]) -> None:
     """torch's own exceptions, before any rank enters a collective."""
     if x.dtype not in DTYPES:
         raise NotImplementedError(f'"batch_norm" not implemented for {x.dtype}')
@@ -110,7 +134,7 @@ def _check(x, named):
 FORWARDS = (TorchBatchNorm.forward, torch.nn.SyncBatchNorm.forward, _BatchNorm.forward, SyncBatchNorm.forward)
 
 
-def _is_plain(module) -> bool:
+def _is_plain(module: torch.nn.Module) -> bool:
     """Whether a SyncBatchNorm does all that this batch norm does, but for the synchronisation."""
     bases = (cls for cls in type(module).__mro__ if not issubclass(cls, torch.nn.Module))
     return (
@@ -118,11 +142,13 @@ def _is_plain(module) -> bool:
         and "forward" not in vars(module)  # a forward of this instance's own
         and not module._modules  # an activation, a parametrization
         and not extras(module)
-        and all(cls in (_BatchNorm, _Options, Scriptable, object) for cls in bases)  # not lazy, not FSDP's
+        and all(cls in (_BatchNorm, Options, Scriptable, object) for cls in bases)  # not lazy, not FSDP's
     )
 
 
-def _convert(module, process_group, done):
+def _convert(
+    module: torch.nn.Module, process_group: dist.ProcessGroup | None, done: dict[int, torch.nn.Module]
+) -> torch.nn.Module:
     """`done` maps id(module) to the module that stands for it, so that a shared one is converted once."""
     if id(module) in done:
         return done[id(module)]
@@ -142,7 +168,7 @@ def _convert(module, process_group, done):
     return new
 
 
-def _synchronised(module, process_group):
+def _synchronised(module: torch.nn.Module, process_group: dist.ProcessGroup | None) -> SyncBatchNorm:
     """A SyncBatchNorm over the same parameters, buffers and hooks; handles that remove hooks remove them from both."""
     new = SyncBatchNorm.__new__(SyncBatchNorm)
     vars(new).update(vars(module))
@@ -151,19 +177,19 @@ def _synchronised(module, process_group):
     return new
 
 
-def _admit_to_ddp():
+def _admit_to_ddp() -> None:
     """DistributedDataParallel refuses every torch.nn.SyncBatchNorm on the CPU; ours works there. torch's own stays refused."""
     refuse = getattr(DistributedDataParallel, "_passing_sync_batchnorm_handle", None)
     if refuse is None:
         return
 
     @functools.wraps(refuse)
-    def check(ddp, module):
+    def check(ddp: DistributedDataParallel, module: torch.nn.Module) -> None:
         norms = [m for m in module.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
         if ddp.device_type != "cpu" or not all(isinstance(m, SyncBatchNorm) for m in norms):
             refuse(ddp, module)
 
-    DistributedDataParallel._passing_sync_batchnorm_handle = check
+    DistributedDataParallel._passing_sync_batchnorm_handle = check  # type: ignore[method-assign]
 
 
 _admit_to_ddp()

@@ -7,20 +7,22 @@ source of `forward`, which has to be TorchScript. Both are answered with the cla
 from __future__ import annotations
 
 import copy
+from typing import Any
 
+import torch
 from torch.fx import Proxy
 from torch.fx._symbolic_trace import _assert_is_none
 from torch.fx.proxy import TraceError
 
 
-def counterpart(cls):
+def counterpart(cls: type) -> type:
     """The class that `cls` stands for: torch.nn's for ours, the original for a converted one, any other class for itself."""
     if cls.__module__.startswith("fastnorm."):
         return next(base for base in cls.__mro__ if base.__module__.startswith("torch.nn."))
     return vars(cls).get("_stands_for", cls)
 
 
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "activation": None,
     "zero_centred": False,
     "addend": False,
@@ -33,19 +35,19 @@ OPTIONS = {
 }
 
 
-def extras(module):
+def extras(module: Any) -> list[str]:
     """The options in force that torch.nn's class does not have."""
     return [name for name, default in OPTIONS.items() if getattr(module, name, default) != default]
 
 
-def twin(module):
+def twin(module: Any) -> Any:
     """The module as an instance of its counterpart; parameters, buffers and hooks are shared."""
     twin = copy.copy(module)
     twin.__class__ = counterpart(type(module))
     return twin
 
 
-def leaf(module, proxy, residual=None, **named):
+def leaf(module: Any, proxy: Any, residual: Any = None, **named: Any) -> Any:
     """The call_module node of torch.fx for `module(proxy)`, with a residual and others by their names where these are not None;
     None where torch.nn's module would be traced through as well.
 
@@ -64,13 +66,14 @@ def leaf(module, proxy, residual=None, **named):
     return tracer.create_proxy("call_module", path, (proxy,) if residual is None else (proxy, residual), named)
 
 
-def given(module, residual):
+def given(module: torch.nn.Module, residual: Any) -> Any:
     """None for an optional argument (a residual, say) of a root that is traced through by itself: its placeholder has the
     default, None, and a graph that is called with anything else says so."""
-    if not isinstance(residual, Proxy) or module is not residual.tracer.root:
+    tracer: Any = residual.tracer if isinstance(residual, Proxy) else None
+    if tracer is None or module is not tracer.root:
         return residual
     message = f"this graph was traced without a {residual.node.target}"
-    residual.tracer.create_proxy("call_function", _assert_is_none, (residual, message), {})
+    tracer.create_proxy("call_function", _assert_is_none, (residual, message), {})
     return None
 
 
@@ -84,7 +87,7 @@ class Scriptable:
         RuntimeError: the norm has options that torch.nn's forward does not.
     """
 
-    def __prepare_scriptable__(self):
+    def __prepare_scriptable__(self) -> Any:
         if options := extras(self):
             raise RuntimeError(f"torch.jit.script compiles torch.nn's forward, which has no {' and no '.join(options)}")
         return self if counterpart(type(self)) is type(self) else twin(self)

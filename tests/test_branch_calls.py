@@ -159,6 +159,25 @@ def test_modules(cls, backend, device):
     torch.testing.assert_close(ratio, torch.full_like(ratio, 0.1 / 0.75 / 0.5), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(("shape", "n", "scaled"), [((6,), (6,), (6,)), ((2, 6), (6,), (2, 6)), ((2, 6), (2, 6), (2,))])
+def test_a_row_scale_for_less_than_a_row(shape, n, scaled, backend, device):
+    """Was the kernels' own error, of numbers that nobody had given."""
+    x = torch.randn(shape, device=device)
+    for function in (fastnorm.add_layer_norm, fastnorm.add_rms_norm):
+        with pytest.raises(ValueError, match="expected a row_scale for the first dimensions"):
+            function(x, x, n, row_scale=torch.ones(scaled, device=device))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_wide_scales_of_a_compiled_half(wide, device):
+    """drop_path's factors are float32; results have the branch's dtype all the same."""
+    norm = fastnorm.AddLayerNorm(N, drop_path=0.5, residual_in_fp32=wide, device=device, dtype=BF16)
+    x, r, *_ = (t.detach() for t in leaves(device, BF16))
+    for module in (norm, torch.compile(norm, backend="eager")):
+        y, h = module(x, r)
+        assert (y.dtype, h.dtype) == (BF16, F32 if wide else BF16)
+
+
 def test_a_wide_stream(backend, device):
     """Small branches are not lost in a stream that a half type would round."""
     norm = fastnorm.AddLayerNorm(N, residual_in_fp32=True, device=device, dtype=BF16)
