@@ -102,8 +102,10 @@ class Subject:
         training = mode != "eval"
         if training and self.norm.how.random and name not in OURS:
             training, call = False, bound(self.norm, PROVIDERS[name].load(), self.inputs, False)
+        another = None if name in OURS else self.inputs.tensors[0].dtype
         try:
-            return disagreement(self.norm.how.names, results(call, self.inputs, mode), *self.expected(mode, training))
+            found = results(call, self.inputs, mode)
+            return disagreement(self.norm.how.names, found, *self.expected(mode, training), another)
         except torch.OutOfMemoryError:
             return "out of memory"
         except Exception as e:  # a peer's errors are its own; ours are reported the same way, and the run then fails

@@ -185,6 +185,18 @@ def test_others_that_are_wrong_or_break_are_named_and_not_timed(monkeypatch, cap
     assert "LN 32x10 fp32 forward: broken is not timed: ValueError" in capsys.readouterr().out
 
 
+def test_others_may_be_less_exact_but_not_wrong():
+    truth = [torch.tensor([1.0, -4.0], dtype=torch.float64)]
+    torchs, eps = [truth[0].float()], torch.finfo(torch.float32).eps
+    found = lambda off, *another: norms.disagreement(("y",), [torchs[0] + 4 * off * eps], torchs, truth, *another)
+    assert found(0.9) is None
+    assert "y is off by" in found(2)
+    assert found(17, torch.float32) is None
+    assert "y is off by" in found(20, torch.float32)
+    assert found(1e5, torch.bfloat16) is None
+    assert "y is off by" in found(3e5, torch.bfloat16)
+
+
 def test_a_compiled_provider_is_compiled_once_for_training(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda call, dynamic, mode: compiled.append(mode) or call)

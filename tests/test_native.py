@@ -427,3 +427,21 @@ def test_activations_made_of_e_to_the_z_at_both_ends(name, torchs):
         finite = theirs.isfinite()
         off = [((t.double() - truth).abs() / truth.abs().clamp_min(1e-3))[finite].max() for t in (ours, theirs)]
         assert off[0] <= 2 * off[1]
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "dtype"), [(8300, 128, torch.float32), (4100, 512, torch.float32), (8300, 256, torch.bfloat16)]
+)
+def test_dx_of_a_row_is_the_same_from_memory(M, N, dtype):
+    """Short rows of 12 MB and more are summed one by one, fewer of them four at a time."""
+    x, dy = (torch.randn(M, N).to(dtype) for _ in range(2))
+    weight = torch.randn(N).to(dtype)
+
+    def dx(rows):
+        leaf = x[rows].clone().requires_grad_()
+        return torch.autograd.grad(fastnorm.layer_norm(leaf, (N,), weight), leaf, dy[rows].clone())[0]
+
+    with fastnorm.use_backend("native"):
+        whole = dx(slice(None))
+        assert torch.equal(whole[:9], dx(slice(9)))
+        assert torch.equal(whole[-7:], dx(slice(M - 7, M)))

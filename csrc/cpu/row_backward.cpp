@@ -22,6 +22,8 @@ struct RowBackward {
   T* dx;
   Array dweight, dbias;
   RowMask mask{};
+  int64_t row_bytes = g.N * static_cast<int64_t>(sizeof(T));
+  bool far = 3 * g.M * row_bytes >= CACHES;  // dz and x come from memory
   bool stream = streams(dx, g.N * sizeof(T), (dh.data ? 4 : 3) * g.M * g.N * static_cast<int64_t>(sizeof(T)));
 
   // Adds the sums of g * (x - high) and of g over one piece of R rows; w, in lots, starts with the piece.
@@ -148,7 +150,7 @@ struct RowBackward {
     find_dh(read_dh, m, rows, 0, g.N, dh_at);
     for (int64_t k = 0; k < rows; ++k) sum_gd[k] = sum_g[k] = 0;
     if (dx)
-      for_sums(g.N, rows, [&](auto R, auto CHAINS, int64_t k) {
+      for_rows(rows, [&](auto R, auto CHAINS, int64_t k) {
         for (size_t r = 0; FUSED && dh.data && r < R; ++r) prefetch<false>(dh_at[k + r], g.N * sizeof(T));
         for (int64_t i = 0; i < g.N; i += PIECE) {
           std::array<Place, R> piece;
@@ -224,12 +226,20 @@ struct RowBackward {
     long_rows(dense_rows(g, {dz, dtype_of<T>}));
   }
 
+  // As for_sums, and each row by itself where short ones come from memory: the processor fetches two streams ahead, and not
+  // eight. Every row is summed in the same order either way.
+  template <class F>
+  void for_rows(int64_t rows, const F& f) const {
+    constexpr std::integral_constant<size_t, 1> one;
+    if (!far || row_bytes < 512 || g.N > SHORT) return for_sums(g.N, rows, f);
+    for (int64_t k = 0; k < rows; ++k) f(one, one, k);
+  }
+
   // What dz and x of a block take: well inside a second-level cache, half as much beside dh; of short rows inside the first
   // level; and little where those come from memory, so that reads and writes take turns.
   int64_t block_bytes() const {
     constexpr int64_t BYTES = 1 << 17;
-    const int64_t row_bytes = g.N * static_cast<int64_t>(sizeof(T));
-    if (row_bytes <= 256 && 3 * g.M * row_bytes >= CACHES) return BYTES / 32;
+    if (row_bytes <= 1024 && far) return BYTES / 32;
     return g.N <= SHORT ? BYTES / 8 : dh.data ? BYTES / 2 : BYTES;
   }
 
@@ -240,9 +250,11 @@ struct RowBackward {
       return long_rows(dy);
     }
     // Segments depend on the shape alone, so the sums do not depend on the threads; at most 128 rows, so that plain
-    // additions will do; long rows in longer segments, whose partial sums are then little beside them. Each part of the rows
-    // has its own.
-    const int64_t rows = g.M / g.P, rows_each = std::clamp<int64_t>(std::max(ceil_div(rows, 32), g.N / 64), 32, 128);
+    // additions will do; long rows in longer segments, whose partial sums are then little beside them, but in enough for many
+    // threads. Each part of the rows has its own.
+    const int64_t rows = g.M / g.P, least = g.N >= 2048 ? 16 : 32;
+    const int64_t long_each = std::min(g.N / 64, ceil_div(rows, 16));
+    const int64_t rows_each = std::clamp<int64_t>(std::max(ceil_div(rows, 32), long_each), least, 128);
     const int64_t segments = ceil_div(rows, rows_each), width = ceil_div(g.N, 64) * 64;
     const int64_t block_each = mask.P > 1 ? 1 : block_rows(block_bytes(), 2 * g.N * sizeof(T));
     const bool sums = dweight.data || dbias.data, at_once = segments == 1;
