@@ -175,9 +175,9 @@ class Inputs:
         return Inputs(tensors, tuple(double(self.running)), double(self.gradients))
 
 
-def make(norm: Norm, dtype: str, device: str) -> Inputs:
+def make(norm: Norm, dtype: str, device: str, seed: int = 0) -> Inputs:
     """Random ones; parameters of a batch norm are float32 beside half inputs, as torch.nn has them."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     own, how = DTYPES[dtype], norm.how
     parameter = torch.float32 if how.channels and own.itemsize == 2 else own
     B, C, *rest = norm.shape if norm.layout == "mT" else (0, 0)

@@ -1,8 +1,9 @@
 """Times fastnorm's norms beside torch's operators, others that are installed, and a copy of the same tensor, in turn.
 
 Nothing is timed before its results match the float64 oracle: at most twice torch's own error in this dtype, and one unit in
-the last place; others may be off by 16 times as much, and by two roundings of the input's dtype. Times are medians over rounds, in microseconds of one call; on a GPU they are the device's, from a cold L2, and
-the JSON has those from a warm one and the host's as well. `GB/s` is the ideal traffic (forward of a plain norm: x read, y
+the last place; others may be off by 16 times as much, and by two roundings of the input's dtype. Times are medians over rounds,
+in microseconds of one call; on a GPU they are the device's, from a cold L2, and the JSON has those from a warm one and the
+host's as well. `GB/s` is the ideal traffic (forward of a plain norm: x read, y
 written; backward: x and dy read, dx written) over the time; `copies` is the time in copies of x; `x torch` is torch's time over
 ours, the median over rounds. `peak` is the most memory that a call has at once, and `saved` what autograd keeps, in tensors of
 x's size, with torch's in brackets.
