@@ -113,6 +113,10 @@ ACTIVATIONS = {
 }
 
 
+# Whose slope torch makes of the result y, and how much the slope moves with it: 1 - y * y and y * (1 - y).
+OF_RESULT = {"tanh": lambda y: 2 * np.abs(y), "sigmoid": lambda y: np.abs(1 - 2 * y)}
+
+
 def activated(z, name, alpha):
     value, _, size = ACTIVATIONS[name]
     return z.through(lambda v: value(v, alpha), size(z.v))

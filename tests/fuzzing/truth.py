@@ -14,7 +14,7 @@ import torch
 from compare import accumulate
 from ghosts import dealt
 
-from .near import Near, activated, sloped
+from .near import OF_RESULT, Near, activated, sloped
 
 # recompute="output": by how much x_hat is off, in its own terms, beside the output's rounding: see fastnorm/recompute.py.
 ROUNDINGS = 7
@@ -220,7 +220,7 @@ def gradients(call, t, given, x_hat, rstd, z, affine, evaluated):
     dy = Near(there(given.number(t.dy)) if "y" in call.used else np.zeros_like(given.x), 0.0, u)
     dz = dy
     if call.activation is not None:  # handed on in x's dtype, as by torch's operators
-        dz = (dy * sloped(z, *call.alpha)).rounded(torch.finfo(call.x.dtype))
+        dz = (dy * _slope(call, z)).rounded(torch.finfo(call.x.dtype))
     if call.recompute:
         x_hat = _recomputed(call, given, x_hat, affine)
     plain = dz if affine.one is None else dz * affine.one
@@ -238,6 +238,15 @@ def gradients(call, t, given, x_hat, rstd, z, affine, evaluated):
     else:
         found = _through_the_stream(call, t, given, dx, out, wanted)
     return out | {f"d{name}": found[name].map(back) for name in found if name in wanted}
+
+
+def _slope(call, z):
+    """After a norm with a mask torch's operators make it of their results, which are rounded to x's dtype."""
+    slope = sloped(z, *call.alpha)
+    if (call.mask is None and call.lengths is None) or call.alpha[0] not in OF_RESULT:
+        return slope
+    y = activated(z, *call.alpha).rounded(torch.finfo(call.x.dtype))
+    return Near(slope.v, slope.t + OF_RESULT[call.alpha[0]](y.v) * y.t, slope.u)
 
 
 def _dx(call, groups, g, x_hat, rstd, evaluated):
