@@ -14,7 +14,6 @@ from providers import OURS, PROVIDERS
 from timing import NotCaptured, device_in_turn, host_in_turn, in_turn, ratio, spread
 
 US = "fastnorm"
-MOVED_BY_A_COPY = 2
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ operators (`operators.py`), or a peer (`providers.py`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -133,9 +133,6 @@ class Norm:
     @property
     def how(self) -> Op:
         return OPS[self.op]
-
-    def but(self, op: str) -> Norm:
-        return replace(self, op=op)
 
 
 SWEEP, ELEMENTS = "sweep over N", 3 << 20  # of each of its norms: 12 MB in float32

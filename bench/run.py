@@ -182,7 +182,7 @@ def chosen(args) -> tuple[list[str], dict[str, str]]:
     wanted = list(PROVIDERS) if "all" in args.provider else args.provider
     reasons = {name: reason for name in wanted if (reason := absent(name))}
     names = [name for name in PROVIDERS if name == US or (name in wanted and name not in reasons)]
-    if "all" in args.provider and not args.device.startswith("cuda"):
+    if "all" in args.provider and "native" in names and not args.device.startswith("cuda"):
         names.remove("native")
         reasons["native"] = "it is what serves fastnorm on a CPU"
     return names, reasons
@@ -197,6 +197,17 @@ def identity(about: dict) -> dict:
     return {name: value for name, value in about.items() if name not in ("date", "commit", "absent")}
 
 
+def read(path: Path) -> tuple[dict, str | None]:
+    """A document of this script, or why there is none in the file."""
+    try:
+        found = json.loads(path.read_text())
+        if {"op", "shape", "layout", "dtype", "mode"} <= set(found["rows"][0]) and "machine" in found:
+            return found, None
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        pass
+    return {}, f"{path} is no JSON that this script has written"
+
+
 class Run:
     """The rows of one JSON, which is replaced as a whole after every norm: the command may be killed at any time."""
 
@@ -208,7 +219,9 @@ class Run:
         """Take over what is in the JSON; or why that cannot be."""
         if not self.path.exists():
             return None
-        found = json.loads(self.path.read_text())
+        found, reason = read(self.path)
+        if reason:
+            return reason
         then, now = identity(found["machine"]), identity(self.about)
         if differing := sorted(name for name in {*then, *now} if then.get(name) != now.get(name)):
             return f"{self.path} cannot be gone on with, {', '.join(differing)} differ: without --resume it is measured anew"
@@ -234,9 +247,9 @@ class Run:
             found += [self.rows[k] for k in keys]
         return found
 
-    def compare(self, rows: list[dict], old: Path) -> list[str]:
-        """What is slower than in another JSON, three times in a row."""
-        before = {key(row): row for row in json.loads(old.read_text())["rows"]}
+    def compare(self, rows: list[dict], old: Path, then: list[dict]) -> list[str]:
+        """What is slower than in the rows of another JSON, three times in a row."""
+        before = {key(row): row for row in then}
         pairs = [(row, before[key(row)]) for row in rows if key(row) in before]
         if not pairs:
             return [f"{old} has none of these rows: nothing was compared"]
@@ -269,8 +282,9 @@ def main(argv=None) -> int:
         return 0
     if importlib.util.find_spec("tqdm") is None:
         p.error("tqdm is not installed: pip install tqdm")
-    if args.compare and not args.compare.exists():
-        p.error(f"there is no {args.compare} to compare with")
+    old, reason = read(args.compare) if args.compare else ({}, None)
+    if reason:
+        p.error(f"nothing to compare with: {reason}")
     from tqdm import tqdm
 
     torch.set_num_threads(args.threads)
@@ -288,7 +302,7 @@ def main(argv=None) -> int:
     with clock.stream() if clock else contextlib.nullcontext():
         rows = run.complete(jobs, lambda jobs: tqdm(jobs, unit="norm", disable=args.quiet))
         publish(about, [head(names), *(line(row, names) for row in rows)], [], None)
-        slow = run.compare(rows, args.compare) if args.compare else []
+        slow = run.compare(rows, args.compare, old["rows"]) if args.compare else []
     for text in (*notes(rows), *slow):
         print(text)
     return 1 if slow or any(US in row.get("refused", {}) for row in rows) else 0

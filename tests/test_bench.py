@@ -245,7 +245,9 @@ def test_a_backend_serves_its_own_calls_alone():
         (["--rounds", "0"], "invalid positive number value: '0'"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--provider", "nobody"], "invalid choice: 'nobody'"),
-        (["--compare", "nothing.json"], "there is no nothing.json to compare with"),
+        (["--compare", "nothing.json"], "nothing to compare with: nothing.json is no JSON that this script has written"),
+        (["--compare", __file__], "is no JSON that this script has written"),
+        (["--resume", "--json", __file__, "--filter", "LN 8x64"], "is no JSON that this script has written"),
         (["--backend", "triton", "--device", "cpu", "--filter", "8x64"], "the backend 'triton' was asked for, but"),
     ],
 )
@@ -271,6 +273,25 @@ def test_the_list_names_every_norm_once_and_who_is_not_here():
 def test_every_public_function_is_measured():
     functions = {name for name in fastnorm.__all__ if name.endswith("_norm")}
     assert {op.what for op in norms.OPS.values()} == functions
+
+
+def test_all_providers_without_a_compiler(monkeypatch):
+    """There is no native backend then, neither as fastnorm's nor by itself."""
+    reasons = {"native": "no C++ compiler was found"}
+    monkeypatch.setattr(run, "absent", lambda name: reasons.get(name))
+    names, missing = run.chosen(run.parser().parse_args(["--provider", "all", "--device", "cpu"]))
+    assert "native" not in names
+    assert missing == reasons
+
+
+def test_what_autograd_keeps_is_counted():
+    """Of layer norm and gelu x, and in torch's operators what gelu is of as well; parameters are not counted."""
+    (row,) = measure.measure(
+        norms.Norm("LN+gelu", (256, 768)), "fp32", ("backward",), ("fastnorm", "torch"), measure.How(rounds=1)
+    )
+    ours, torchs = (row["saved"][name] / row["bytes"] for name in ("fastnorm", "torch"))
+    assert ours == pytest.approx(1, abs=0.02)
+    assert torchs == pytest.approx(2, abs=0.02)
 
 
 def test_it_goes_on_where_it_was(quick, monkeypatch, capsys):
